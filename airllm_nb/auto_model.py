@@ -1,0 +1,34 @@
+"""``AutoModel.from_pretrained`` with AirLLM's parameters: its notebooks run with only the import changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .config import LoadOptions
+from .engine import StreamedModel, open_model
+from .trace import ProgressCallback, silent
+
+
+class AutoModel:
+    """Opens models; see :meth:`from_pretrained`."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoModel is not made directly; use AutoModel.from_pretrained(model, …)")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, progress: ProgressCallback = silent, **options: Any
+    ) -> StreamedModel:
+        """Open a model by Hub id, local folder or ``.gguf`` file.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path
+            What to open.
+        progress
+            Called with :class:`~airllm_nb.trace.Progress` during downloads, conversion and set-up.
+        **options
+            The fields of :class:`~airllm_nb.config.LoadOptions`; an unknown one is refused by name.
+        """
+        return open_model(pretrained_model_name_or_path, LoadOptions.create(**options), progress=progress)

@@ -1,0 +1,259 @@
+"""GGUF → a plain checkpoint: config, tokenizer, and the weights dequantised one parameter at a time.
+
+Names, permutations and merges come from transformers' own GGUF tables, so that the result is bit for bit what
+``AutoModelForCausalLM.from_pretrained(folder, gguf_file=…, dtype=…)`` loads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, UnsupportedModelError
+from ..trace import ProgressCallback, silent
+from .gguf_file import GGUFFile, GGUFTensor, damaged, read_gguf
+from .rewrite import Spec, is_complete, rewrite
+
+if TYPE_CHECKING:
+    import torch
+
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+log = logging.getLogger(__name__)
+
+
+class GGUFWeights(Mapping[str, "torch.Tensor"]):
+    """Native parameter name → tensor, dequantised when it is asked for; holds no weights.
+
+    Parameters
+    ----------
+    file
+        The checked header.
+    config
+        The native config that :func:`gguf_config` gives for it.
+    dtype
+        ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Attributes
+    ----------
+    specs
+        Parameter name → dtype and shape, in the order of the model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the file's tensors do not cover the native model's parameters.
+    """
+
+    def __init__(self, file: GGUFFile, config: Any, dtype: str):
+        import torch
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        self.file, self.dtype = file, getattr(torch, dtype)
+        model = _skeleton(config)
+        self.architecture = type(model).__name__
+        self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
+        self._names = _name_map(model, self._processor)
+        self._sources = _group(file, self._names)
+        tied = _tied_names(model) if getattr(config, "tie_word_embeddings", False) else set()
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+        missing = [name for name in wanted if name not in self._sources]
+        if missing:
+            raise UnsupportedModelError(f"{file.path}: no tensor of this {file.architecture} file gives "
+                                        f"{missing[0]!r} ({len(missing)} parameters in all); use the model's "
+                                        "safetensors checkpoint")  # fmt: skip
+        self.specs = {name: Spec(_SAFETENSORS[dtype], shape) for name, shape in wanted.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        # Merged experts are the processor's own work: it fills this dict over several of the file's tensors.
+        merged: dict[str, Any] = {"tensors": {}}
+        for source in self._sources[name]:
+            result = self._processor.process(
+                weights=_dequantise(self.file.path, source),
+                name=source.name,
+                tensor_key_mapping=self._names,
+                parsed_parameters=merged,
+            )
+            if result.name is not None:
+                # A copy of what is still a view of the file: its pages are read-only, and a tensor is not.
+                merged["tensors"][name] = torch.from_numpy(np.require(result.weights, requirements="CW"))
+        tensor = merged["tensors"][name]
+        if tuple(tensor.shape) != self.specs[name].shape:
+            raise damaged(self.file.path, f"{name!r} has shape {tuple(tensor.shape)}, the config of the same file "
+                                          f"says {self.specs[name].shape}")  # fmt: skip
+        return tensor.to(self.dtype)
+
+
+def convert_gguf(
+    path: Path, folder: Path, dtype: str, *, fingerprint: str = "", progress: ProgressCallback = silent
+) -> Path:
+    """Dequantise a GGUF file into ``folder``, once: a complete Hugging Face checkpoint, tokenizer included.
+
+    Parameters
+    ----------
+    dtype
+        ``"float32"``, ``"bfloat16"`` or ``"float16"``; every weight gets it.
+    fingerprint
+        Of the source; a folder made from another is written anew.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        If the file is damaged, or its architecture is not one that transformers maps.
+    StoreError
+        If the folder cannot be written.
+    """
+    metadata = {"source": fingerprint or path.name, "dtype": dtype}
+    if is_complete(folder, metadata):
+        return folder
+    file = read_gguf(path)
+    config = gguf_config(file)
+    weights = GGUFWeights(file, config, dtype)
+
+    def companions(target: Path) -> None:
+        save_companions(file, config, target, dtype)
+
+    return rewrite(folder, weights, companions=companions, metadata=metadata, progress=progress)
+
+
+def gguf_config(file: GGUFFile) -> Any:
+    """The native config of a GGUF file, with ``architectures`` filled in.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If transformers has no GGUF table for the architecture, or it is not a causal language model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    known = supported_architectures()
+    if file.architecture not in known:
+        raise _unsupported(file, known)
+    with _guard(file):
+        config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    if config.model_type not in CAUSAL:
+        raise _unsupported(file, known)
+    names = CAUSAL[config.model_type]
+    config.architectures = [names if isinstance(names, str) else names[0]]
+    return config
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """The GGUF architectures of causal language models that the installed transformers can map."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    spelled = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}
+    other = {"general", "tokenizer", "t5", "umt5", "mistral"}
+    return tuple(sorted(spelled.get(name, name) for name in GGUF_SUPPORTED_ARCHITECTURES if name not in other))
+
+
+def save_companions(file: GGUFFile, config: Any, folder: Path, dtype: str) -> None:
+    """Write config.json, generation_config.json and the tokenizer of a GGUF file into ``folder``."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    with _guard(file):
+        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    tokenizer.save_pretrained(folder)
+
+
+def _skeleton(config: Any) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+class _Names:
+    """What transformers' name map asks of a model, two levels deep.
+
+    Its recursion rebuilds a table for every module: 66 s for 80 layers. Only the base model inside the causal one
+    can add names, because everything deeper has lost its layer number.
+    """
+
+    def __init__(self, module: Any, config: Any, depth: int = 1):
+        self._module, self.config, self._depth = module, config, depth
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _Names]]:
+        if not self._depth:
+            return []
+        return [(name, _Names(child, self.config, self._depth - 1)) for name, child in self._module.named_children()]
+
+
+def _name_map(model: Any, processor: Any) -> dict[str, str]:
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    try:
+        return get_gguf_hf_weights_map(_Names(model, model.config), processor)
+    except NotImplementedError as error:
+        raise UnsupportedModelError(f"{str(error).splitlines()[0]}; pip install -U gguf") from None
+
+
+def _group(file: GGUFFile, names: dict[str, str]) -> dict[str, list[GGUFTensor]]:
+    """Parameter name → the file's tensors that make it up (several for merged experts)."""
+    groups: dict[str, list[GGUFTensor]] = {}
+    for tensor in file.tensors.values():
+        # Merged expert parameters have no ".weight" of their own, the file's tensors do.
+        target = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
+        if target is None:
+            log.info("%s: tensor %s has no place in the native model", file.path.name, tensor.name)
+        else:
+            groups.setdefault(target, []).append(tensor)
+    return groups
+
+
+def _tied_names(model: Any) -> set[str]:
+    tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {}
+    return set(tied)
+
+
+def _dequantise(path: Path, tensor: GGUFTensor) -> Any:
+    """The tensor's values as float32; at rest it is a whole number of blocks a row."""
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType(tensor.ggml_type)
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,))
+    rows = (*tensor.shape[:-1], tensor.shape[-1] // block * nbytes) if tensor.shape else (nbytes,)
+    try:
+        return gguf.dequantize(data.reshape(rows), kind)
+    except NotImplementedError:
+        raise UnsupportedModelError(f"{path}: tensor {tensor.name!r} is {kind.name}, which the installed gguf package "
+                                    "cannot dequantise; pip install -U gguf") from None  # fmt: skip
+
+
+def _unsupported(file: GGUFFile, known: tuple[str, ...]) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{file.path}: GGUF architecture {file.architecture!r} is not one that transformers "
+                                 f"maps here; these work: {', '.join(known)}")  # fmt: skip
+
+
+@contextmanager
+def _guard(file: GGUFFile) -> Iterator[None]:
+    """Errors of transformers' GGUF readers, as one line."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedModelError(f"reading GGUF files needs a package: {str(error).splitlines()[0]}") from None
+    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+        raise CheckpointError(f"{file.path}: transformers cannot read its metadata ({type(error).__name__}: "
+                              f"{str(error).splitlines()[0] if str(error) else 'no detail'})") from error  # fmt: skip

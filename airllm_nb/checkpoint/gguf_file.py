@@ -1,0 +1,171 @@
+"""What a GGUF file holds, read with distrust: its metadata is walked and its tensor table checked before use.
+
+The readers of the `gguf` package and of transformers follow whatever lengths the header says; :func:`read_gguf` runs
+before them, so that a truncated or hostile header ends in one line and not in a hang.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, UnsupportedModelError
+
+# GGUF value type → struct format; 8 is a string and 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor at rest. ``shape`` is in the order of PyTorch (the file has it reversed)."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """The checked header of one file. ``metadata`` holds numbers, flags and strings; of arrays only the length."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata["general.architecture"])
+
+
+class _Cursor:
+    """A position in the mapped file that never runs past its end."""
+
+    def __init__(self, data: mmap.mmap, path: Path):
+        self.data, self.path, self.pos = data, path, 0
+
+    def skip(self, nbytes: int) -> int:
+        start, self.pos = self.pos, self.pos + nbytes
+        if self.pos > len(self.data):
+            raise damaged(self.path, f"its header runs past the end of the file ({len(self.data):,} bytes)")
+        return start
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack_from(f"<{code}", self.data, self.skip(struct.calcsize(f"<{code}")))[0]
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        start = self.skip(length)
+        try:
+            return self.data[start : start + length].decode("utf-8")
+        except UnicodeDecodeError:
+            raise damaged(self.path, f"the text at byte {start:,} is not UTF-8") from None
+
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array()
+        raise damaged(self.path, f"value type {kind} at byte {self.pos:,} is unknown")
+
+    def _array(self) -> int:
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind in _SCALARS:
+            self.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))
+        elif kind == _STRING:
+            for _ in range(count):
+                self.skip(self.scalar("Q"))
+        else:
+            raise damaged(self.path, f"an array of value type {kind} at byte {self.pos:,} is not allowed")
+        return int(count)
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Read and check the header of a GGUF file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is no GGUF file, truncated or damaged; the message names the file and what is wrong.
+    UnsupportedModelError
+        If the file is one of several parts, big-endian, or uses a tensor type that the `gguf` package does not know.
+    """
+    size = path.stat().st_size
+    if size < 24:
+        raise damaged(path, f"it has only {size} bytes")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(data, path)
+        if data[cursor.skip(4) : 4] != b"GGUF":
+            raise CheckpointError(f"{path} is not a GGUF file (it does not begin with 'GGUF'); download it again or "
+                                  "name a folder of safetensors")  # fmt: skip
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise UnsupportedModelError(f"{path} is GGUF version {version} (big-endian or too old or new); versions 2 "
+                                        "and 3 work, convert it again with llama.cpp")  # fmt: skip
+        tensor_count, kv_count = cursor.scalar("Q"), cursor.scalar("Q")
+        metadata = {}
+        for _ in range(kv_count):
+            key = cursor.string()
+            metadata[key] = cursor.value(cursor.scalar("I"))
+        table = [_entry(cursor) for _ in range(tensor_count)]
+        end = cursor.pos
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise damaged(path, "general.architecture is missing")
+    if metadata.get("split.count", 0) > 1:
+        raise UnsupportedModelError(f"{path} is one of {metadata['split.count']} parts; join them first: "
+                                    "llama-gguf-split --merge FIRST_PART JOINED.gguf")  # fmt: skip
+    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise damaged(path, f"general.alignment is {alignment!r}")
+    start = end + -end % alignment
+    tensors = {name: _checked(path, name, dims, kind, start + offset, size) for name, dims, kind, offset in table}
+    if not tensors:
+        raise damaged(path, "it holds no tensors")
+    return GGUFFile(path, metadata, tensors)
+
+
+def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name, dims = cursor.string(), cursor.scalar("I")
+    if dims > _MAX_DIMS:
+        raise damaged(cursor.path, f"tensor {name!r} has {dims} dimensions")
+    shape = tuple(cursor.scalar("Q") for _ in range(dims))
+    return name, shape[::-1], cursor.scalar("I"), cursor.scalar("Q")
+
+
+def _checked(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, size: int) -> GGUFTensor:
+    sizes = _block_sizes()
+    if kind not in sizes:
+        raise UnsupportedModelError(f"{path}: tensor {name!r} has the GGML type {kind}, which the installed gguf "
+                                    "package does not know; pip install -U gguf")  # fmt: skip
+    block, nbytes = sizes[kind]
+    if shape and shape[-1] % block:
+        raise damaged(path, f"the rows of tensor {name!r} ({shape[-1]} values) are no whole blocks of {block}")
+    total = math.prod(shape) // block * nbytes
+    if offset + total > size:
+        raise damaged(path, f"tensor {name!r} ends at byte {offset + total:,} but the file has {size:,}")
+    return GGUFTensor(name, shape, kind, offset, total)
+
+
+def _block_sizes() -> dict[int, tuple[int, int]]:
+    try:
+        from gguf import GGML_QUANT_SIZES
+    except ImportError:
+        raise UnsupportedModelError("reading GGUF files needs the gguf package: pip install gguf") from None
+    return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def damaged(path: Path, what: str) -> CheckpointError:
+    """The error for a file whose header cannot be true."""
+    return CheckpointError(f"{os.fspath(path)} is truncated or damaged: {what}; download the file again")

@@ -1,0 +1,185 @@
+"""Tensor name → where its bytes lie. Every header is checked before anything is allocated or read by it.
+
+A safetensors file is: 8 bytes little-endian header length, a JSON header, the data
+(format: https://github.com/huggingface/safetensors#format). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+ITEMSIZE = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+# The limit of the reference implementation; a larger header is a damaged length field.
+MAX_HEADER = 100_000_000
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A run of bytes in a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor at rest: its bytes are its extents, one after the other (row-major, little-endian).
+
+    ``dtype`` is the safetensors name (``"BF16"``). Several extents are a concatenation along dim 0.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    extents: tuple[Extent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent in self.extents)
+
+
+class CheckpointIndex(Mapping[str, TensorInfo]):
+    """The tensors of a checkpoint by name; holds no weights.
+
+    Attributes
+    ----------
+    folder
+        Where the files are.
+    files
+        The safetensors files, in order.
+    """
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], files: tuple[Path, ...]):
+        self.folder, self.files = folder, files
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self._tensors.values())
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of one safetensors file.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is truncated or its header is damaged; the message names the file and what is wrong.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(MAX_HEADER, size - 8):
+            raise _damaged(path, f"its header should take {length:,} bytes but the file has {size:,}")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise _damaged(path, f"its header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    _check_overlaps(path, tensors)
+    return tensors
+
+
+def read_index(folder: Path) -> CheckpointIndex:
+    """Index a folder of safetensors: ``model.safetensors.index.json``, ``model.safetensors``, or every file there.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, damaged, or does not hold a tensor that the index promises.
+    """
+    index_file = folder / INDEX_FILE
+    if index_file.is_file():
+        return _read_sharded(folder, index_file)
+    single = folder / SINGLE_FILE
+    files = (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
+    if not files:
+        raise CheckpointError(f"{folder} holds no safetensors file; name a folder with model.safetensors or its shards")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file).items():
+            if name in tensors:
+                other = tensors[name].extents[0].path.name
+                raise CheckpointError(f"{folder}: tensor {name!r} is in both {other} and {file.name}; "
+                                      f"add {INDEX_FILE} or remove the file that does not belong")  # fmt: skip
+            tensors[name] = info
+    return CheckpointIndex(folder, tensors, files)
+
+
+def _read_sharded(folder: Path, index_file: Path) -> CheckpointIndex:
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{index_file} is damaged ({error!r}); download it again") from None
+    files = tuple(folder / name for name in names)
+    for file in files:
+        if not file.resolve().is_file() or file.parent.resolve() != folder.resolve():
+            raise CheckpointError(f"{folder}: shard {file.name} is named by {INDEX_FILE} but is missing; "
+                                  f"download it again ({len(files)} shards in all)")  # fmt: skip
+    headers = {file.name: read_header(file) for file in files}
+    tensors = {}
+    for name, shard in weight_map.items():
+        if name not in headers[shard]:
+            raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; the shard is of another "
+                                  "checkpoint or damaged, download it again")  # fmt: skip
+        tensors[name] = headers[shard][name]
+    return CheckpointIndex(folder, tensors, files)
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+        numbers = [*shape, begin, end]
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(path, f"the entry of tensor {name!r} cannot be read") from None
+    if dtype not in ITEMSIZE:
+        raise _damaged(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
+        raise _damaged(path, f"tensor {name!r} has a shape or an offset that is no whole number")
+    if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
+        raise _damaged(path, f"tensor {name!r} of shape {shape} should take "
+                             f"{math.prod(shape) * ITEMSIZE[dtype]:,} bytes, the header says {end - begin:,}")  # fmt: skip
+    if data_start + end > size:
+        raise _damaged(path, f"tensor {name!r} ends at byte {data_start + end:,} but the file has {size:,}")
+    return TensorInfo(name, dtype, tuple(shape), (Extent(path, data_start + begin, end - begin),))
+
+
+def _check_overlaps(path: Path, tensors: dict[str, TensorInfo]) -> None:
+    reached, previous = 0, ""
+    for info in sorted(tensors.values(), key=lambda info: (info.extents[0].offset, info.nbytes)):
+        if info.extents[0].offset < reached and info.nbytes:
+            raise _damaged(path, f"tensors {previous!r} and {info.name!r} share bytes")
+        reached, previous = info.extents[0].offset + info.nbytes, info.name
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{os.fspath(path)} is truncated or damaged: {what}; download the file again")

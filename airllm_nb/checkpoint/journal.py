@@ -1,0 +1,123 @@
+"""What makes a conversion resumable and alone: a journal of finished shards, and a lock that dies with its process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import StoreError
+from ..trace import Progress, ProgressCallback
+from .shard import sync_folder
+
+try:
+    import fcntl
+except ImportError:  # Windows: two conversions at once are then the user's to avoid
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+JOURNAL = "journal.jsonl"
+LOCK = ".lock"
+POLL_SECONDS = 0.2
+
+
+class Journal:
+    """The finished shards of an unfinished store, one line each, synced before the next shard begins.
+
+    A line that a kill cut short is ignored, and so is a journal of another configuration.
+
+    Parameters
+    ----------
+    folder
+        The store's.
+    key
+        Identifies source, codec, dtype and format.
+    known
+        Records that are true already, from the manifest of a damaged store.
+    """
+
+    def __init__(self, folder: Path, key: str, known: Mapping[str, dict[str, Any]]):
+        self._path = folder / JOURNAL
+        self.records: dict[str, dict[str, Any]] = {**known, **self._read(key)}
+        # Written anew, so that a line cut short is never continued.
+        write_atomically(self._path, b"".join(_line(r) for r in [{"key": key}, *self.records.values()]))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Record a shard that is on the disk."""
+        with self._path.open("ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[record["file"]] = record
+
+    def remove(self) -> None:
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+
+    def _read(self, key: str) -> dict[str, dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        with suppress(FileNotFoundError), self._path.open("rb") as file:
+            for line in file:
+                with suppress(ValueError):
+                    value = json.loads(line)
+                    lines += [value] if isinstance(value, dict) else []
+        if lines and lines[0].get("key") != key:
+            log.warning("%s: the unfinished conversion there had another configuration; starting anew", self._path)
+            self._discard(lines[1:])
+            return {}
+        return {line["file"]: line for line in lines[1:] if {"file", "key", "bytes", "sha256"} <= line.keys()}
+
+    def _discard(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            name = str(record.get("file", ""))
+            if name.endswith(".safetensors") and Path(name).name == name:
+                with suppress(FileNotFoundError):
+                    (self._path.parent / name).unlink()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file by way of a temporary one: it is whole or it is not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, progress: ProgressCallback, should_stop: Callable[[], bool]) -> Iterator[None]:
+    """Hold the store's lock; wait while another process does, and report it.
+
+    The system drops the lock with the process that holds it. The file stays: removing it would let two in.
+    """
+    with (folder / LOCK).open("wb") as file:
+        began = time.monotonic()
+        while fcntl is not None and not _try_lock(file.fileno()):
+            if should_stop():
+                raise StoreError(f"stopped while waiting for another process that converts into {folder}")
+            waited = int(time.monotonic() - began)
+            progress(Progress("wait", waited, 0, "seconds", f"another process converts into {folder}"))
+            time.sleep(POLL_SECONDS)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        log.warning("the store cannot be locked (%s); do not convert it twice at once", error)
+    return True
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode() + b"\n"

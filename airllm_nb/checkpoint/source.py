@@ -1,0 +1,218 @@
+"""A model's name → local files: a Hub id, a folder or a GGUF file. Nothing of the weights is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import LoadOptions, cache_dir
+from ..errors import CheckpointError, SourceError
+from ..trace import ProgressCallback, silent
+from .hub import CheckConfig, Snapshot, fetch, read_json
+from .layout import Format, choose, shard_names, whole_gguf
+
+__all__ = ["Source", "read_config", "resolve", "store_folder"]
+
+_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+_HUB_GGUF = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)/(.+\.gguf)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is on this machine.
+
+    Attributes
+    ----------
+    name
+        Short name for people and for folder names.
+    folder
+        Where config and tokenizer are (for GGUF: the folder of the file).
+    format
+        ``"safetensors"``, ``"bin"`` or ``"gguf"``.
+    files
+        The weight files; empty when the weights were not asked for and are not here.
+    nbytes
+        Size of the weight files, also of those that are not here yet; 0 when unknown.
+    fingerprint
+        Changes when the weights change: repository and commit, or names, sizes and times of local files.
+    gguf_file, repo_id, revision
+        Where they apply; ``revision`` is the commit hash.
+    """
+
+    name: str
+    folder: Path
+    format: Format
+    files: tuple[Path, ...]
+    nbytes: int
+    fingerprint: str
+    gguf_file: Path | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+
+
+def resolve(
+    model: str | Path,
+    options: LoadOptions,
+    *,
+    progress: ProgressCallback = silent,
+    weights: bool = True,
+    check_config: CheckConfig | None = None,
+) -> Source:
+    """Find a model on this machine, or download it.
+
+    Parameters
+    ----------
+    model
+        Hub id (``"org/name"``, or ``"org/name/file.gguf"``), local folder, or ``.gguf`` file.
+    weights
+        ``False`` brings only config, tokenizer and index: enough for a plan.
+    check_config
+        Called with config.json's content before any weight is downloaded; raises to refuse the model.
+
+    Raises
+    ------
+    SourceError
+        If the model cannot be found, reached or downloaded.
+    CheckpointError
+        If what is there is no complete checkpoint.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _checked(_folder(path.absolute()), check_config)
+    if path.is_file():
+        return _file(path.absolute())
+    if "://" in text:
+        raise SourceError(f"{text} is a web address; give the part after the host, as org/name, or a local folder")
+    named = _HUB_GGUF.fullmatch(text)
+    if not named and (not _HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".bin"))):
+        raise SourceError(f"there is no file or folder {path.absolute()}, and {text!r} is no Hub id; check the path")
+    repo_id, gguf = named.groups() if named else (text, None)
+    snapshot = fetch(repo_id, options, progress=progress, weights=weights, check_config=check_config, gguf=gguf)
+    return _checked(_from_hub(repo_id, snapshot, weights), check_config)
+
+
+def read_config(source: Source) -> dict[str, Any]:
+    """The checkpoint's config as a dict; of a GGUF file, the native config that it stands for.
+
+    Raises
+    ------
+    CheckpointError
+        If config.json is missing, no JSON object, or names no architecture.
+    """
+    if source.gguf_file is not None:
+        from .gguf import gguf_config
+        from .gguf_file import read_gguf
+
+        return dict(gguf_config(read_gguf(source.gguf_file)).to_dict())
+    config = read_json(source.folder / "config.json")
+    if not isinstance(config.get("model_type", ""), str) or not isinstance(config.get("architectures") or [], list):
+        raise CheckpointError(f"{source.folder / 'config.json'} is damaged: model_type should be text and architectures "
+                              "a list; download it again")  # fmt: skip
+    if not config.get("model_type") and not config.get("architectures"):
+        raise CheckpointError(f"{source.folder / 'config.json'} names no model_type and no architectures; it is not the "
+                              "config of a transformers model")  # fmt: skip
+    return config
+
+
+def store_folder(source: Source, codec_name: str | None, dtype: str, options: LoadOptions) -> Path:
+    """Where the store of this source goes: one readable, unique name below the user's folder or the cache."""
+    base = options.layer_shards_saving_path or cache_dir()
+    return Path(base) / f"{source.name}--{codec_name or 'none'}--{dtype}--{source.fingerprint[:8]}"
+
+
+def _folder(folder: Path) -> Source:
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    try:
+        choice = choose(names, str(folder))
+    except CheckpointError as error:
+        raise _with_hint(error, folder, names) from None
+    shards = shard_names(folder / choice.index) if choice.index else choice.weights
+    files = tuple(folder / name for name in shards)
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{folder}: shard {file.name} is named by {choice.index} but is missing; "
+                                  f"download it again ({len(files)} shards in all)")  # fmt: skip
+    return _local(folder, choice.format, files)
+
+
+def _file(path: Path) -> Source:
+    if path.suffix == ".gguf":
+        whole_gguf(path.name)
+        return _local(path.parent, "gguf", (path,))
+    raise SourceError(f"{path} is a file; name the folder that holds config.json and the weights ({path.parent}), or a "
+                      ".gguf file")  # fmt: skip
+
+
+def _local(folder: Path, kind: Format, files: tuple[Path, ...]) -> Source:
+    for file in files:
+        _refuse_pointer(file)
+    gguf = files[0] if kind == "gguf" else None
+    sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    fingerprint = _digest(f"{name} {size} {time}" for name, size, time in sizes)
+    name = _clean(gguf.stem if gguf else _folder_name(folder))
+    return Source(name, folder, kind, files, sum(size for _, size, _ in sizes), fingerprint, gguf)
+
+
+def _from_hub(repo_id: str, snapshot: Snapshot, weights: bool) -> Source:
+    files = tuple(snapshot.folder / name for name in snapshot.weights)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing and weights:
+        raise SourceError(f"{repo_id}: {missing[0]} is not in the local cache ({len(missing)} of {len(files)} weight files "
+                          "missing); load it once with a connection")  # fmt: skip
+    kind = snapshot.choice.format
+    gguf = files[0] if kind == "gguf" else None
+    return Source(
+        name=_clean(gguf.stem if gguf else repo_id.split("/")[-1]),
+        folder=gguf.parent if gguf else snapshot.folder,
+        format=kind,
+        files=() if missing else files,
+        nbytes=snapshot.nbytes or (0 if missing else sum(file.stat().st_size for file in files)),
+        fingerprint=_digest([repo_id, snapshot.commit, *snapshot.weights]),
+        gguf_file=None if missing else gguf,
+        repo_id=repo_id,
+        revision=snapshot.commit,
+    )
+
+
+def _checked(source: Source, check_config: CheckConfig | None) -> Source:
+    if check_config is not None and source.format != "gguf":
+        check_config(read_config(source))
+    return source
+
+
+def _with_hint(error: CheckpointError, folder: Path, names: list[str]) -> CheckpointError:
+    """Point at the folder below that was probably meant: a snapshot in the Hub's cache, a dataset's subfolder."""
+    if "config.json" in names or any(name.endswith(".gguf") for name in names):
+        return error
+    below = sorted({path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/config.json")})
+    if not below:
+        return error
+    return CheckpointError(f"{folder} holds no config.json, but {below[0]} does; name that folder"
+                           + (f" or one of {len(below) - 1} others below" if below[1:] else ""))  # fmt: skip
+
+
+def _refuse_pointer(file: Path) -> None:
+    if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in {file.parent}")
+
+
+def _folder_name(folder: Path) -> str:
+    """A snapshot in the Hub's cache is named after its repository, not after its commit."""
+    for parent in folder.parents:
+        if parent.name.startswith("models--"):
+            return parent.name.split("--")[-1]
+    return folder.name
+
+
+def _clean(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip(".-") or "model"
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,301 @@
+"""The store: a folder of safetensors shards and ``manifest.json``, written last. Resumable, atomic, checksummed.
+
+Whatever moment a conversion is killed at, starting it again completes it, and the result is the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import format_bytes
+from ..errors import StoreError
+from ..trace import Progress, ProgressCallback, silent
+from .encoded import Part
+from .index import CheckpointIndex, TensorInfo, read_header
+from .journal import Journal, locked, write_atomically
+from .shard import PAD, Item, ShardJob, plain, write_shard
+
+__all__ = ["Item", "ShardJob", "Store", "StoreMeta", "open_store", "plain", "write_store"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+# Manifest, journal and what the file system adds for itself.
+OVERHEAD = 4 << 20
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What a store is of; two stores with equal meta and equal jobs are the same bytes.
+
+    Parameters
+    ----------
+    codec
+        ``"none"``, ``"4bit"`` or ``"8bit"``.
+    dtype
+        The dtype that the weights were cast to before they were encoded, as in ``"bfloat16"``.
+    source
+        Fingerprint of the source files.
+    """
+
+    codec: str
+    dtype: str
+    source: str
+
+    @property
+    def key(self) -> str:
+        return _digest({**asdict(self), "format": FORMAT})
+
+
+class Store:
+    """A finished store; holds no weights.
+
+    Attributes
+    ----------
+    folder
+        Where it is.
+    meta
+        What it is of.
+    parts
+        Parameter name → the parts that it became.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+        self.folder = folder
+        self.meta = StoreMeta(manifest["codec"], manifest["dtype"], manifest["source"])
+        self.shards: list[dict[str, Any]] = manifest["shards"]
+        if any(Path(s["file"]).name != s["file"] or s["bytes"] < 0 or not s["sha256"] for s in self.shards):
+            raise ValueError("a shard's entry makes no sense")
+        self.parts: dict[str, tuple[Part, ...]] = {
+            name: tuple(Part(p["attribute"], p["dtype"], tuple(p["shape"])) for p in parameter["parts"])
+            for name, parameter in manifest["parameters"].items()
+        }
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(self.folder / shard["file"] for shard in self.shards)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard["bytes"] for shard in self.shards)
+
+    @functools.cached_property
+    def index(self) -> CheckpointIndex:
+        """The stored tensors by name, the parts of encoded parameters included, padding left out."""
+        tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            tensors |= {name: info for name, info in read_header(file).items() if not name.startswith(PAD)}
+        return CheckpointIndex(self.folder, tensors, self.files)
+
+    def verify(self, progress: ProgressCallback = silent) -> None:
+        """Read every byte and compare it with what was written.
+
+        Raises
+        ------
+        StoreError
+            If a shard is not what it was; the message names it.
+        """
+        self.check()
+        done = 0
+        for shard in self.shards:
+            path, digest = self.folder / shard["file"], hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(8 << 20):
+                    digest.update(block)
+                    done += len(block)
+                    progress(Progress("verify", done, self.nbytes, detail=shard["file"]))
+            if digest.hexdigest() != shard["sha256"]:
+                raise StoreError(f"{path} is not what was written (its sha256 begins {digest.hexdigest()[:12]}, the "
+                                 f"manifest has {shard['sha256'][:12]}); delete this file and convert again")  # fmt: skip
+
+    def check(self) -> None:
+        """Raise :class:`StoreError` if a shard is missing or has another size."""
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard["bytes"]:
+                found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
+                raise StoreError(f"{path} {found}; convert again, the other shards are kept")
+
+
+def open_store(folder: Path) -> Store | None:
+    """The finished store in ``folder``, or ``None`` when there is none; sizes are checked, sums are not.
+
+    Raises
+    ------
+    StoreError
+        If the manifest or a shard is damaged, or was written by a newer version.
+    """
+    store = _read_manifest(folder)
+    if store is not None:
+        store.check()
+    return store
+
+
+def write_store(
+    folder: Path,
+    jobs: Iterable[ShardJob],
+    meta: StoreMeta,
+    *,
+    progress: ProgressCallback = silent,
+    should_stop: Callable[[], bool] | None = None,
+) -> Store:
+    """Write a store, or what an earlier start left to write, and open it.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there. One process writes at a time; a second one waits and finds the store done.
+    jobs
+        The shards; their data is asked for shard by shard.
+    meta
+        What the store is of. Shards of an unfinished store with another meta are discarded.
+    should_stop
+        Asked at every step; what is finished then stays.
+
+    Raises
+    ------
+    StoreError
+        If the disk has no room (both sizes are named), the folder holds a finished store of something else, or
+        ``should_stop`` said so.
+    """
+    jobs, stop = list(jobs), should_stop or (lambda: False)
+    if (done := _finished(folder, meta, jobs)) is not None:
+        return done
+    if not folder.exists():
+        _check_space(folder, jobs, {})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, progress, stop):
+            if (done := _finished(folder, meta, jobs)) is not None:
+                return done
+            return _Writing(folder, jobs, meta, progress, stop).run()
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise _explain(error, folder) from error
+
+
+class _Writing:
+    def __init__(
+        self, folder: Path, jobs: list[ShardJob], meta: StoreMeta, progress: ProgressCallback, stop: Callable[[], bool]
+    ):
+        self._folder, self._jobs, self._meta, self._progress, self._stop = folder, jobs, meta, progress, stop
+        self._total, self._done, self._file = sum(job.nbytes for job in jobs), 0, ""
+
+    def run(self) -> Store:
+        for leftover in self._folder.glob("*.tmp"):
+            leftover.unlink()
+        journal = Journal(self._folder, self._meta.key, self._known())
+        kept = {job.file: journal.records[job.file] for job in self._jobs if self._is_done(job, journal)}
+        _check_space(self._folder, self._jobs, kept)
+        self._done = sum(record["bytes"] for record in kept.values())
+        for job in self._jobs:
+            self._file = job.file
+            if job.file not in kept:
+                sha256 = write_shard(self._folder / job.file, job, self._wrote)
+                journal.add({"file": job.file, "key": _job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
+        manifest = self._manifest(journal.records)
+        write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        journal.remove()
+        store = open_store(self._folder)
+        assert store is not None
+        return store
+
+    def _wrote(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress(Progress("convert", self._done, self._total, detail=self._file))
+        if self._stop():
+            raise StoreError(f"the conversion into {self._folder} was stopped; start it again to go on from there")
+
+    def _is_done(self, job: ShardJob, journal: Journal) -> bool:
+        record, path = journal.records.get(job.file), self._folder / job.file
+        return (record is not None and record["key"] == _job_key(job, self._meta)
+                and path.is_file() and path.stat().st_size == record["bytes"] == job.nbytes)  # fmt: skip
+
+    def _known(self) -> dict[str, dict[str, Any]]:
+        with suppress(StoreError):
+            store = _read_manifest(self._folder)
+            if store is not None and store.meta == self._meta:
+                return {shard["file"]: shard for shard in store.shards}
+        return {}
+
+    def _manifest(self, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        items = [item for job in self._jobs for item in job.items]
+        parameters = {
+            item.name: {"dtype": item.dtype, "shape": list(item.shape), "parts": [asdict(part) for part in item.parts]}
+            for item in items
+        }
+        shards = [records[job.file] for job in self._jobs]
+        return {**asdict(self._meta), "format": FORMAT, "shards": shards, "parameters": parameters}
+
+
+def _finished(folder: Path, meta: StoreMeta, jobs: list[ShardJob]) -> Store | None:
+    """The finished store, if it is this one; ``None`` if there is work to do, damage to repair included."""
+    store = None
+    if (folder / MANIFEST).is_file():
+        try:
+            store = open_store(folder)
+        except StoreError:
+            if _is_newer(folder):
+                raise
+    if store is None:
+        return None
+    if store.meta != meta or [shard.get("key") for shard in store.shards] != [_job_key(job, meta) for job in jobs]:
+        raise StoreError(f"{folder} holds a store of other weights or with other options ({store.meta.codec}, "
+                         f"{store.meta.dtype}); name another folder or delete this one")  # fmt: skip
+    return store
+
+
+def _read_manifest(folder: Path) -> Store | None:
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    if _is_newer(folder):
+        raise StoreError(f"{path} was written by a newer version of airllm_nb; update it, or delete {folder}")
+    try:
+        return Store(folder, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} is damaged ({error!r}); delete it and convert again") from None
+
+
+def _is_newer(folder: Path) -> bool:
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return int(manifest.get("format", 0)) > FORMAT
+    return False
+
+
+def _check_space(folder: Path, jobs: list[ShardJob], kept: Mapping[str, Any]) -> None:
+    need = sum(job.nbytes for job in jobs if job.file not in kept) + OVERHEAD
+    parent = folder
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if need > free:
+        raise StoreError(f"the store in {folder} needs {format_bytes(need)} more but {parent} has {format_bytes(free)} "
+                         "free; name a folder on a larger disk with layer_shards_saving_path=…")  # fmt: skip
+
+
+def _explain(error: OSError, folder: Path) -> StoreError:
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        return StoreError(f"the disk of {folder} is full; what is finished is kept: free some space and start again, "
+                          "or name a folder on a larger disk with layer_shards_saving_path=…")  # fmt: skip
+    return StoreError(f"the store in {folder} cannot be written: {error}; name a writable folder with "
+                      "layer_shards_saving_path=…")  # fmt: skip
+
+
+def _job_key(job: ShardJob, meta: StoreMeta) -> str:
+    return _digest({"store": meta.key, "entries": [(e.name, e.dtype, e.shape) for e in job.entries()]})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,170 @@
+"""Options: every default of the package, validated once, with no heavy import."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import OptionError
+
+COMPRESSIONS = (None, "4bit", "8bit")
+DTYPES = ("float32", "float16", "bfloat16")
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+_UNITS = {
+    "": 1, "B": 1,
+    "K": 1 << 10, "KIB": 1 << 10, "KB": 10**3,
+    "M": 1 << 20, "MIB": 1 << 20, "MB": 10**6,
+    "G": 1 << 30, "GIB": 1 << 30, "GB": 10**9,
+    "T": 1 << 40, "TIB": 1 << 40, "TB": 10**12,
+}  # fmt: skip
+
+
+def parse_bytes(value: int | float | str | None, option: str = "size") -> int | None:
+    """Turn ``"4GiB"``, ``"500 MB"``, ``4294967296`` or ``None`` into bytes.
+
+    ``KiB, MiB, GiB, TiB`` and the bare letters are powers of 1024; ``KB, MB, GB, TB`` powers of 1000.
+
+    Raises
+    ------
+    OptionError
+        If the text is no size, or the size is negative.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        size = int(value)
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
+        if not match or match[2].upper() not in _UNITS:
+            raise OptionError(f'{option}={value!r} is not a size; write bytes or a size such as "4GiB" or "512MiB"')
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size < 0:
+        raise OptionError(f"{option}={value!r} is negative; give a size of 0 or more")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Bytes as people read them: ``"3.7 GiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} TiB"
+
+
+def cache_dir() -> Path:
+    """Where stores go when no folder is named: ``$AIRLLM_NB_CACHE``, else the user's cache folder."""
+    if named := os.environ.get("AIRLLM_NB_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "airllm_nb"
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded. Names and defaults are AirLLM's where AirLLM has the option.
+
+    Parameters
+    ----------
+    compression
+        ``None``, ``"4bit"`` (nf4, blocks of 64) or ``"8bit"`` (block-wise int8).
+    profiling_mode
+        Log a table of time per stage after every generation.
+    layer_shards_saving_path
+        Folder for the store that compression writes; default :func:`cache_dir`.
+    hf_token
+        Token for gated or private repositories; default ``$HF_TOKEN`` or the saved login.
+    prefetching
+        ``False`` reads and copies each unit only when it is needed. An integer bounds how many units ahead.
+    delete_original
+        After the store is written **and verified**, delete the source weights (with compression only).
+    device
+        ``"cuda"``, ``"cuda:1"``, ``"cpu"``; default the first GPU, else the CPU.
+    dtype
+        ``"bfloat16"``, ``"float16"``, ``"float32"`` or a torch dtype; default the checkpoint's, float16 where the
+        GPU has no bfloat16.
+    max_seq_len
+        Longest prompt plus answer that the plan makes room for, in tokens; default what the budget allows.
+    vram_budget, ram_budget
+        Bytes or a size such as ``"4GiB"``; default what is free, less a margin.
+    batch_size
+        Sequences that run at once (beams count), for the plan.
+    revision, local_files_only
+        As in ``huggingface_hub``.
+    trust_remote_code
+        Accepted for compatibility; code of a repository is never run, so ``True`` only changes the error message.
+    """
+
+    compression: str | None = None
+    profiling_mode: bool = False
+    layer_shards_saving_path: Path | None = None
+    hf_token: str | None = dataclasses.field(default=None, repr=False)
+    prefetching: bool | int = True
+    delete_original: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    max_seq_len: int | None = None
+    vram_budget: int | None = None
+    ram_budget: int | None = None
+    batch_size: int = 1
+    revision: str | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    @classmethod
+    def create(cls, **given: Any) -> LoadOptions:
+        """Validate keywords and normalise their values.
+
+        Raises
+        ------
+        OptionError
+            For an unknown keyword (the nearest known one is named) or a value that cannot be used.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
+                raise OptionError(f"unknown option {name!r}; {hint}")
+        for name in ("vram_budget", "ram_budget"):
+            given[name] = parse_bytes(given.get(name), name)
+        if path := given.get("layer_shards_saving_path"):
+            given["layer_shards_saving_path"] = Path(path).expanduser()
+        if given.get("dtype") is not None:
+            given["dtype"] = str(given["dtype"]).removeprefix("torch.")
+        if given.get("device") is not None:
+            given["device"] = str(given["device"])
+        options = cls(**given)
+        options._check()
+        return options
+
+    def _check(self) -> None:
+        if self.compression not in COMPRESSIONS:
+            raise OptionError(f"compression={self.compression!r} is not known; use None, '4bit' or '8bit'")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise OptionError(f"dtype={self.dtype!r} is not known; use one of {', '.join(DTYPES)}")
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise OptionError(f"device={self.device!r} is not known; use 'cuda', 'cuda:0' or 'cpu'")
+        for name in ("max_seq_len", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name}={value!r} must be a whole number of 1 or more")
+        if not isinstance(self.prefetching, (bool, int)) or self.prefetching < 0:
+            raise OptionError(f"prefetching={self.prefetching!r} must be True, False or a number of units ahead")
+        if self.delete_original and self.compression is None:
+            raise OptionError("delete_original=True needs compression='4bit' or '8bit': uncompressed weights stream "
+                              "from the original files")  # fmt: skip
+
+    @property
+    def depth(self) -> int | None:
+        """Units that may be in flight ahead of compute: 0 without prefetching, ``None`` for as many as fit."""
+        if self.prefetching is True:
+            return None
+        return int(self.prefetching)

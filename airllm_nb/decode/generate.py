@@ -1,0 +1,291 @@
+"""The native ``generate`` in, records out: text and tokens as they come, and one result at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..errors import GenerationStopped
+from ..trace import Trace
+
+
+@dataclass(frozen=True)
+class GenerationChunk:
+    """A piece of the answer.
+
+    Attributes
+    ----------
+    text
+        New text; empty while a character is not complete.
+    token_ids
+        The new tokens.
+    seconds
+        Since the generation began.
+    tokens
+        How many tokens there are so far.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    seconds: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """A finished, or stopped, generation.
+
+    Attributes
+    ----------
+    prompt, text
+        What went in (after the chat template, if any) and the answer alone.
+    token_ids
+        The answer's tokens.
+    prompt_tokens
+        Length of the prompt.
+    stopped_by
+        ``"end"`` (the model's own end, or a stop string), ``"length"`` or ``"user"``.
+    seconds
+        From call to end.
+    trace
+        What happened meanwhile.
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    stopped_by: str
+    seconds: float
+    trace: Trace = field(repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the answer, prefill included."""
+        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+
+    @property
+    def sweep_seconds(self) -> float | None:
+        """The median sweep."""
+        return self.trace.median_sweep()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory: of the device, or the resident set of the process on a CPU."""
+        return self.trace.peak_bytes
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:57] + "…"
+        return (f"GenerationResult({text!r}, {len(self.token_ids)} tokens, {self.tokens_per_second:.2f} tok/s, "
+                f"stopped_by={self.stopped_by!r})")  # fmt: skip
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Detokenizer:
+    """Tokens → text as far as it is final: bytes of an unfinished character are held back."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._ids, self._shown, self._from = tokenizer, [], 0, 0
+
+    def add(self, ids: list[int]) -> str:
+        """New text after ``ids``."""
+        self._ids.extend(ids)
+        # Decoding from a few tokens back keeps the blanks that depend on the neighbour.
+        before = self._decode(self._ids[self._from : self._shown])
+        after = self._decode(self._ids[self._from :])
+        if after.endswith("\ufffd") or len(after) <= len(before):
+            return ""
+        self._from, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+    def rest(self) -> str:
+        """What was held back, as it is."""
+        before = self._decode(self._ids[self._from : self._shown])
+        return self._decode(self._ids[self._from :])[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class Runs(Protocol):
+    """What a generation needs of a model."""
+
+    tokenizer: Any
+    trace: Trace
+
+    def generate(self, inputs: Any = None, **kwargs: Any) -> Any: ...
+
+    def stop(self) -> None: ...
+
+
+class Generation:
+    """A generation under way: iterate it for chunks, best in ``with``, so that leaving early ends it.
+
+    It runs in a worker thread from the first chunk asked for. Closing stops the worker within one unit; what the worker
+    raises is raised here, except a stop that was asked for, which is a normal end.
+
+    Attributes
+    ----------
+    result
+        The :class:`GenerationResult`, also of a stopped generation; ``None`` before the end.
+    """
+
+    def __init__(self, model: Runs, prompt: str, kwargs: dict[str, Any], stops: Sequence[str] = ()):
+        self._model, self._prompt, self._kwargs = model, prompt, kwargs
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._text, self._parts = _StopText(Detokenizer(model.tokenizer), stops), [""]
+        self._ids: list[int] = []
+        self._stopped, self._start = False, time.perf_counter()
+        self.result: GenerationResult | None = None
+
+    def __iter__(self) -> Generation:
+        return self
+
+    def __next__(self) -> GenerationChunk:
+        while (chunk := self.poll(0.1)) is None:
+            pass
+        return chunk
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._worker is not None and self._worker.is_alive():
+            self._model.stop()
+
+    def poll(self, seconds: float) -> GenerationChunk | None:
+        """The next chunk, or ``None`` if none comes within ``seconds``; raises ``StopIteration`` after the last."""
+        if self.result is not None:
+            raise StopIteration
+        if self._worker is None:
+            self._begin()
+        try:
+            event = self._events.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if isinstance(event, _End):
+            return self._finish(event)
+        self._ids.extend(event)
+        return self._chunk(self._text.add(event), event)
+
+    def stop(self) -> None:
+        """Ask it to end within one unit, from any thread; what it has so far is kept."""
+        self._stopped = True
+        if self._worker is not None:
+            self._model.stop()
+
+    def close(self) -> None:
+        """Stop it if it runs, wait until it has, and fill in ``result``. Safe to call twice."""
+        if self.result is not None:
+            return
+        if self._worker is not None:
+            self.stop()
+            self._worker.join()
+        self._stopped = True
+        while self.result is None and self._worker is not None:
+            with contextlib.suppress(StopIteration, GenerationStopped):
+                self.poll(0)
+        if self.result is None:
+            self._complete()
+
+    def _begin(self) -> None:
+        self._start = time.perf_counter()
+        self._worker = threading.Thread(
+            target=_work, args=(self._model, self._kwargs, self._events), name="airllm-generate", daemon=True
+        )
+        self._worker.start()
+
+    def _chunk(self, text: str, ids: list[int]) -> GenerationChunk:
+        self._parts.append(text)
+        return GenerationChunk(text, tuple(ids), time.perf_counter() - self._start, len(self._ids))
+
+    def _finish(self, end: _End) -> GenerationChunk:
+        if self._worker is not None:
+            self._worker.join()
+        self._stopped = self._stopped or isinstance(end.error, GenerationStopped)
+        rest = self._text.rest()
+        chunk = self._chunk(rest, []) if rest else None
+        self._complete()
+        if end.error is not None and not isinstance(end.error, GenerationStopped):
+            raise end.error
+        if chunk is None:
+            raise StopIteration
+        return chunk
+
+    def _complete(self) -> None:
+        trace = self._model.trace
+        trace.tokens = len(self._ids)
+        limit = self._kwargs.get("max_new_tokens")
+        by_length = limit is not None and len(self._ids) >= limit
+        self.result = GenerationResult(
+            prompt=self._prompt, text="".join(self._parts), token_ids=tuple(self._ids),
+            prompt_tokens=int(self._kwargs["input_ids"].shape[-1]),
+            stopped_by="user" if self._stopped else "length" if by_length else "end",
+            seconds=time.perf_counter() - self._start, trace=trace,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _End:
+    """The worker is over."""
+
+    error: BaseException | None = None
+
+
+def _work(model: Runs, kwargs: dict[str, Any], events: queue.SimpleQueue[Any]) -> None:
+    try:
+        model.generate(**kwargs, streamer=_Tokens(events.put))
+        events.put(_End())
+    except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+        events.put(_End(error))
+
+
+class _Tokens:
+    """A streamer for ``generate``: passes tokens on, the prompt left out."""
+
+    def __init__(self, put: Callable[[list[int]], None]):
+        self._put, self._prompt_seen = put, False
+
+    def put(self, value: Any) -> None:
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        self._put(value.reshape(-1).tolist())
+
+    def end(self) -> None:
+        """The worker reports the end."""
+
+
+class _StopText:
+    """Holds back text that may be the beginning of a stop string, and drops the stop string itself."""
+
+    def __init__(self, text: Detokenizer, stops: Sequence[str]):
+        self._detokenizer, self._stops, self._held = text, tuple(stops), ""
+
+    def add(self, ids: list[int]) -> str:
+        self._held += self._detokenizer.add(ids)
+        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        cut = min(found) if found else len(self._held) - self._overlap()
+        ready, self._held = self._held[:cut], self._held[cut:]
+        return ready
+
+    def _overlap(self) -> int:
+        """The longest end of the held text that a stop string begins with."""
+        lengths = [size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])]
+        return max(lengths, default=0)
+
+    def rest(self) -> str:
+        held = self._held + self._detokenizer.rest()
+        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
+        return held[: min(found)] if found else held

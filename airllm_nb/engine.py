@@ -1,0 +1,258 @@
+"""The façade: open a model, plan, generate, trace, close. Returns values, never prints."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import load
+from .config import LoadOptions
+from .decode.generate import Generation, GenerationResult
+from .decode.prompt import Prompt, check_length, encode, sequences, total_length
+from .errors import BusyError, ClosedError
+from .model.executor import Executor
+from .model.plan import ResidencyPlan
+from .trace import ProgressCallback, Trace, silent
+
+log = logging.getLogger(__name__)
+
+
+def open_model(
+    model: str | Path, options: LoadOptions | None = None, *, progress: ProgressCallback = silent
+) -> StreamedModel:
+    """Open a model for generation; weights move at the first forward.
+
+    Parameters
+    ----------
+    model
+        Hub id, local folder, or a ``.gguf`` file.
+    options
+        See :class:`~airllm_nb.config.LoadOptions`.
+    progress
+        Called during downloads, conversion and set-up.
+    """
+    prepared = load.prepare(model, options or LoadOptions(), progress=progress)
+    return StreamedModel(prepared, load.measure(prepared))
+
+
+def plan_model(
+    model: str | Path, options: LoadOptions | None = None, *, progress: ProgressCallback = silent
+) -> ResidencyPlan:
+    """What would go where, and how fast, without downloading, converting or reading any weight."""
+    prepared = load.prepare(model, options or LoadOptions(), progress=progress, weights=False)
+    return load.plan(prepared, load.measure(prepared), prepared.planned_length, prepared.options.batch_size)
+
+
+def convert_model(
+    model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent
+) -> Path:
+    """Write the store that ``options`` need (compression, or a format that is not safetensors); returns its folder."""
+    return load.prepare(model, options, progress=progress).folder
+
+
+class StreamedModel:
+    """A language model whose weights stream. Made by :func:`open_model`; close it, or use it in ``with``.
+
+    Attributes
+    ----------
+    native
+        The transformers model that runs; its large weights are on ``meta`` between forwards.
+    config, device, dtype
+        As in transformers.
+    plan
+        Where everything is, and the predicted seconds a sweep.
+    trace
+        What the last generation did.
+    """
+
+    def __init__(self, prepared: load.Prepared, machine: Any):
+        self._prepared, self._machine = prepared, machine
+        self.native, self.config = prepared.skeleton, prepared.config
+        self.device, self.dtype, self.options = prepared.device, prepared.dtype, prepared.options
+        self.name, self.folder = prepared.source.name, prepared.folder
+        self.trace = Trace()
+        self._lock = threading.Lock()
+        self._executor: Executor | None = None
+        self._room = (prepared.planned_length, prepared.options.batch_size)
+        self.plan = load.plan(prepared, machine, *self._room)
+        self._start_executor()
+        self.native.generation_config = self._generation_config()
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded on first use."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+
+    # --- transformers' face
+
+    def generate(self, inputs: Any = None, **kwargs: Any) -> Any:
+        """All of transformers' ``generate``; input tensors may be on any device.
+
+        Raises
+        ------
+        PromptError
+            If the prompt is empty or longer than the context.
+        BusyError
+            If a generation runs already.
+        """
+        inputs, kwargs = self._on_device(inputs), {name: self._on_device(value) for name, value in kwargs.items()}
+        # Compiled code would keep the addresses of parameters that are bound anew in every sweep.
+        kwargs.setdefault("disable_compile", True)
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        check_length(ids, self._prepared.context)
+        with self._running(total_length(ids, self.native.generation_config, kwargs),
+                           sequences(ids, self.native.generation_config, kwargs)):  # fmt: skip
+            return self.native.generate(inputs, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One forward; returns what the native class returns (``.logits``)."""
+        args, kwargs = tuple(map(self._on_device, args)), {k: self._on_device(v) for k, v in kwargs.items()}
+        ids = args[0] if args else kwargs.get("input_ids")
+        with self._running(ids.shape[-1], ids.shape[0]) if isinstance(ids, torch.Tensor) else self._running():
+            return self.native(*args, **kwargs)
+
+    # --- text in, text out
+
+    def stream(self, prompt: Prompt, *, max_new_tokens: int = 256, stop: str | Sequence[str] | None = None,
+               **kwargs: Any) -> Generation:  # fmt: skip
+        """Generate from a prompt or a list of chat messages, piece by piece.
+
+        Parameters
+        ----------
+        prompt
+            Text as it is, or ``[{"role": "user", "content": "…"}]`` through the model's chat template.
+        stop
+            Text that ends the answer.
+        **kwargs
+            Whatever transformers' ``generate`` takes.
+
+        Returns
+        -------
+        Generation
+            Iterate it for :class:`~airllm_nb.decode.generate.GenerationChunk`; afterwards it has ``.result``.
+        """
+        text, inputs = encode(self.tokenizer, prompt)
+        check_length(inputs["input_ids"], self._prepared.context)
+        stops = [stop] if isinstance(stop, str) else list(stop or [])
+        if stops:
+            kwargs.update(stop_strings=stops, tokenizer=self.tokenizer)
+        kwargs.update(inputs, max_new_tokens=self._within_context(inputs["input_ids"], max_new_tokens))
+        return Generation(self, text, kwargs, stops)
+
+    def answer(self, prompt: Prompt, **kwargs: Any) -> GenerationResult:
+        """:meth:`stream` to its end; returns the result."""
+        with self.stream(prompt, **kwargs) as generation:
+            for _ in generation:
+                pass
+        return generation.result
+
+    def stop(self) -> None:
+        """End a running generation within one unit, from any thread; it keeps what it has."""
+        if self._executor is not None:
+            self._executor.cancel.set()
+
+    # --- life
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._executor is None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a generation runs."""
+        return self._lock.locked()
+
+    def status(self) -> dict[str, Any]:
+        """Name, device, plan and last speed as plain values."""
+        return {"name": self.name, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
+                "compression": self.options.compression, "busy": self.busy, "closed": self.closed,
+                "plan": self.plan.as_dict(), "last": self.trace.summary()}  # fmt: skip
+
+    def close(self) -> None:
+        """Stop a running generation, free memory, threads and files. Safe to call twice."""
+        self.stop()
+        with self._lock:
+            if self._executor is not None:
+                self._executor.close()
+                self._executor = None
+                self._prepared.scratch.close()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # --- how it runs
+
+    @contextlib.contextmanager
+    def _running(self, length: int = 1, batch: int = 1) -> Iterator[None]:
+        """One generation at a time, with room for it, recorded, and left usable whatever happens."""
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(f"{self.name} is generating already; wait for it, or stop it first")
+        try:
+            if self._executor is None:
+                raise ClosedError(f"{self.name} was closed; load it again")
+            self._make_room(length, batch)
+            self.trace = trace = Trace()
+            self._executor.start(trace)
+            with torch.inference_mode(), self._executor.on_device():
+                yield
+        finally:
+            if self._executor is not None:
+                self._executor.finish()
+            self._lock.release()
+            if self.options.profiling_mode:
+                log.info("time per stage\n%s", self.trace.table())
+
+    def _make_room(self, length: int, batch: int) -> None:
+        """Plan again when a generation needs a larger cache than was planned for."""
+        room = (max(length, self._room[0]), max(batch, self._room[1]))
+        if room == self._room or not self.plan.machine.has_device:
+            return
+        plan = load.plan(self._prepared, self._machine, *room)
+        log.info("planning again for %d tokens x %d sequences", *room)
+        self.plan, self._room = plan, room
+        if self._executor is not None:
+            self._executor.close()
+            self._executor = None
+        self._start_executor()
+
+    def _start_executor(self) -> None:
+        prepared = self._prepared
+        self._executor = Executor(
+            prepared.skeleton, prepared.units, prepared.small, self.plan, self.device, self.options.depth,
+            profile=self.options.profiling_mode,
+        )  # fmt: skip
+
+    def _within_context(self, ids: torch.Tensor, new: int) -> int:
+        context = self._prepared.context
+        return new if context is None else min(new, context - ids.shape[-1])
+
+    def _on_device(self, value: Any) -> Any:
+        if isinstance(value, StreamedModel):
+            return value.native
+        return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+    def _generation_config(self) -> Any:
+        from transformers import GenerationConfig
+
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        return GenerationConfig.from_model_config(self.config)
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.plan.sweep_seconds:.3g} s a token predicted"
+        return f"StreamedModel({self.name!r}, {self.device}, {str(self.dtype).removeprefix('torch.')}, {state})"

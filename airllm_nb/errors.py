@@ -1,0 +1,61 @@
+"""What can go wrong, in words a user can act on: every message names the thing, its value and the remedy."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AirLLMError",
+    "BudgetError",
+    "BusyError",
+    "CheckpointError",
+    "ClosedError",
+    "GenerationStopped",
+    "OptionError",
+    "PromptError",
+    "SourceError",
+    "StoreError",
+    "UnsupportedModelError",
+]
+
+
+class AirLLMError(Exception):
+    """Base of every error that this package raises on purpose; its text is one line with the remedy in it."""
+
+
+class OptionError(AirLLMError, ValueError):
+    """An option is unknown or its value cannot be used."""
+
+
+class SourceError(AirLLMError, FileNotFoundError):
+    """The model cannot be found, reached or downloaded."""
+
+
+class CheckpointError(AirLLMError, ValueError):
+    """A checkpoint file is missing, truncated or says something that cannot be true."""
+
+
+class UnsupportedModelError(AirLLMError, ValueError):
+    """The architecture or the format is not one that runs here."""
+
+
+class StoreError(AirLLMError, OSError):
+    """A converted store cannot be written, read or trusted."""
+
+
+class BudgetError(AirLLMError, MemoryError):
+    """A memory budget is too small; the message says the smallest one that works."""
+
+
+class PromptError(AirLLMError, ValueError):
+    """The prompt is empty or longer than the model's context."""
+
+
+class BusyError(AirLLMError, RuntimeError):
+    """The model is already generating."""
+
+
+class ClosedError(AirLLMError, RuntimeError):
+    """The model was closed."""
+
+
+class GenerationStopped(AirLLMError):
+    """Raised inside a forward when the caller asked to stop; never reaches the user."""

@@ -1,0 +1,51 @@
+"""config.json → transformers' own config, or a refusal that names the architecture and what would work."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CheckpointError, UnsupportedModelError
+
+
+def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
+    """The native config object for a checkpoint's ``config.json``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If transformers has no causal language model of this type; code of the repository is never run.
+    CheckpointError
+        If the native class refuses the values.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = config.get("model_type", "")
+    check_supported(config, trust_remote_code)
+    values = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(values)
+    except Exception as error:  # config classes raise whatever their validators do
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"config.json is not one that {model_type} accepts ({reason}); download it again") from None
+
+
+def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) -> None:
+    """Refuse what cannot run here, from ``config.json`` alone; see :func:`native_config`."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    model_type = config.get("model_type", "")
+    name = next(iter(config.get("architectures") or []), model_type or "unknown")
+    foreign = ("; its own code is never run here, trust_remote_code=True does not change that"
+               if trust_remote_code else "; its repository brings code of its own, which is never run here")  # fmt: skip
+    foreign = foreign if "auto_map" in config else ""
+    if model_type not in CONFIG_MAPPING or model_type not in CAUSAL:
+        near = difflib.get_close_matches(model_type, [key for key in CAUSAL if key in CONFIG_MAPPING], n=3, cutoff=0.3)
+        hint = f"; the closest supported types: {', '.join(near)}" if near else ""
+        why = "is no causal language model" if model_type in CONFIG_MAPPING else "is not known to transformers"
+        raise UnsupportedModelError(f"{name} (model_type {model_type!r}) {why}{foreign}{hint}")
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise UnsupportedModelError(f"{name} is already quantised ({method}), which cannot be streamed yet; load the "
+                                    "unquantised checkpoint, with compression='4bit' if it should be small")  # fmt: skip

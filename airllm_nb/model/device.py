@@ -1,0 +1,104 @@
+"""Which device and dtype to compute in, and how much memory there is to take."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import GiB, LoadOptions
+from ..errors import OptionError
+
+# Left free when no budget is named: for other programs, and for what the allocator rounds up.
+VRAM_MARGIN = 0.08
+RAM_SHARE = 0.7
+
+
+def choose_device(options: LoadOptions) -> torch.device:
+    """The device named in the options, else the first GPU that this torch can use, else the CPU.
+
+    Raises
+    ------
+    OptionError
+        If a GPU is named that is not there or that this build of torch has no kernels for.
+    """
+    wanted = options.device
+    if wanted == "cpu" or (wanted is None and not (torch.cuda.is_available() and _has_kernels(0))):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise OptionError(f"device={wanted!r}: torch sees no GPU; use device='cpu', or install a CUDA build of torch")
+    device = torch.device(wanted or "cuda")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise OptionError(f"device={wanted!r}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+    if not _has_kernels(index):
+        raise OptionError(f"device={wanted!r}: this torch has no kernels for {torch.cuda.get_device_name(index)} "
+                          f"(it has {', '.join(torch.cuda.get_arch_list())}); use device='cpu' or an older torch")  # fmt: skip
+    return torch.device("cuda", index)
+
+
+def _has_kernels(index: int) -> bool:
+    """Old GPUs pass ``is_available`` and fail at the first operation; the list of built architectures tells."""
+    built = [int(name.removeprefix("sm_").rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    major, minor = torch.cuda.get_device_capability(index)
+    return not built or min(built) <= major * 10 + minor
+
+
+def choose_dtype(options: LoadOptions, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype named in the options, else the checkpoint's; float16 on GPUs without bfloat16."""
+    wanted = options.dtype or str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    dtype = getattr(torch, wanted)
+    lacks_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    if options.dtype is None and dtype == torch.bfloat16 and lacks_bfloat16:
+        return torch.float16
+    return dtype
+
+
+def vram_budget(options: LoadOptions, device: torch.device) -> int:
+    """Bytes of device memory to use: as named, else what is free, less a margin."""
+    if options.vram_budget is not None:
+        return options.vram_budget
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * (1 - VRAM_MARGIN))
+
+
+def ram_budget(options: LoadOptions) -> int:
+    """Bytes of host memory for weights: as named, else a share of what is free (of the container, if there is one)."""
+    if options.ram_budget is not None:
+        return options.ram_budget
+    return int(available_ram() * RAM_SHARE)
+
+
+def available_ram() -> int:
+    """Free host memory in bytes, counting what the page cache would give back."""
+    free = [_meminfo(), _cgroup()]
+    known = [value for value in free if value is not None]
+    return min(known) if known else 4 * GiB
+
+
+def _meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return _sysconf()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+
+
+def _sysconf() -> int | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _cgroup() -> int | None:
+    base = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (base / "memory.max").read_text().strip(), (base / "memory.current").read_text()
+        return None if limit == "max" else max(int(limit) - int(used), 0)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,40 @@
+"""An embedding table that stays on the host: only the rows of the tokens at hand move to the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class RowGather:
+    """Hooks on an embedding module that give it a small table of just the rows it is asked for.
+
+    The module's own forward runs (some scale their rows), on that table and on the positions of the rows in it.
+
+    Parameters
+    ----------
+    module
+        The embedding; its ``weight`` is on ``meta`` between calls.
+    table
+        The whole table in host memory, ``[num_embeddings, dim]``.
+    dtype, device
+        Of the rows that compute sees.
+    """
+
+    def __init__(self, module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device):
+        self._table, self._dtype, self._device = table, dtype, device
+        self._meta = module.weight
+        # A padding row matters for gradients only, and its index means nothing in the small table.
+        module.padding_idx = None
+        self.hooks = [module.register_forward_pre_hook(self._bind), module.register_forward_hook(self._unbind)]
+
+    def _bind(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        ids = args[0]
+        rows = self._table.index_select(0, ids.reshape(-1).to("cpu"))
+        module._parameters["weight"] = rows.to(self._device, self._dtype)  # type: ignore[assignment]
+        return (torch.arange(ids.numel(), device=self._device).view(ids.shape), *args[1:])
+
+    def _unbind(self, module: nn.Module, *_: Any) -> None:
+        module._parameters["weight"] = self._meta

@@ -1,0 +1,254 @@
+"""What goes where, and how long a sweep will take: a pure function of sizes, budgets and bandwidths.
+
+Time model: ``sweep = max(disk bytes / disk bandwidth, (ram + disk bytes) / link bandwidth, compute)``. Memory is given
+out in the order of what it saves: fixed needs, an arena that keeps the link busy, then resident units; what is left
+streams, from a fixed RAM set as far as the RAM budget goes, else from disk, the disk units spread evenly so that
+reading one overlaps with copying many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import format_bytes
+from ..errors import BudgetError
+from ..stream.ring import align
+
+# Units in flight that keep a link busy: one computing, one arriving, one waiting.
+ARENA_UNITS = 3
+RING_UNITS = 3
+
+
+@dataclass(frozen=True)
+class UnitSize:
+    """What the plan knows of a unit: its name, bytes, and ``"block"``, ``"head"`` or ``"embedding"``."""
+
+    name: str
+    nbytes: int
+    kind: str = "block"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Device bytes that are no streamed weights.
+
+    Attributes
+    ----------
+    small
+        Norms, biases, buffers.
+    kv_cache, activations, scratch
+        For the planned length and batch; dequantisation and casts.
+    """
+
+    small: int = 0
+    kv_cache: int = 0
+    activations: int = 0
+    scratch: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.small + self.kv_cache + self.activations + self.scratch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the machine can do; bytes a second.
+
+    Attributes
+    ----------
+    has_device
+        Weights are copied to a memory of its own (a GPU); ``False`` where compute runs on host memory.
+    disk, link, memory
+        Bandwidth of reading the checkpoint, of copying host to device, and of the memory that compute reads.
+    """
+
+    has_device: bool
+    disk: float
+    link: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class ResidencyPlan:
+    """Where every unit lives between sweeps, and the predicted time of a sweep.
+
+    Attributes
+    ----------
+    units, tiers
+        In the order of the schedule; a tier is ``"gpu"``, ``"ram"`` or ``"disk"``.
+    arena_bytes, ring_bytes
+        Device memory that streamed units pass through, and host memory that disk units pass through.
+    """
+
+    units: tuple[UnitSize, ...]
+    tiers: tuple[str, ...]
+    needs: Needs
+    machine: Machine
+    vram_budget: int
+    ram_budget: int
+    arena_bytes: int
+    ring_bytes: int
+
+    def tier_bytes(self, tier: str) -> int:
+        """Bytes of the units in one tier."""
+        return sum(unit.nbytes for unit, where in zip(self.units, self.tiers) if where == tier)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that cross the link in a sweep (from disk, where there is no link)."""
+        ram = sum(unit.nbytes for unit, tier in zip(self.units, self.tiers) if tier == "ram" and unit.kind != "embedding")
+        return (ram if self.machine.has_device else 0) + self.tier_bytes("disk")
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that the plan uses."""
+        return self.needs.total + self.arena_bytes + self.tier_bytes("gpu")
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Seconds a sweep that each resource needs by itself."""
+        weights = sum(unit.nbytes for unit in self.units if unit.kind != "embedding")
+        seconds = {"disk": self.tier_bytes("disk") / self.machine.disk, "compute": weights / self.machine.memory}
+        if self.machine.has_device:
+            seconds["link"] = self.streamed_bytes / self.machine.link
+        return seconds
+
+    @property
+    def bound_by(self) -> str:
+        """The resource that bounds a sweep: ``"disk"``, ``"link"`` or ``"compute"``."""
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    @property
+    def sweep_seconds(self) -> float:
+        """Predicted seconds a sweep: of one forward, so of one token without speculation."""
+        return max(self.bounds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers."""
+        return {
+            "tiers": {tier: {"bytes": self.tier_bytes(tier), "units": self.tiers.count(tier)} for tier in ("gpu", "ram", "disk")},
+            "device_bytes": self.device_bytes,
+            "arena_bytes": self.arena_bytes,
+            "ring_bytes": self.ring_bytes,
+            "kv_cache_bytes": self.needs.kv_cache,
+            "activation_bytes": self.needs.activations,
+            "scratch_bytes": self.needs.scratch,
+            "small_bytes": self.needs.small,
+            "vram_budget": self.vram_budget if self.machine.has_device else None,
+            "ram_budget": self.ram_budget,
+            "sweep_seconds": self.sweep_seconds,
+            "bound_by": self.bound_by,
+        }
+
+    def table(self) -> str:
+        """One row a unit: name, bytes, tier."""
+        width = max([len(unit.name) for unit in self.units] + [4])
+        rows = [f"{unit.name:<{width}} {format_bytes(unit.nbytes):>10}  {tier}" for unit, tier in zip(self.units, self.tiers)]
+        return "\n".join(rows)
+
+    def __str__(self) -> str:
+        parts = [f"{tier} {format_bytes(self.tier_bytes(tier))} ({self.tiers.count(tier)} units)"
+                 for tier in ("gpu", "ram", "disk") if tier in self.tiers]  # fmt: skip
+        lines = ["weights   " + " | ".join(parts)]
+        if self.machine.has_device:
+            lines.append(f"VRAM      {format_bytes(self.device_bytes)} of {format_bytes(self.vram_budget)}: "
+                         f"KV cache {format_bytes(self.needs.kv_cache)}, "
+                         f"activations {format_bytes(self.needs.activations)}, "
+                         f"scratch {format_bytes(self.needs.scratch)}, arena {format_bytes(self.arena_bytes)}")  # fmt: skip
+        host = self.tier_bytes("ram") + self.ring_bytes
+        lines.append(f"RAM       {format_bytes(host)} of {format_bytes(self.ram_budget)}")
+        lines.append(f"predicted {self.sweep_seconds:.3g} s a token ({self.bound_by}-bound)")
+        return "\n".join(lines)
+
+
+def make_plan(
+    units: Sequence[UnitSize], needs: Needs, machine: Machine, vram_budget: int, ram_budget: int
+) -> ResidencyPlan:
+    """Place every unit once, within both budgets.
+
+    Parameters
+    ----------
+    units
+        In the order of the schedule.
+    needs
+        Device memory that is no streamed weights.
+    machine
+        Bandwidths, and whether there is a device memory at all.
+    vram_budget, ram_budget
+        Bytes. Where ``machine.has_device`` is false only ``ram_budget`` counts.
+
+    Raises
+    ------
+    BudgetError
+        If nothing fits; the message says the smallest budget that does.
+    """
+    tiers, arena = _place_on_device(units, needs, vram_budget) if machine.has_device else ([""] * len(units), 0)
+    ring = _place_in_host(units, tiers, ram_budget, machine.has_device)
+    return ResidencyPlan(tuple(units), tuple(tiers), needs, machine, vram_budget, ram_budget, arena, ring)
+
+
+def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tuple[list[str], int]:
+    tiers = [""] * len(units)
+    left = budget - needs.total
+    sizes = [align(unit.nbytes) for unit in units]
+    if sum(sizes) <= left:
+        return ["gpu"] * len(units), 0
+    streamed = [index for index, unit in enumerate(units) if unit.kind != "embedding"]
+    largest = max(sizes[index] for index in streamed)
+    if largest > left:
+        smallest = needs.total + largest
+        raise BudgetError(f"vram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
+                          f"{format_bytes(smallest)} ({format_bytes(needs.total)} for KV cache, activations, scratch "
+                          f"and norms, {format_bytes(largest)} for the largest unit); shorten max_seq_len or "
+                          "raise the budget")  # fmt: skip
+    # The head is the largest unit of many models: resident, it needs no room in the arena.
+    for index in streamed:
+        rest = [sizes[other] for other in streamed if other != index]
+        if units[index].kind == "head" and rest and sizes[index] + ARENA_UNITS * max(rest) <= left:
+            tiers[index] = "gpu"
+            left -= sizes[index]
+    rest = [index for index in streamed if not tiers[index]]
+    arena = min(ARENA_UNITS * max(sizes[index] for index in rest), sum(sizes[index] for index in rest), left)
+    left -= arena
+    for index in _spread(rest):
+        if sizes[index] <= left:
+            tiers[index] = "gpu"
+            left -= sizes[index]
+    return tiers, arena
+
+
+def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, has_device: bool) -> int:
+    """Fill ``tiers`` with ``"ram"`` and ``"disk"`` where they are empty; returns the bytes of the ring."""
+    open_units = [index for index, tier in enumerate(tiers) if not tier]
+    for index in open_units:
+        # Rows of an embedding are gathered from the mapped file: it takes no place in the budget.
+        if units[index].kind == "embedding":
+            tiers[index] = "ram"
+    rest = [index for index in open_units if not tiers[index]]
+    sizes = {index: align(units[index].nbytes) for index in rest}
+    if sum(sizes.values()) <= budget:
+        for index in rest:
+            tiers[index] = "ram"
+        return 0
+    largest = max(sizes.values())
+    if largest > budget:
+        raise BudgetError(f"ram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
+                          f"{format_bytes(largest)}, the largest unit that passes through it")  # fmt: skip
+    ring = min(RING_UNITS * largest, budget)
+    left = budget - ring
+    for index in _spread(rest):
+        if sizes[index] <= left:
+            tiers[index] = "ram"
+            left -= sizes[index]
+        else:
+            tiers[index] = "disk"
+    return ring
+
+
+def _spread(indices: Sequence[int]) -> list[int]:
+    """The indices in an order whose every prefix is spread evenly over them (bit-reversed counting)."""
+    bits = max(len(indices) - 1, 1).bit_length()
+    order = sorted(range(len(indices)), key=lambda position: int(f"{position:0{bits}b}"[::-1], 2))
+    return [indices[position] for position in order]

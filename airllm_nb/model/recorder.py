@@ -1,0 +1,124 @@
+"""Turns marks of the device into spans of the trace, cheaply: nothing here waits for the device while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..stream.copier import Copier, Mark
+from ..stream.prefetcher import Moved, Prefetcher
+from ..trace import Trace
+
+
+class Recorder:
+    """Collects what one generation did.
+
+    Parameters
+    ----------
+    copier
+        Gives and compares marks.
+    device
+        Whose memory is sampled.
+    """
+
+    clock = staticmethod(time.perf_counter)
+
+    def __init__(self, copier: Copier, device: torch.device):
+        self._copier, self._device, self._trace = copier, device, Trace()
+        self._origin: Mark = None
+        self._start: Mark = None
+        self._sweep_start = 0.0
+        self._marks: deque[tuple[str, str, Mark, Mark]] = deque(maxlen=65_536)
+        self._dequantised: list[tuple[Mark, Mark]] = []
+        self._moved: deque[Moved] = deque(maxlen=65_536)
+
+    def begin(self, trace: Trace) -> None:
+        """Record into ``trace`` from now on; work of an earlier trace that is not resolved yet is dropped."""
+        self._trace = trace
+        self._marks.clear()
+        self._moved.clear()
+        self._origin, self._origin_seconds, self._origin_clock = self._copier.mark(), trace.now(), self.clock()
+
+    def begin_sweep(self) -> None:
+        self._sweep_start = self.clock()
+
+    def begin_compute(self) -> None:
+        self._start = self._copier.mark()
+
+    def end_compute(self, unit: str) -> None:
+        self._marks.extend(("dequantise", unit, start, end) for start, end in self._dequantised)
+        self._dequantised.clear()
+        self._marks.append(("compute", unit, self._start, self._copier.mark()))
+
+    @contextlib.contextmanager
+    def dequantising(self) -> Iterator[None]:
+        """Time what runs inside as the current unit's dequantisation."""
+        start = self._copier.mark()
+        yield
+        self._dequantised.append((start, self._copier.mark()))
+
+    def waited(self, unit: str, seconds: float) -> None:
+        """Compute stood still for ``seconds`` until ``unit`` was there."""
+        if seconds > 0:
+            now = self._trace.now()
+            self._trace.add("wait", unit, now - seconds, now)
+
+    def end_sweep(self, prefetcher: Prefetcher | None) -> None:
+        """One forward is over (on the host)."""
+        self._trace.end_sweep(self.clock() - self._sweep_start)
+        self._trace.sample_memory(*_memory(self._device))
+        self.resolve(prefetcher)
+
+    def resolve(self, prefetcher: Prefetcher | None, wait: bool = False) -> None:
+        """Move what is finished into the trace; with ``wait``, all of it."""
+        if self._origin is None:
+            return
+        if wait:
+            self._copier.synchronize()
+            self._copier.host_wait(self._copier.mark())
+        while prefetcher is not None and prefetcher.moved:
+            self._moved.append(prefetcher.moved.popleft())
+        for _ in range(len(self._moved)):
+            moved = self._moved.popleft()
+            if not self._add_moved(moved):
+                self._moved.append(moved)
+        while self._marks and self._add_marks(*self._marks[0], 0):
+            self._marks.popleft()
+
+    def _add_moved(self, moved: Moved) -> bool:
+        unit = moved.unit
+        if moved.stage != "read":
+            return self._add_marks(moved.stage, unit.name, moved.start, moved.end, unit.nbytes)
+        shift = self._origin_seconds - self._origin_clock
+        if moved.end + shift > 0:
+            self._trace.add("read", unit.name, moved.start + shift, moved.end + shift, unit.read_bytes)
+        return True
+
+    def _add_marks(self, stage: str, unit: str, start: Any, end: Any, nbytes: int) -> bool:
+        begin = self._copier.seconds_between(self._origin, start)
+        finish = self._copier.seconds_between(self._origin, end)
+        if begin is None or finish is None:
+            return False
+        # What was already moving before the trace began belongs to no trace.
+        if finish > 0:
+            self._trace.add(stage, unit, self._origin_seconds + begin, self._origin_seconds + finish, nbytes)
+        return True
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Bytes allocated and reserved on the device; of the process where the device is this CPU."""
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        return stats["allocated_bytes.all.current"], stats["reserved_bytes.all.peak"]
+    try:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0, 0
+    return resident, resident

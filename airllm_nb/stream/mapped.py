@@ -1,0 +1,62 @@
+"""Checkpoint files mapped into memory: views of their bytes without reading or copying them.
+
+Mappings are private, so nothing here can change a file, and read-only folders work. Pages are the page cache's: they
+cost no anonymous memory and the system may drop and re-read them.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.index import Extent, TensorInfo
+from ..errors import CheckpointError
+
+
+class MappedFiles:
+    """Maps each file once; views stay valid while anything refers to them."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, torch.Tensor] = {}
+
+    def view(self, extent: Extent) -> torch.Tensor:
+        """The extent's bytes, uint8 ``[nbytes]``.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is gone or has become shorter.
+        """
+        if extent.path not in self._maps:
+            self._maps[extent.path] = _map(extent.path)
+        whole = self._maps[extent.path]
+        if extent.offset + extent.nbytes > whole.numel():
+            raise CheckpointError(f"{extent.path} has become shorter since it was opened; load the model again")
+        return whole[extent.offset : extent.offset + extent.nbytes]
+
+    def tensor(self, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in its stored dtype; a view where its bytes are one aligned run, else a copy."""
+        parts = [self.view(extent) for extent in info.extents]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        if whole.storage_offset() % dtype.itemsize:
+            whole = whole.clone()
+        return whole.view(dtype).view(info.shape)
+
+    def is_viewable(self, info: TensorInfo, itemsize: int) -> bool:
+        """Whether :meth:`tensor` makes no copy."""
+        return len(info.extents) == 1 and info.extents[0].offset % itemsize == 0
+
+    def close(self) -> None:
+        """Forget the mappings; each is unmapped when the last view of it is gone."""
+        self._maps.clear()
+
+
+def _map(path: Path) -> torch.Tensor:
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error}); was it moved or deleted?") from None
+    return torch.frombuffer(mapped, dtype=torch.uint8)

@@ -1,0 +1,303 @@
+"""The cyclic schedule ahead of compute: ``take(unit)`` … ``release(unit)``, for ever round the same units.
+
+A unit goes *source → (read) → host memory → (copy) → device memory → compute*. Where the device is the CPU itself
+there is no copy and compute runs on host memory. Whatever became possible is started by :meth:`Prefetcher._advance`,
+which every change calls: a release on the computing thread, a finished read on its reading thread. So there is no
+thread that moves things, and a test can run all of it with a fake reader and a fake copier.
+
+Steps count for ever; step ``s`` is unit ``order[s % len(order)]``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import ClosedError, GenerationStopped
+from .copier import Copied, Copier, Mark
+from .ring import Place
+from .unit import Piece, Unit
+
+# Reads that may be under way at once, in units: enough to keep every thread busy, few enough to stop quickly.
+READS_AT_ONCE = 4
+
+
+class ReaderLike(Protocol):
+    """What the prefetcher needs of :class:`~airllm_nb.stream.reader.Reader`."""
+
+    def submit(
+        self,
+        pieces: Sequence[Piece],
+        into: memoryview,
+        done: Callable[[BaseException | None], None],
+        before: Callable[[], None] | None = None,
+    ) -> None: ...
+
+
+@dataclass
+class Stop:
+    """One stop of the schedule: a unit, where it is in host memory and where it is computed.
+
+    Attributes
+    ----------
+    unit
+        What is streamed.
+    host
+        Its host memory, uint8 ``[unit.nbytes]``: its own (``keep``) or a place in the ring.
+    device
+        Its place in device memory, uint8 ``[unit.nbytes]``, ``None`` where compute runs on ``host``.
+    host_place, device_place
+        Distances to the stop whose bytes are overwritten; ``host_place`` is ``None`` for a unit of its own memory.
+    keep
+        The unit stays in ``host`` between sweeps: it is read once.
+    loaded
+        ``host`` holds the unit for good.
+    """
+
+    unit: Unit
+    host: torch.Tensor
+    device: torch.Tensor | None
+    host_place: Place | None
+    device_place: Place | None
+    keep: bool
+    loaded: bool = False
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One finished movement for the trace; ``start`` and ``end`` are marks for a copy, seconds for a read."""
+
+    stage: str
+    unit: Unit
+    start: Any
+    end: Any
+
+
+class Prefetcher:
+    """Keeps units moving ahead of the one that computes.
+
+    Parameters
+    ----------
+    stops
+        The schedule of one sweep.
+    reader
+        Fills host memory.
+    copier
+        Fills device memory and orders it with compute.
+    depth
+        Units that may be under way ahead of the one wanted; ``None`` for as many as there is room for.
+    clock
+        Monotonic seconds.
+    cancelled
+        Looked at while waiting; ``True`` ends the wait with :class:`~airllm_nb.errors.GenerationStopped`.
+    """
+
+    def __init__(
+        self,
+        stops: Sequence[Stop],
+        reader: ReaderLike,
+        copier: Copier,
+        depth: int | None,
+        clock: Callable[[], float],
+        cancelled: Callable[[], bool] = lambda: False,
+    ):
+        self._stops, self._reader, self._copier = list(stops), reader, copier
+        self._depth = len(self._stops) if depth is None else min(depth, len(self._stops))
+        self._clock, self._cancelled = clock, cancelled
+        self._changed = threading.Condition()
+        self._disk = [index for index, stop in enumerate(self._stops) if stop.host_place is not None]
+        self._rank = {index: rank for rank, index in enumerate(self._disk)}
+        self._error: BaseException | None = None
+        self._closed, self._epoch, self._reading, self._last_read_end = False, 0, 0, 0.0
+        self.moved: deque[Moved] = deque(maxlen=4 * len(self._stops) + 64)
+        self.resets = 0
+        self._begin(0)
+
+    # --- what the executor calls
+
+    def take(self, index: int) -> tuple[torch.Tensor, float]:
+        """Wait until stop ``index`` is ready for compute; returns its memory and the seconds waited.
+
+        Raises
+        ------
+        CheckpointError
+            What a reading thread met.
+        GenerationStopped
+            If it was cancelled while waiting.
+        """
+        with self._changed:
+            self._check()
+            if self._held is not None or self._done % len(self._stops) != index:
+                self._restart(index)
+            self._held = step = self._wanted = self._done
+            self._advance()
+            start = self._clock()
+            while not self._ready(step):
+                self._changed.wait(0.1)
+                self._check()
+                if self._cancelled():
+                    raise GenerationStopped("stopped while waiting for weights")
+            waited = self._clock() - start
+            stop = self._stops[index]
+            if stop.device is None:
+                return stop.host, waited
+            self._copier.wait(self._copied[index].end)
+            return stop.device, waited
+
+    def release(self, index: int) -> None:
+        """Compute on stop ``index`` is queued; its memory may be used again after that."""
+        with self._changed:
+            if self._held is None or self._held % len(self._stops) != index:
+                return
+            step, self._held = self._held, None
+            self._computed[index] = self._copier.mark()
+            self._read.discard(step)
+            self._done = step + 1
+            self._advance()
+
+    def close(self) -> None:
+        """Refuse further use and wake whoever waits; the reader and the memory have their own owners."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._drain()
+        self._copier.synchronize()
+
+    # --- the state machine; the lock is held in everything below
+
+    def _begin(self, step: int) -> None:
+        self._epoch += 1
+        self._first = self._done = self._wanted = self._next_read = self._next_copy = step
+        self._held: int | None = None
+        self._read: set[int] = set()
+        # The latest copy of, and compute on, each stop; a copy may still be under way when its step is released.
+        self._copied: dict[int, Copied] = {}
+        self._computed: dict[int, Mark] = {}
+
+    def _restart(self, index: int) -> None:
+        """Compute left the schedule (a stopped forward, another order): start again at ``index``."""
+        count = len(self._stops)
+        if not (self._held is None and self._done == self._first):
+            self.resets += 1
+        barrier = self._copier.mark()
+        self._epoch += 1  # reads under way report to nobody
+        self._drain()
+        self._copier.synchronize()
+        self._begin((self._done // count + 1) * count + index)
+        # What was computed before may still read the device's memory.
+        self._computed = dict.fromkeys(range(count), barrier)
+
+    def _drain(self) -> None:
+        while self._reading:
+            self._changed.wait(0.1)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ClosedError("the model was closed; load it again")
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _ready(self, step: int) -> bool:
+        stop = self._stops[step % len(self._stops)]
+        if stop.device is not None:
+            return step < self._next_copy
+        return stop.loaded or step in self._read
+
+    def _advance(self) -> None:
+        while not self._closed and (self._start_read() or self._start_copy()):
+            pass
+
+    def _start_read(self) -> bool:
+        step = self._next_read
+        if step > self._wanted + self._depth:
+            return False
+        stop = self._stops[step % len(self._stops)]
+        if stop.loaded:
+            self._next_read += 1
+            return True
+        if self._reading >= READS_AT_ONCE:
+            return False
+        before = None
+        if stop.host_place is not None:
+            owner = self._overwritten(step, stop.host_place)
+            if owner >= self._first:
+                if owner >= (self._done if stop.device is None else self._next_copy):
+                    return False
+                if copied := self._copied.get(owner % len(self._stops)):
+                    before = _waiter(self._copier, copied.end)
+        self._next_read += 1
+        self._submit(step, stop, before)
+        return True
+
+    def _overwritten(self, step: int, host_place: Place) -> int:
+        """The step whose host bytes the read of ``step`` overwrites; distances count stops that use the ring."""
+        count = len(self._stops)
+        rank = self._rank[step % count] - host_place.distance
+        sweep = step // count if rank >= 0 else step // count - 1
+        return sweep * count + self._disk[rank % len(self._disk)]
+
+    def _submit(self, step: int, stop: Stop, before: Callable[[], None] | None) -> None:
+        epoch, started = self._epoch, self._clock()
+
+        def done(error: BaseException | None) -> None:
+            with self._changed:
+                self._reading -= 1
+                self._finish_read(step, stop, epoch, started, error)
+                self._changed.notify_all()
+
+        self._reading += 1
+        try:
+            self._reader.submit(stop.unit.pieces, memoryview(stop.host.numpy()), done, before)
+        except BaseException:
+            self._reading -= 1
+            raise
+
+    def _finish_read(self, step: int, stop: Stop, epoch: int, started: float, error: BaseException | None) -> None:
+        end = self._clock()
+        # Reads are served in order: each counts from the end of the one before, so that they add up to time.
+        self.moved.append(Moved("read", stop.unit, max(started, self._last_read_end), end))
+        self._last_read_end = end
+        if error is None and stop.keep:
+            stop.loaded = True
+        if epoch != self._epoch:
+            return
+        if error is None:
+            self._read.add(step)
+            try:
+                self._advance()
+            except BaseException as caught:  # noqa: BLE001 - this is a reading thread; the caller must hear of it
+                error = caught
+        self._error = self._error or error
+
+    def _start_copy(self) -> bool:
+        step = self._next_copy
+        index = step % len(self._stops)
+        stop = self._stops[index]
+        if stop.device is None or stop.device_place is None or step > self._wanted + self._depth:
+            return False
+        if not (stop.loaded or step in self._read):
+            return False
+        owner = step - stop.device_place.distance
+        if owner >= max(self._done, self._first):
+            return False
+        after = self._computed.get(owner % len(self._stops))
+        copied = self._copier.copy(*_sources_and_targets(stop), after)
+        self._copied[index] = copied
+        self.moved.append(Moved("copy", stop.unit, copied.start, copied.end))
+        self._next_copy += 1
+        return True
+
+
+def _sources_and_targets(stop: Stop) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    assert stop.device is not None
+    return [stop.host], [stop.device]
+
+
+def _waiter(copier: Copier, mark: Mark) -> Callable[[], None]:
+    return lambda: copier.host_wait(mark)

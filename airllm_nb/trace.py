@@ -1,0 +1,169 @@
+"""What happened, as data: spans of reads, copies, computes and waits, memory samples, and progress of long work.
+
+The engine adds spans while it runs; renderers read them afterwards. Totals are exact for the whole trace; single
+spans are kept for the last :data:`CAPACITY` only, so that a trace never outgrows a few megabytes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STAGES = ("read", "copy", "dequantise", "compute", "wait")
+CAPACITY = 65_536
+
+
+class Progress(NamedTuple):
+    """One report of long work (download, conversion, load).
+
+    ``done`` and ``total`` are in ``unit`` (``"bytes"`` or a plural noun); ``total`` is 0 when unknown.
+    """
+
+    stage: str
+    done: int
+    total: int
+    unit: str = "bytes"
+    detail: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def silent(_: Progress) -> None:
+    """A progress callback that shows nothing."""
+
+
+class Span(NamedTuple):
+    """One thing that took time; seconds since the trace began."""
+
+    stage: str
+    unit: str
+    start: float
+    end: float
+    nbytes: int
+    sweep: int
+
+
+class MemorySample(NamedTuple):
+    """Device memory at one moment, in bytes."""
+
+    seconds: float
+    allocated: int
+    reserved: int
+
+
+@dataclass
+class StageTotal:
+    """Sum over all spans of one stage."""
+
+    seconds: float = 0.0
+    nbytes: int = 0
+    count: int = 0
+
+    @property
+    def gb_per_second(self) -> float:
+        """Bytes over busy seconds, in 10⁹ bytes a second; 0 when nothing was moved."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+class Trace:
+    """The record of one generation.
+
+    Parameters
+    ----------
+    clock
+        Monotonic seconds; a test gives its own.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._origin = clock, clock()
+        self.spans: deque[Span] = deque(maxlen=CAPACITY)
+        self.memory: deque[MemorySample] = deque(maxlen=CAPACITY // 16)
+        self.totals: dict[str, StageTotal] = {stage: StageTotal() for stage in STAGES}
+        self.by_unit: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STAGES, 0.0))
+        self.sweep_seconds: deque[float] = deque(maxlen=CAPACITY // 16)
+        self.sweeps = 0
+        self.tokens = 0
+        self.peak_bytes = 0
+        self.predicted_sweep_seconds: float | None = None
+
+    def now(self) -> float:
+        """Seconds since the trace began."""
+        return self._clock() - self._origin
+
+    def add(self, stage: str, unit: str, start: float, end: float, nbytes: int = 0) -> None:
+        """Record one span; ``start`` and ``end`` are in seconds since the trace began."""
+        total = self.totals[stage]
+        total.seconds += end - start
+        total.nbytes += nbytes
+        total.count += 1
+        self.by_unit[unit][stage] += end - start
+        self.spans.append(Span(stage, unit, start, end, nbytes, self.sweeps))
+
+    def end_sweep(self, seconds: float) -> None:
+        """Close one sweep over all units that took ``seconds``."""
+        self.sweep_seconds.append(seconds)
+        self.sweeps += 1
+
+    def sample_memory(self, allocated: int, reserved: int) -> None:
+        """Record device memory in use, in bytes."""
+        self.memory.append(MemorySample(self.now(), allocated, reserved))
+        self.peak_bytes = max(self.peak_bytes, reserved)
+
+    def median_sweep(self) -> float | None:
+        """The median sweep in seconds, the first left out when there are others (it is the prefill)."""
+        sweeps = sorted(list(self.sweep_seconds)[1:] or self.sweep_seconds)
+        return sweeps[len(sweeps) // 2] if sweeps else None
+
+    def summary(self) -> dict[str, Any]:
+        """Totals as a plain dict: seconds, bytes and GB/s of each stage, sweeps, tokens, achieved / predicted."""
+        sweep, predicted = self.median_sweep(), self.predicted_sweep_seconds
+        return {
+            "sweeps": self.sweeps,
+            "tokens": self.tokens,
+            "sweep_seconds": sweep,
+            "predicted_sweep_seconds": predicted,
+            "achieved_of_predicted": predicted / sweep if predicted and sweep else None,
+            "peak_device_bytes": self.peak_bytes,
+            "stages": {
+                stage: {"seconds": total.seconds, "bytes": total.nbytes, "count": total.count,
+                        "gb_per_second": total.gb_per_second}
+                for stage, total in self.totals.items()
+            },
+        }  # fmt: skip
+
+    def table(self) -> str:
+        """Milliseconds per stage, one row per unit and a total, as text."""
+        width = max([len(unit) for unit in self.by_unit] + [5])
+        head = f"{'unit':<{width}}" + "".join(f"{stage + ' ms':>15}" for stage in STAGES)
+        rows = [
+            f"{unit:<{width}}" + "".join(f"{times[stage] * 1e3:>15.2f}" for stage in STAGES)
+            for unit, times in self.by_unit.items()
+        ]
+        total = f"{'total':<{width}}" + "".join(f"{self.totals[stage].seconds * 1e3:>15.2f}" for stage in STAGES)
+        return "\n".join([head, *rows, total])
+
+    def chrome_events(self) -> Iterable[dict[str, Any]]:
+        """The spans in the Trace Event Format, microseconds, one row per stage."""
+        for row, stage in enumerate(STAGES):
+            yield {"ph": "M", "name": "thread_name", "pid": 1, "tid": row, "args": {"name": stage}}
+        for span in self.spans:
+            yield {
+                "ph": "X", "name": span.unit, "cat": span.stage, "pid": 1, "tid": STAGES.index(span.stage),
+                "ts": span.start * 1e6, "dur": (span.end - span.start) * 1e6,
+                "args": {"bytes": span.nbytes, "sweep": span.sweep},
+            }  # fmt: skip
+        for sample in self.memory:
+            yield {"ph": "C", "name": "device memory", "pid": 1, "ts": sample.seconds * 1e6,
+                   "args": {"allocated": sample.allocated, "reserved": sample.reserved}}  # fmt: skip
+
+    def to_chrome(self, path: str | Path) -> Path:
+        """Write a JSON file that Perfetto and ``chrome://tracing`` open; returns its path."""
+        path = Path(path)
+        path.write_text(json.dumps({"traceEvents": list(self.chrome_events())}), encoding="utf-8")
+        return path
