@@ -50,9 +50,7 @@ def plan_model(
     return load.plan(prepared, load.measure(prepared), prepared.planned_length, prepared.options.batch_size)
 
 
-def convert_model(
-    model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent
-) -> Path:
+def convert_model(model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent) -> Path:
     """Write the store that ``options`` need (compression, or a format that is not safetensors); returns its folder."""
     return load.prepare(model, options, progress=progress).folder
 
@@ -153,6 +151,7 @@ class StreamedModel:
         with self.stream(prompt, **kwargs) as generation:
             for _ in generation:
                 pass
+        assert generation.result is not None, "a closed generation has a result"
         return generation.result
 
     def stop(self) -> None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import stores
 from .checkpoint.codec import Codec, Scratch, compressible, get_codec
 from .checkpoint.encoded import TORCH_DTYPES
-from .checkpoint.index import CheckpointIndex, Extent, TensorInfo, read_index
-from .checkpoint.mapping import map_checkpoint
+from .checkpoint.index import Extent, TensorInfo
 from .checkpoint.source import Source, read_config, resolve
+from .checkpoint.store import Store
 from .config import LoadOptions
 from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length
 from .model.architecture import check_supported, native_config
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 
 # Where a weight that is not here would be.
 NOWHERE = Path("(not downloaded)")
-_PROBE_SIDE = 2048
+# A matrix that no cache holds; a GPU needs a larger one to be busy at all.
+_PROBE_SIDE = {"cpu": 4096, "cuda": 8192}
+# What CUDA's matrix libraries take for themselves.
+_WORKSPACE = {"cpu": 0, "cuda": 64 << 20}
 
 
 @dataclass
@@ -69,48 +73,36 @@ def prepare(
     weights
         ``False`` stops before weights are downloaded or converted: sizes then come from the config alone.
     """
-    codec = get_codec(options.compression)
     device = choose_device(options)
+    store = stores.opened_store(model, options)
+    codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)
-    source = resolve(
-        model, options, progress=progress, weights=weights,
-        check_config=lambda config: check_supported(config, options.trust_remote_code),
-    )  # fmt: skip
+    source = _of_store(store) if store else _resolve(model, options, progress, weights=False)
     config = native_config(read_config(source), options.trust_remote_code)
     dtype = choose_dtype(options, config, device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device), Scratch()
-    folder, tensors = _tensors(source, skeleton, codec, dtype, options, device, progress, weights)
+    found = stores.Weights(store.folder, store.index) if store else stores.find(source, skeleton, codec, dtype, options)
+    if found is None and weights:
+        source = _resolve(model, options, progress, weights=True)
+        found = stores.write(source, skeleton, codec, dtype, options, progress)
     compress(skeleton, codec, dtype, scratch)
-    found = collect_weights(skeleton, tensors if tensors is not None else sizes_only(skeleton), dtype)
-    units, small = cut_units(skeleton, found)
+    tensors = found.tensors if found else sizes_only(skeleton)
+    units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
     progress(Progress("build", 1, 1, "models", source.name))
+    folder = found.folder if found else source.folder
     return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder)
 
 
-def _tensors(
-    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, device: torch.device,
-    progress: ProgressCallback, weights: bool,
-) -> tuple[Path, dict[str, TensorInfo] | None]:  # fmt: skip
-    """The folder of config and tokenizer, and where each parameter's bytes are (``None``: not here)."""
-    from .convert import find_store, plain_folder, write_compressed
+def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, weights: bool) -> Source:
+    def check(config: dict[str, Any]) -> None:
+        check_supported(config, options.trust_remote_code)
 
-    folder = find_store(source, codec, dtype, options)
-    if folder is not None:
-        return folder, dict(read_index(folder))
-    if not weights and (codec.name != "none" or source.format != "safetensors" or not source.files):
-        return source.folder, None
-    folder = plain_folder(source, dtype, options, progress)
-    index = read_source(source, folder)
-    if codec.name == "none":
-        return folder, map_checkpoint(index, skeleton)
-    store = write_compressed(source, folder, index, skeleton, codec, dtype, options, device, progress)
-    return store, dict(read_index(store))
+    return resolve(model, options, progress=progress, weights=weights, check_config=check)
 
 
-def read_source(source: Source, folder: Path) -> CheckpointIndex:
-    """The index of a checkpoint in safetensors."""
-    return read_index(folder if source.format != "safetensors" else source.folder)
+def _of_store(store: Store) -> Source:
+    return Source(store.folder.name, store.folder, "safetensors", store.files, store.nbytes, store.meta.source)
 
 
 def compress(skeleton: Any, codec: Codec, dtype: torch.dtype, scratch: Scratch) -> None:
@@ -142,7 +134,7 @@ def needs(prepared: Prepared, length: int, batch: int) -> Needs:
         small=sum(weight.elements * weight.dtype.itemsize for weight in prepared.small),
         kv_cache=cache_bytes(prepared.config, length, batch, itemsize),
         activations=activation_bytes(prepared.config, length, batch, itemsize),
-        scratch=casts + dequantised,
+        scratch=casts + dequantised + _WORKSPACE[prepared.device.type],
     )
 
 
@@ -156,13 +148,14 @@ def measure(prepared: Prepared) -> Machine:
     disk = disk_bandwidth(largest) if largest else 1e9
     has_device = not is_cpu or prepared.options.vram_budget is not None
     link = link_bandwidth(device) if has_device else 1e12
-    linear = torch.nn.Linear(_PROBE_SIDE, _PROBE_SIDE, bias=False, dtype=prepared.dtype, device=device)
+    side = _PROBE_SIDE[device.type]
+    linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
     weight = linear.weight.detach()
     parts = prepared.codec.encode(weight)
     module = prepared.codec.module(linear, prepared.dtype, prepared.scratch)
     for name, part in parts.items():
         module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
-    row = torch.zeros(1, _PROBE_SIDE, dtype=prepared.dtype, device=device)
+    row = torch.zeros(1, side, dtype=prepared.dtype, device=device)
     with torch.inference_mode():
         seconds = best_seconds(lambda: module(row), device)
     nbytes = sum(part.numel() * part.element_size() for part in parts.values())

@@ -1,6 +1,6 @@
 """Seconds a sweep of this project on one checkpoint, with the VRAM cap enforced by the allocator; one JSON line.
 
-    python benchmarks/sweep.py FOLDER --vram 4GiB --ram 100GiB --tokens 6 [--compression 4bit] [--no-prefetch]
+python benchmarks/sweep.py FOLDER --vram 4GiB --ram 100GiB --tokens 6 [--compression 4bit] [--no-prefetch]
 """
 
 from __future__ import annotations
@@ -40,20 +40,37 @@ with open_model(given.folder, options) as model:
     ids = torch.randint(3, 500, (given.batch, 16), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     start = time.perf_counter()
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False)
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False
+    )
     first = time.perf_counter() - start
     start = time.perf_counter()
-    again = model.generate(ids, attention_mask=mask, max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False)
+    again = model.generate(
+        ids, attention_mask=mask, max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False
+    )
     second = time.perf_counter() - start
     summary = model.trace.summary()
     print(str(model.plan))
-    print(json.dumps({
-        "open_s": round(opened, 3), "first_s": round(first, 3), "second_s": round(second, 3),
-        "same": bool(torch.equal(out, again)), "tokens": out[0, 16:].tolist(),
-        "sweep_s": round(summary["sweep_seconds"], 4), "predicted_s": round(summary["predicted_sweep_seconds"], 4),
-        "link_gb_s_sweep": round(model.plan.streamed_bytes / summary["sweep_seconds"] / 1e9, 2),
-        "probe_gb_s": {name: round(getattr(model.plan.machine, name) / 1e9, 2) for name in ("disk", "link", "memory")},
-        "stages": {k: {"s": round(v["seconds"], 3), "gb_s": round(v["gb_per_second"], 2)} for k, v in summary["stages"].items()},
-        "peak_gib": round(summary["peak_device_bytes"] / 2**30, 3),
-        "reserved_peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3) if cuda else None,
-    }))
+    print(
+        json.dumps(
+            {
+                "open_s": round(opened, 3),
+                "first_s": round(first, 3),
+                "second_s": round(second, 3),
+                "same": bool(torch.equal(out, again)),
+                "tokens": out[0, 16:].tolist(),
+                "sweep_s": round(summary["sweep_seconds"], 4),
+                "predicted_s": round(summary["predicted_sweep_seconds"], 4),
+                "link_gb_s_sweep": round(model.plan.streamed_bytes / summary["sweep_seconds"] / 1e9, 2),
+                "probe_gb_s": {
+                    name: round(getattr(model.plan.machine, name) / 1e9, 2) for name in ("disk", "link", "memory")
+                },
+                "stages": {
+                    k: {"s": round(v["seconds"], 3), "gb_s": round(v["gb_per_second"], 2)}
+                    for k, v in summary["stages"].items()
+                },
+                "peak_gib": round(summary["peak_device_bytes"] / 2**30, 3),
+                "reserved_peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 3) if cuda else None,
+            }
+        )
+    )

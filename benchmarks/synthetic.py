@@ -1,6 +1,6 @@
 """Write a checkpoint of a known shape with random weights: what speed depends on, without a download.
 
-    python benchmarks/synthetic.py FOLDER --shape llama-2-70b --layers 8
+python benchmarks/synthetic.py FOLDER --shape llama-2-70b --layers 8
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as a .gguf file (real weights, Q4_1). Shared: do not write beside it."""
     import smollm2
 
-    return Path(smollm2.gguf())
+    return Path(smollm2.smollm2_gguf())
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +95,7 @@ def smollm2_folder() -> Path:
     """The same model as a Hugging Face folder in bfloat16. Shared: copy it before you change it."""
     import smollm2
 
-    return Path(smollm2.folder())
+    return Path(smollm2.smollm2_folder())
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ ANSWER = (
 def demo(folder: Path, *sources: str) -> subprocess.CompletedProcess[str]:
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "some.ipynb")
-    command = [sys.executable, DEMO, "--notebook", folder / "some.ipynb", "--build", folder / "build", "--timeout", "5"]
+    command = [sys.executable, DEMO, "--notebook", folder / "some.ipynb", "--build", folder / "build", "--timeout", "3"]
     environment = os.environ | {"AIRLLM_NB_DEMO_MODEL": "none"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
 
@@ -41,7 +41,7 @@ def test_a_notebook_that_works(tmp_path: Path) -> None:
     [
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import os\nos._exit(1)", "the kernel died"),
-        ("import time\ntime.sleep(60)", "longer than 5 s"),
+        ("import time\ntime.sleep(60)", "longer than 3 s"),
         ("x = 1", "no usable `answer`"),
     ],
 )

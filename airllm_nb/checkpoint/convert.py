@@ -6,7 +6,9 @@ import hashlib
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,8 +24,9 @@ log = logging.getLogger(__name__)
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 CASTABLE = ("F64", "F32", "F16", "BF16")
 
-# Values encoded at once. bitsandbytes makes about five float32 copies of them on a CPU.
-HOST_VALUES, DEVICE_VALUES = 1 << 20, 1 << 24
+# Values encoded at once; on a CPU bitsandbytes makes about five float32 copies of them in each thread.
+HOST_VALUES, DEVICE_VALUES = 1 << 19, 1 << 24
+MOST_THREADS = 8
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
@@ -148,15 +151,41 @@ def _cast(info: TensorInfo, target: str) -> Iterator[Chunk]:
 
 def _encode(info: TensorInfo, codec: Codec, dtype: torch.dtype, device: torch.device) -> Iterator[Chunk]:
     """The first part goes out chunk by chunk; the others, a few percent of it, wait until it is complete."""
-    waiting: list[list[torch.Tensor]] = []
-    values = HOST_VALUES if device.type == "cpu" else DEVICE_VALUES
-    for rows in _rows(info, codec.row_step(info.shape), values):
-        first, *others = codec.encode(rows.to(device).to(dtype)).values()
+    # In one piece each: many small tensors between large temporaries would fragment the heap.
+    waiting = [
+        torch.empty(math.prod(part.shape), dtype=TORCH_DTYPES[part.dtype])
+        for part in codec.parts(info.shape, DTYPE_NAMES[dtype])[1:]
+    ]
+    filled = [0] * len(waiting)
+    for first, *others in _encoded_chunks(info, codec, dtype, device):
         yield first
-        waiting.append([part.cpu() for part in others])
-    for number in range(len(waiting[0]) if waiting else 0):
-        for parts in waiting:
-            yield parts[number]
+        for number, part in enumerate(others):
+            waiting[number][filled[number] : filled[number] + part.numel()] = part.reshape(-1)
+            filled[number] += part.numel()
+    yield from waiting
+
+
+def _encoded_chunks(
+    info: TensorInfo, codec: Codec, dtype: torch.dtype, device: torch.device
+) -> Iterator[list[torch.Tensor]]:
+    """Chunks in order, encoded a few at a time: reading and writing go on meanwhile.
+
+    Each thread computes alone. Short operations that all cores share spend their time waiting for one another.
+    """
+    on_host = device.type == "cpu"
+    threads = min(os.cpu_count() or 1, MOST_THREADS) if on_host else 2
+    running: deque[Future[list[torch.Tensor]]] = deque()
+
+    def encode(rows: torch.Tensor) -> list[torch.Tensor]:
+        return [part.cpu() for part in codec.encode(rows.to(device).to(dtype)).values()]
+
+    with ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for rows in _rows(info, codec.row_step(info.shape), HOST_VALUES if on_host else DEVICE_VALUES):
+            running.append(pool.submit(encode, rows))
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def _rows(info: TensorInfo, step: int, values: int) -> Iterator[torch.Tensor]:

@@ -10,22 +10,23 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..trace import ProgressCallback, silent
+from .convert import DTYPE_NAMES
 from .gguf_file import GGUFFile, GGUFTensor, damaged, read_gguf
-from .rewrite import Spec, is_complete, rewrite
-
-if TYPE_CHECKING:
-    import torch
-
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+from .rewrite import is_complete, rewrite
+from .shard import Entry
+from .source import Source
+from .store import StoreMeta
 
 log = logging.getLogger(__name__)
 
 
-class GGUFWeights(Mapping[str, "torch.Tensor"]):
+class GGUFWeights(Mapping[str, torch.Tensor]):
     """Native parameter name → tensor, dequantised when it is asked for; holds no weights.
 
     Parameters
@@ -49,7 +50,6 @@ class GGUFWeights(Mapping[str, "torch.Tensor"]):
     """
 
     def __init__(self, file: GGUFFile, config: Any, dtype: str):
-        import torch
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.file, self.dtype = file, getattr(torch, dtype)
@@ -65,7 +65,7 @@ class GGUFWeights(Mapping[str, "torch.Tensor"]):
             raise UnsupportedModelError(f"{file.path}: no tensor of this {file.architecture} file gives "
                                         f"{missing[0]!r} ({len(missing)} parameters in all); use the model's "
                                         "safetensors checkpoint")  # fmt: skip
-        self.specs = {name: Spec(_SAFETENSORS[dtype], shape) for name, shape in wanted.items()}
+        self.specs = {name: Entry(name, DTYPE_NAMES[self.dtype], shape) for name, shape in wanted.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -75,7 +75,6 @@ class GGUFWeights(Mapping[str, "torch.Tensor"]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         import numpy as np
-        import torch
 
         # Merged experts are the processor's own work: it fills this dict over several of the file's tensors.
         merged: dict[str, Any] = {"tensors": {}}
@@ -96,17 +95,13 @@ class GGUFWeights(Mapping[str, "torch.Tensor"]):
         return tensor.to(self.dtype)
 
 
-def convert_gguf(
-    path: Path, folder: Path, dtype: str, *, fingerprint: str = "", progress: ProgressCallback = silent
-) -> Path:
+def convert_gguf(source: Source, folder: Path, dtype: str, *, progress: ProgressCallback = silent) -> Path:
     """Dequantise a GGUF file into ``folder``, once: a complete Hugging Face checkpoint, tokenizer included.
 
     Parameters
     ----------
     dtype
         ``"float32"``, ``"bfloat16"`` or ``"float16"``; every weight gets it.
-    fingerprint
-        Of the source; a folder made from another is written anew.
 
     Raises
     ------
@@ -115,17 +110,18 @@ def convert_gguf(
     StoreError
         If the folder cannot be written.
     """
-    metadata = {"source": fingerprint or path.name, "dtype": dtype}
-    if is_complete(folder, metadata):
+    assert source.gguf_file is not None
+    meta = StoreMeta("none", dtype, source.fingerprint)
+    if is_complete(folder, meta):
         return folder
-    file = read_gguf(path)
+    file = read_gguf(source.gguf_file)
     config = gguf_config(file)
     weights = GGUFWeights(file, config, dtype)
 
     def companions(target: Path) -> None:
         save_companions(file, config, target, dtype)
 
-    return rewrite(folder, weights, companions=companions, metadata=metadata, progress=progress)
+    return rewrite(folder, weights, meta, companions, progress)
 
 
 def gguf_config(file: GGUFFile) -> Any:
@@ -169,11 +165,21 @@ def save_companions(file: GGUFFile, config: Any, folder: Path, dtype: str) -> No
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     with _guard(file):
         tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    _set_special_tokens(tokenizer, file)
     tokenizer.save_pretrained(folder)
 
 
+def _set_special_tokens(tokenizer: Any, file: GGUFFile) -> None:
+    """Name the special tokens as the file does; some versions of transformers leave one out or take a wrong one."""
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        number = file.metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            token = tokenizer.convert_ids_to_tokens(number)
+            if getattr(tokenizer, f"{ours}_token") != token:
+                setattr(tokenizer, f"{ours}_token", token)
+
+
 def _skeleton(config: Any) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -254,6 +260,6 @@ def _guard(file: GGUFFile) -> Iterator[None]:
         yield
     except ImportError as error:
         raise UnsupportedModelError(f"reading GGUF files needs a package: {str(error).splitlines()[0]}") from None
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{file.path}: transformers cannot read its metadata ({type(error).__name__}: "
                               f"{str(error).splitlines()[0] if str(error) else 'no detail'})") from error  # fmt: skip

@@ -115,8 +115,8 @@ def _download(
         if check_config is not None and choice.format != "gguf":
             check_config(config)
     elif not weights:
-        raise SourceError(f"{repo.id}: the config of a GGUF model is inside the weight file; load the model, or download "
-                          f"{choice.weights[0]} and name the local file")  # fmt: skip
+        raise SourceError(f"{repo.id}: the config of a GGUF model is inside the weight file; load the model, or "
+                          f"download {choice.weights[0]} and name the local file")  # fmt: skip
     small = companions(repo.sizes, choice)
     folder = repo.snapshot(small) if small else Path()
     names = shard_names(folder / choice.index) if choice.index else choice.weights
@@ -143,8 +143,13 @@ def _cached(repo_id: str, options: LoadOptions, gguf: str | None, why: str) -> S
     try:
         # Without a config (a GGUF repository) any cached snapshot will do: its listing decides.
         found = config if isinstance(config, str) else None
-        folder = Path(found).parents[len(Path(gguf or "x").parts) - 1] if found else Path(
-            snapshot_download(repo_id, revision=options.revision, local_files_only=True, allow_patterns=["*.gguf"]))
+        folder = (
+            Path(found).parents[len(Path(gguf or "x").parts) - 1]
+            if found
+            else Path(
+                snapshot_download(repo_id, revision=options.revision, local_files_only=True, allow_patterns=["*.gguf"])
+            )
+        )
     except (LocalEntryNotFoundError, OSError, ValueError):
         raise SourceError(f"{repo_id} is not in the local cache ({constants.HF_HUB_CACHE}) and the Hub is not asked "
                           f"({why}); download it once with a connection, or name a local folder") from None  # fmt: skip
@@ -178,8 +183,8 @@ def _check_disk(repo_id: str, need: int) -> None:
     disk = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
     free = shutil.disk_usage(disk).free
     if need > free:
-        raise SourceError(f"{repo_id} needs {format_bytes(need)} more on disk but {cache} has {format_bytes(free)} free; "
-                          "free some, or set HF_HOME to a folder on a larger disk")  # fmt: skip
+        raise SourceError(f"{repo_id} needs {format_bytes(need)} more on disk but {cache} has {format_bytes(free)} "
+                          "free; free some, or set HF_HOME to a folder on a larger disk")  # fmt: skip
 
 
 def _reporting_bars(progress: ProgressCallback, done: int, total: int, detail: str) -> type:
@@ -237,16 +242,16 @@ def _explain(error: Exception, repo_id: str, options: LoadOptions) -> str | None
 
     if isinstance(error, errors.GatedRepoError):
         page = f"{constants.ENDPOINT}/{repo_id}"
-        return (f"{repo_id} is gated: accept its licence at {page}, then give a token with access as hf_token=... or in "
-                "the environment as HF_TOKEN")  # fmt: skip
+        return (f"{repo_id} is gated: accept its licence at {page}, then give a token with access as hf_token=... or "
+                "in the environment as HF_TOKEN")  # fmt: skip
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id} has no revision {options.revision!r}; name a branch, a tag or a commit that exists"
     if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        return (f"{repo_id} is neither a local folder nor a repository on the Hub that can be seen; check the spelling, "
-                "and if it is private give hf_token=... or HF_TOKEN")  # fmt: skip
+        return (f"{repo_id} is neither a local folder nor a repository on the Hub that can be seen; check the "
+                "spelling, and if it is private give hf_token=... or HF_TOKEN")  # fmt: skip
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (f"the disk of {constants.HF_HUB_CACHE} is full while downloading {repo_id}; free some, or set HF_HOME to "
-                "a folder on a larger disk, and load again")  # fmt: skip
+        return (f"the disk of {constants.HF_HUB_CACHE} is full while downloading {repo_id}; free some, or set HF_HOME "
+                "to a folder on a larger disk, and load again")  # fmt: skip
     if isinstance(error, PermissionError):
         return f"the cache {constants.HF_HUB_CACHE} cannot be written ({error}); set HF_HOME to a folder that can"
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -255,6 +260,6 @@ def _explain(error: Exception, repo_id: str, options: LoadOptions) -> str | None
     if status is not None:
         return f"the Hub answers {status} for {repo_id}; try again later, what was downloaded is kept"
     if isinstance(error, (*_unreachable(), errors.LocalEntryNotFoundError, errors.EntryNotFoundError)):
-        return (f"the Hub cannot be reached for {repo_id} ({type(error).__name__}) and the cache does not hold it; check "
-                "the connection, or name a local folder")  # fmt: skip
+        return (f"the Hub cannot be reached for {repo_id} ({type(error).__name__}) and the cache does not hold it; "
+                "check the connection, or name a local folder")  # fmt: skip
     return None

@@ -166,8 +166,11 @@ def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) ->
     if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
         raise _damaged(path, f"tensor {name!r} has a shape or an offset that is no whole number")
     if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
-        raise _damaged(path, f"tensor {name!r} of shape {shape} should take "
-                             f"{math.prod(shape) * ITEMSIZE[dtype]:,} bytes, the header says {end - begin:,}")  # fmt: skip
+        raise _damaged(
+            path,
+            f"tensor {name!r} of shape {shape} should take "
+            f"{math.prod(shape) * ITEMSIZE[dtype]:,} bytes, the header says {end - begin:,}",
+        )
     if data_start + end > size:
         raise _damaged(path, f"tensor {name!r} ends at byte {data_start + end:,} but the file has {size:,}")
     return TensorInfo(name, dtype, tuple(shape), (Extent(path, data_start + begin, end - begin),))

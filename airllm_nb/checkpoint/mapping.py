@@ -100,7 +100,7 @@ class _Group:
         breaks = torch.nonzero((rows[1:] != rows[:-1] + 1) | (owner[1:] != owner[:-1])).reshape(-1) + 1
         starts = [0, *breaks.tolist()]
         extents = []
-        for start, end in zip(starts, [*starts[1:], len(rows)]):
+        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
             source = self._sources[int(owner[start])]
             if len(source.extents) != 1:
                 raise _NotRows("a source is in several files")

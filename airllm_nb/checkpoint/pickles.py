@@ -8,23 +8,31 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from ..errors import CheckpointError
 from ..trace import ProgressCallback, silent
-from .layout import companions, Choice
-from .rewrite import Spec, is_complete, rewrite
+from .convert import CASTABLE, DTYPE_NAMES
+from .encoded import TORCH_DTYPES
+from .layout import Choice, companions
+from .rewrite import is_complete, rewrite
+from .shard import Entry
 from .source import Source
+from .store import StoreMeta
 
-if TYPE_CHECKING:
-    import torch
-
-# The legacy format is a chain of pickles; torch refuses to map it, so it is read whole.
-_FORBIDDEN = re.compile(r"Unsupported (?:global|class|operand)|GLOBAL|not an allowed|blocked|weights_only", re.IGNORECASE)
+# How torch's data-only unpickler names what it refused to import.
+_CALL = re.compile(r"(?:GLOBAL|Unsupported class) ([\w.]+)")
 
 
-class PickledWeights(Mapping[str, "torch.Tensor"]):
+class PickledWeights(Mapping[str, torch.Tensor]):
     """Tensor name → tensor over several .bin files, of which one at a time is open (mapped, not read).
+
+    Parameters
+    ----------
+    dtype
+        What matrices of floating point are cast to; vectors keep theirs. ``None`` keeps all.
 
     Raises
     ------
@@ -32,20 +40,20 @@ class PickledWeights(Mapping[str, "torch.Tensor"]):
         If a file is damaged, or asks for code to be run.
     """
 
-    def __init__(self, files: tuple[Path, ...]):
-        self.specs: dict[str, Spec] = {}
+    def __init__(self, files: tuple[Path, ...], dtype: str | None = None):
+        self.specs: dict[str, Entry] = {}
         self._home: dict[str, Path] = {}
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
         for file in files:
             for name, tensor in self._load(file).items():
                 if name in self._home:
-                    raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name].name}; remove the file "
-                                          "that does not belong")  # fmt: skip
-                self.specs[name] = Spec(_dtype_name(file, name, tensor), tuple(tensor.shape))
+                    raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name].name}; remove the "
+                                          "file that does not belong")  # fmt: skip
+                self.specs[name] = Entry(name, _target(file, name, tensor, dtype), tuple(tensor.shape))
                 self._home[name] = file
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._load(self._home[name])[name]
+        return self._load(self._home[name])[name].to(TORCH_DTYPES[self.specs[name].dtype])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -68,14 +76,12 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     CheckpointError
         If the file is damaged, is no dictionary of tensors, or asks for code to be run (which is not done).
     """
-    import torch
-
     try:
         whole = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
-        if _FORBIDDEN.search(str(error)):
-            raise CheckpointError(f"{file} asks for more than tensors ({_asked(error)}) and was not loaded: a pickle "
-                                  "can run any code. Use a safetensors version of the model") from None  # fmt: skip
+        if found := _CALL.search(str(error)):
+            raise CheckpointError(f"{file} wants to call {found[1]}; nothing was run and the file was not loaded. Use "
+                                  "a safetensors version of the model") from None  # fmt: skip
         raise _damaged(file, error) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError,
             AssertionError, UnicodeDecodeError, zipfile.BadZipFile) as error:  # fmt: skip
@@ -89,8 +95,15 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in whole.items() if isinstance(value, torch.Tensor)}
 
 
-def convert_pickles(source: Source, folder: Path, *, progress: ProgressCallback = silent) -> Path:
-    """Rewrite the source's .bin files as safetensors in ``folder``, with its config and tokenizer; dtypes stay.
+def convert_pickles(
+    source: Source, folder: Path, dtype: str | None = None, *, progress: ProgressCallback = silent
+) -> Path:
+    """Rewrite the source's .bin files as safetensors in ``folder``, once, with config and tokenizer beside them.
+
+    Parameters
+    ----------
+    dtype
+        What matrices of floating point are cast to (``"bfloat16"``); ``None`` keeps every dtype.
 
     Raises
     ------
@@ -99,8 +112,8 @@ def convert_pickles(source: Source, folder: Path, *, progress: ProgressCallback 
     StoreError
         If the folder cannot be written.
     """
-    metadata = {"source": source.fingerprint}
-    if is_complete(folder, metadata):
+    meta = StoreMeta("none", dtype or "original", source.fingerprint)
+    if is_complete(folder, meta):
         return folder
     names = [path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*") if path.is_file()]
     small = companions(names, Choice("bin", None, ()))
@@ -110,27 +123,22 @@ def convert_pickles(source: Source, folder: Path, *, progress: ProgressCallback 
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source.folder / name, target / name)
 
-    weights = PickledWeights(source.files)
+    weights = PickledWeights(source.files, dtype)
     if not weights:
         raise CheckpointError(f"{source.files[0]} holds no tensors; download it again")
-    return rewrite(folder, weights, companions=copy, metadata=metadata, progress=progress)
+    return rewrite(folder, weights, meta, copy, progress)
 
 
-def _dtype_name(file: Path, name: str, tensor: torch.Tensor) -> str:
-    from .encoded import TORCH_DTYPES
-
-    for text, dtype in TORCH_DTYPES.items():
-        if dtype == tensor.dtype:
-            return text
-    raise CheckpointError(f"{file}: tensor {name!r} is {tensor.dtype}, which a safetensors file cannot hold")
-
-
-def _asked(error: Exception) -> str:
-    """What the pickle wanted to call, out of torch's long message."""
-    found = re.search(r"(?:GLOBAL|class|global)\s+`?([\w.]+(?: [\w.]+)?)`?", str(error))
-    return found[1] if found else "a function call"
+def _target(file: Path, name: str, tensor: torch.Tensor, dtype: str | None) -> str:
+    own = DTYPE_NAMES.get(tensor.dtype)
+    if own is None or tensor.layout is not torch.strided:
+        raise CheckpointError(f"{file}: tensor {name!r} is {tensor.dtype} {tensor.layout}, which a safetensors file "
+                              "cannot hold")  # fmt: skip
+    return DTYPE_NAMES[getattr(torch, dtype)] if dtype and own in CASTABLE and tensor.dim() > 1 else own
 
 
 def _damaged(file: Path, error: Any) -> CheckpointError:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    # Of torch's twenty lines of advice, the one that says what is wrong.
+    found = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    line = found[1] if found else (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     return CheckpointError(f"{file} is truncated or damaged ({line}); download the file again")

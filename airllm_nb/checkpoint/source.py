@@ -112,11 +112,11 @@ def read_config(source: Source) -> dict[str, Any]:
         return dict(gguf_config(read_gguf(source.gguf_file)).to_dict())
     config = read_json(source.folder / "config.json")
     if not isinstance(config.get("model_type", ""), str) or not isinstance(config.get("architectures") or [], list):
-        raise CheckpointError(f"{source.folder / 'config.json'} is damaged: model_type should be text and architectures "
-                              "a list; download it again")  # fmt: skip
+        raise CheckpointError(f"{source.folder / 'config.json'} is damaged: model_type should be text and "
+                              "architectures a list; download it again")  # fmt: skip
     if not config.get("model_type") and not config.get("architectures"):
-        raise CheckpointError(f"{source.folder / 'config.json'} names no model_type and no architectures; it is not the "
-                              "config of a transformers model")  # fmt: skip
+        raise CheckpointError(f"{source.folder / 'config.json'} names no model_type and no architectures; it is not "
+                              "the config of a transformers model")  # fmt: skip
     return config
 
 
@@ -163,8 +163,8 @@ def _from_hub(repo_id: str, snapshot: Snapshot, weights: bool) -> Source:
     files = tuple(snapshot.folder / name for name in snapshot.weights)
     missing = [file.name for file in files if not file.is_file()]
     if missing and weights:
-        raise SourceError(f"{repo_id}: {missing[0]} is not in the local cache ({len(missing)} of {len(files)} weight files "
-                          "missing); load it once with a connection")  # fmt: skip
+        raise SourceError(f"{repo_id}: {missing[0]} is not in the local cache ({len(missing)} of {len(files)} weight "
+                          "files missing); load it once with a connection")  # fmt: skip
     kind = snapshot.choice.format
     gguf = files[0] if kind == "gguf" else None
     return Source(

@@ -114,7 +114,7 @@ class Store:
                     progress(Progress("verify", done, self.nbytes, detail=shard["file"]))
             if digest.hexdigest() != shard["sha256"]:
                 raise StoreError(f"{path} is not what was written (its sha256 begins {digest.hexdigest()[:12]}, the "
-                                 f"manifest has {shard['sha256'][:12]}); delete this file and convert again")  # fmt: skip
+                                 f"manifest has {shard['sha256'][:12]}); delete it and convert again")  # fmt: skip
 
     def check(self) -> None:
         """Raise :class:`StoreError` if a shard is missing or has another size."""

@@ -92,7 +92,8 @@ class Detokenizer:
     """Tokens → text as far as it is final: bytes of an unfinished character are held back."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer, self._ids, self._shown, self._from = tokenizer, [], 0, 0
+        self._tokenizer, self._shown, self._from = tokenizer, 0, 0
+        self._ids: list[int] = []
 
     def add(self, ids: list[int]) -> str:
         """New text after ``ids``."""
@@ -117,7 +118,9 @@ class Detokenizer:
 class Runs(Protocol):
     """What a generation needs of a model."""
 
-    tokenizer: Any
+    @property
+    def tokenizer(self) -> Any: ...
+
     trace: Trace
 
     def generate(self, inputs: Any = None, **kwargs: Any) -> Any: ...
@@ -247,7 +250,7 @@ def _work(model: Runs, kwargs: dict[str, Any], events: queue.SimpleQueue[Any]) -
     try:
         model.generate(**kwargs, streamer=_Tokens(events.put))
         events.put(_End())
-    except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+    except BaseException as error:  # raised again in the caller's thread
         events.put(_End(error))
 
 

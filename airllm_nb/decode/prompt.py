@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 
 from ..errors import PromptError
 
-Prompt = Union[str, Sequence[Mapping[str, str]]]
+Prompt = str | Sequence[Mapping[str, str]]
 
 
 def encode(tokenizer: Any, prompt: Prompt) -> tuple[str, dict[str, torch.Tensor]]:
@@ -20,12 +20,11 @@ def encode(tokenizer: Any, prompt: Prompt) -> tuple[str, dict[str, torch.Tensor]
     PromptError
         If there is nothing in it, or messages are given to a model without a chat template.
     """
-    is_text = isinstance(prompt, str)
-    if not prompt or (is_text and not prompt.strip()):
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise PromptError("the prompt is empty; write what the model should continue or answer")
-    if is_text:
+    if isinstance(prompt, str):
         encoded = tokenizer(prompt, return_tensors="pt")
-        return str(prompt), {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        return prompt, {key: encoded[key] for key in ("input_ids", "attention_mask")}
     if not getattr(tokenizer, "chat_template", None):
         raise PromptError("this model has no chat template; give the prompt as plain text (without --chat)")
     text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)

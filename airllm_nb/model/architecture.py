@@ -28,7 +28,9 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) ->
         return CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # config classes raise whatever their validators do
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"config.json is not one that {model_type} accepts ({reason}); download it again") from None
+        raise CheckpointError(
+            f"config.json is not one that {model_type} accepts ({reason}); download it again"
+        ) from None
 
 
 def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) -> None:
@@ -38,8 +40,11 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
 
     model_type = config.get("model_type", "")
     name = next(iter(config.get("architectures") or []), model_type or "unknown")
-    foreign = ("; its own code is never run here, trust_remote_code=True does not change that"
-               if trust_remote_code else "; its repository brings code of its own, which is never run here")  # fmt: skip
+    foreign = (
+        "; its own code is never run here, trust_remote_code=True does not change that"
+        if trust_remote_code
+        else "; its repository brings code of its own, which is never run here"
+    )
     foreign = foreign if "auto_map" in config else ""
     if model_type not in CONFIG_MAPPING or model_type not in CAUSAL:
         near = difflib.get_close_matches(model_type, [key for key in CAUSAL if key in CONFIG_MAPPING], n=3, cutoff=0.3)
@@ -47,5 +52,7 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
         why = "is no causal language model" if model_type in CONFIG_MAPPING else "is not known to transformers"
         raise UnsupportedModelError(f"{name} (model_type {model_type!r}) {why}{foreign}{hint}")
     if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise UnsupportedModelError(f"{name} is already quantised ({method}), which cannot be streamed yet; load the "
-                                    "unquantised checkpoint, with compression='4bit' if it should be small")  # fmt: skip
+        raise UnsupportedModelError(
+            f"{name} is already quantised ({method}), which cannot be streamed yet; load the "
+            "unquantised checkpoint, with compression='4bit' if it should be small"
+        )

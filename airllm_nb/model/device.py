@@ -34,14 +34,18 @@ def choose_device(options: LoadOptions) -> torch.device:
     if index >= torch.cuda.device_count():
         raise OptionError(f"device={wanted!r}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
     if not _has_kernels(index):
-        raise OptionError(f"device={wanted!r}: this torch has no kernels for {torch.cuda.get_device_name(index)} "
-                          f"(it has {', '.join(torch.cuda.get_arch_list())}); use device='cpu' or an older torch")  # fmt: skip
+        raise OptionError(
+            f"device={wanted!r}: this torch has no kernels for {torch.cuda.get_device_name(index)} "
+            f"(it has {', '.join(torch.cuda.get_arch_list())}); use device='cpu' or an older torch"
+        )
     return torch.device("cuda", index)
 
 
 def _has_kernels(index: int) -> bool:
     """Old GPUs pass ``is_available`` and fail at the first operation; the list of built architectures tells."""
-    built = [int(name.removeprefix("sm_").rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    built = [
+        int(name.removeprefix("sm_").rstrip("af")) for name in torch.cuda.get_arch_list() if name.startswith("sm_")
+    ]
     major, minor = torch.cuda.get_device_capability(index)
     return not built or min(built) <= major * 10 + minor
 

@@ -123,7 +123,7 @@ class Executor:
                 target[attribute] = tensor if weight.is_buffer else _parameter(tensor)  # type: ignore[assignment]
         streamed: list[ModelUnit] = []
         tables: list[ModelUnit] = []
-        for unit, tier in zip(self._units, self._plan.tiers):
+        for unit, tier in zip(self._units, self._plan.tiers, strict=True):
             if unit.kind == "embedding":
                 tables.append(unit)
             elif tier == "gpu":
@@ -156,7 +156,7 @@ class Executor:
         """Host memory is compute memory: bind views of the mapped files, for good where they need no cast."""
         views = [self._files.tensor(binding.weight.info, binding.weight.stored_dtype) for binding in unit.bindings]
         if not any(binding.weight.needs_cast for binding in unit.bindings):
-            for binding, view in zip(unit.bindings, views):
+            for binding, view in zip(unit.bindings, views, strict=True):
                 self._bind_for_good(binding, view)
             self._time(unit)
             return
@@ -186,16 +186,18 @@ class Executor:
         self._prefetcher = Prefetcher(
             self._stops, self._reader, self._copier, self._depth, self._recorder.clock, self.cancel.is_set
         )
-        for index, (unit, stop) in enumerate(zip(units, self._stops)):
+        for index, (unit, stop) in enumerate(zip(units, self._stops, strict=True)):
             memory = stop.host if stop.device is None else stop.device
             views = [_typed_view(memory, binding) for binding in unit.bindings]
             self._hook(unit, self._taker(index, unit, views), self._releaser(index, unit))
 
     def _make_stops(self, units: list[ModelUnit]) -> list[Stop]:
-        tiers = {unit.name: tier for unit, tier in zip(self._units, self._plan.tiers)}
+        tiers = {unit.name: tier for unit, tier in zip(self._units, self._plan.tiers, strict=True)}
         disk = [unit for unit in units if tiers[unit.name] == "disk"]
         kept = [unit for unit in units if tiers[unit.name] == "ram"]
-        ring_places = dict(zip([unit.name for unit in disk], place([unit.nbytes for unit in disk], self._plan.ring_bytes)))
+        ring_places = dict(
+            zip([unit.name for unit in disk], place([unit.nbytes for unit in disk], self._plan.ring_bytes), strict=True)
+        )
         ring = self._host_arena(self._plan.ring_bytes) if disk else None
         own = self._host_arena(sum(align(unit.nbytes) for unit in kept)) if kept else None
         device_places: Sequence[Any] = [None] * len(units)
@@ -203,7 +205,7 @@ class Executor:
             arena = torch.empty(self._plan.arena_bytes, dtype=torch.uint8, device=self._device)
             device_places = place([unit.nbytes for unit in units], self._plan.arena_bytes)
         stops, cursor = [], 0
-        for unit, where in zip(units, device_places):
+        for unit, where in zip(units, device_places, strict=True):
             in_ring = ring_places.get(unit.name)
             if in_ring is not None:
                 assert ring is not None
@@ -268,7 +270,7 @@ class Executor:
 
 
 def _bind(bindings: Sequence[Binding], tensors: Sequence[torch.Tensor]) -> None:
-    for binding, tensor in zip(bindings, tensors):
+    for binding, tensor in zip(bindings, tensors, strict=True):
         if binding.weight.needs_cast:
             tensor = tensor.to(binding.weight.dtype)
         binding.module._parameters[binding.attribute] = tensor  # type: ignore[assignment]

@@ -93,13 +93,17 @@ class ResidencyPlan:
 
     def tier_bytes(self, tier: str) -> int:
         """Bytes of the units in one tier."""
-        return sum(unit.nbytes for unit, where in zip(self.units, self.tiers) if where == tier)
+        return sum(unit.nbytes for unit, where in zip(self.units, self.tiers, strict=True) if where == tier)
+
+    def swept_bytes(self, *tiers: str) -> int:
+        """Bytes of the tiers' units that a sweep reads whole; of embedding tables it reads rows only."""
+        placed = zip(self.units, self.tiers, strict=True)
+        return sum(unit.nbytes for unit, tier in placed if tier in tiers and unit.kind != "embedding")
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that cross the link in a sweep (from disk, where there is no link)."""
-        ram = sum(unit.nbytes for unit, tier in zip(self.units, self.tiers) if tier == "ram" and unit.kind != "embedding")
-        return (ram if self.machine.has_device else 0) + self.tier_bytes("disk")
+        """Bytes that cross the link in a sweep (that come from disk, where there is no link)."""
+        return self.swept_bytes("ram", "disk") if self.machine.has_device else self.swept_bytes("disk")
 
     @property
     def device_bytes(self) -> int:
@@ -109,8 +113,10 @@ class ResidencyPlan:
     @property
     def bounds(self) -> dict[str, float]:
         """Seconds a sweep that each resource needs by itself."""
-        weights = sum(unit.nbytes for unit in self.units if unit.kind != "embedding")
-        seconds = {"disk": self.tier_bytes("disk") / self.machine.disk, "compute": weights / self.machine.memory}
+        seconds = {
+            "disk": self.swept_bytes("disk") / self.machine.disk,
+            "compute": self.swept_bytes("gpu", "ram", "disk") / self.machine.memory,
+        }
         if self.machine.has_device:
             seconds["link"] = self.streamed_bytes / self.machine.link
         return seconds
@@ -128,7 +134,10 @@ class ResidencyPlan:
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain numbers."""
         return {
-            "tiers": {tier: {"bytes": self.tier_bytes(tier), "units": self.tiers.count(tier)} for tier in ("gpu", "ram", "disk")},
+            "tiers": {
+                tier: {"bytes": self.tier_bytes(tier), "units": self.tiers.count(tier)}
+                for tier in ("gpu", "ram", "disk")
+            },
             "device_bytes": self.device_bytes,
             "arena_bytes": self.arena_bytes,
             "ring_bytes": self.ring_bytes,
@@ -145,7 +154,10 @@ class ResidencyPlan:
     def table(self) -> str:
         """One row a unit: name, bytes, tier."""
         width = max([len(unit.name) for unit in self.units] + [4])
-        rows = [f"{unit.name:<{width}} {format_bytes(unit.nbytes):>10}  {tier}" for unit, tier in zip(self.units, self.tiers)]
+        rows = [
+            f"{unit.name:<{width}} {format_bytes(unit.nbytes):>10}  {tier}"
+            for unit, tier in zip(self.units, self.tiers, strict=True)
+        ]
         return "\n".join(rows)
 
     def __str__(self) -> str:
@@ -153,10 +165,12 @@ class ResidencyPlan:
                  for tier in ("gpu", "ram", "disk") if tier in self.tiers]  # fmt: skip
         lines = ["weights   " + " | ".join(parts)]
         if self.machine.has_device:
-            lines.append(f"VRAM      {format_bytes(self.device_bytes)} of {format_bytes(self.vram_budget)}: "
-                         f"KV cache {format_bytes(self.needs.kv_cache)}, "
-                         f"activations {format_bytes(self.needs.activations)}, "
-                         f"scratch {format_bytes(self.needs.scratch)}, arena {format_bytes(self.arena_bytes)}")  # fmt: skip
+            lines.append(
+                f"VRAM      {format_bytes(self.device_bytes)} of {format_bytes(self.vram_budget)}: "
+                f"KV cache {format_bytes(self.needs.kv_cache)}, "
+                f"activations {format_bytes(self.needs.activations)}, "
+                f"scratch {format_bytes(self.needs.scratch)}, arena {format_bytes(self.arena_bytes)}"
+            )
         host = self.tier_bytes("ram") + self.ring_bytes
         lines.append(f"RAM       {format_bytes(host)} of {format_bytes(self.ram_budget)}")
         lines.append(f"predicted {self.sweep_seconds:.3g} s a token ({self.bound_by}-bound)")
@@ -221,18 +235,19 @@ def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tu
 
 def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, has_device: bool) -> int:
     """Fill ``tiers`` with ``"ram"`` and ``"disk"`` where they are empty; returns the bytes of the ring."""
-    open_units = [index for index, tier in enumerate(tiers) if not tier]
-    for index in open_units:
-        # Rows of an embedding are gathered from the mapped file: it takes no place in the budget.
-        if units[index].kind == "embedding":
-            tiers[index] = "ram"
-    rest = [index for index in open_units if not tiers[index]]
+    rest = [index for index, tier in enumerate(tiers) if not tier]
     sizes = {index: align(units[index].nbytes) for index in rest}
-    if sum(sizes.values()) <= budget:
-        for index in rest:
-            tiers[index] = "ram"
+    tables = [index for index in rest if units[index].kind == "embedding"]
+    rest = [index for index in rest if index not in tables]
+    if sum(sizes[index] for index in rest) <= budget:
+        # Only rows of a table are read, from the mapped file: it takes what is left, or no place at all.
+        left = budget - sum(sizes[index] for index in rest)
+        for index in [*rest, *tables]:
+            tiers[index] = "ram" if index in rest or sizes[index] <= left else "disk"
         return 0
-    largest = max(sizes.values())
+    for index in tables:
+        tiers[index] = "disk"
+    largest = max(sizes[index] for index in rest)
     if largest > budget:
         raise BudgetError(f"ram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
                           f"{format_bytes(largest)}, the largest unit that passes through it")  # fmt: skip

@@ -34,7 +34,7 @@ class Recorder:
         self._copier, self._device, self._trace = copier, device, Trace()
         self._origin: Mark = None
         self._start: Mark = None
-        self._sweep_start = 0.0
+        self._sweep: Mark = None
         self._marks: deque[tuple[str, str, Mark, Mark]] = deque(maxlen=65_536)
         self._dequantised: list[tuple[Mark, Mark]] = []
         self._moved: deque[Moved] = deque(maxlen=65_536)
@@ -47,7 +47,7 @@ class Recorder:
         self._origin, self._origin_seconds, self._origin_clock = self._copier.mark(), trace.now(), self.clock()
 
     def begin_sweep(self) -> None:
-        self._sweep_start = self.clock()
+        self._sweep = self._copier.mark()
 
     def begin_compute(self) -> None:
         self._start = self._copier.mark()
@@ -72,7 +72,7 @@ class Recorder:
 
     def end_sweep(self, prefetcher: Prefetcher | None) -> None:
         """One forward is over (on the host)."""
-        self._trace.end_sweep(self.clock() - self._sweep_start)
+        self._marks.append(("sweep", "", self._sweep, self._copier.mark()))
         self._trace.sample_memory(*_memory(self._device))
         self.resolve(prefetcher)
 
@@ -106,8 +106,10 @@ class Recorder:
         finish = self._copier.seconds_between(self._origin, end)
         if begin is None or finish is None:
             return False
+        if stage == "sweep":
+            self._trace.end_sweep(finish - begin)
         # What was already moving before the trace began belongs to no trace.
-        if finish > 0:
+        elif finish > 0:
             self._trace.add(stage, unit, self._origin_seconds + begin, self._origin_seconds + finish, nbytes)
         return True
 

@@ -156,8 +156,10 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
             missing[id(tensor)] = name
             continue
         if tuple(info.shape) != tuple(tensor.shape):
-            raise CheckpointError(f"{info.extents[0].path}: {name} has shape {list(info.shape)}, the model's config "
-                                  f"asks for {list(tensor.shape)}; config.json and weights do not belong together")  # fmt: skip
+            raise CheckpointError(
+                f"{info.extents[0].path}: {name} has shape {list(info.shape)}, the model's config "
+                f"asks for {list(tensor.shape)}; config.json and weights do not belong together"
+            )
         wanted = tensor.dtype if not tensor.dtype.is_floating_point else torch.float32 if high(name) else tensor.dtype
         weights[id(tensor)] = Weight(name, info, wanted, owned[id(tensor)], tensor, is_buffer)
     lacking = [name for key, name in missing.items() if key not in weights and not _may_miss(model, name)]
@@ -194,7 +196,9 @@ def _may_miss(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def cut_units(model: Any, weights: Mapping[str, Weight], limit: int = UNIT_BYTES) -> tuple[list[ModelUnit], list[Weight]]:
+def cut_units(
+    model: Any, weights: Mapping[str, Weight], limit: int = UNIT_BYTES
+) -> tuple[list[ModelUnit], list[Weight]]:
     """Cut the model into units of up to ``limit`` bytes along its module tree, in the order of definition.
 
     Returns the units, and the small weights (norms, biases, whatever has fewer than two dimensions, and what a module
@@ -219,7 +223,9 @@ class _Cutter:
                 self._owned.setdefault(module, []).append((attribute, weight))
 
     def cut(self, module: nn.Module, name: str) -> None:
-        below = [(child, attribute, weight) for child in module.modules() for attribute, weight in self._owned.get(child, [])]
+        below = [
+            (child, attribute, weight) for child in module.modules() for attribute, weight in self._owned.get(child, [])
+        ]
         if not below:
             return
         if isinstance(module, nn.Embedding):

@@ -49,7 +49,7 @@ class MemoryCopier:
 
     def copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], after: Mark | None) -> Copied:
         start = time.perf_counter()
-        for source, target in zip(sources, targets):
+        for source, target in zip(sources, targets, strict=True):
             target.copy_(source)
         return Copied(start, time.perf_counter())
 
@@ -89,7 +89,7 @@ class CudaCopier:
             if after is not None:
                 self._stream.wait_event(after)
             start.record(self._stream)
-            for source, target in zip(sources, targets):
+            for source, target in zip(sources, targets, strict=True):
                 target.copy_(source, non_blocking=True)
             end.record(self._stream)
         return Copied(start, end)

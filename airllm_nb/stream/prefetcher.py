@@ -10,18 +10,20 @@ Steps count for ever; step ``s`` is unit ``order[s % len(order)]``.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
 from ..errors import ClosedError, GenerationStopped
 from .copier import Copied, Copier, Mark
-from .ring import Place
-from .unit import Piece, Unit
+from .schedule import Moved, Schedule, Stop
+from .unit import Piece
+
+__all__ = ["Moved", "Prefetcher", "Stop"]
 
 # Reads that may be under way at once, in units: enough to keep every thread busy, few enough to stop quickly.
 READS_AT_ONCE = 4
@@ -37,45 +39,6 @@ class ReaderLike(Protocol):
         done: Callable[[BaseException | None], None],
         before: Callable[[], None] | None = None,
     ) -> None: ...
-
-
-@dataclass
-class Stop:
-    """One stop of the schedule: a unit, where it is in host memory and where it is computed.
-
-    Attributes
-    ----------
-    unit
-        What is streamed.
-    host
-        Its host memory, uint8 ``[unit.nbytes]``: its own (``keep``) or a place in the ring.
-    device
-        Its place in device memory, uint8 ``[unit.nbytes]``, ``None`` where compute runs on ``host``.
-    host_place, device_place
-        Distances to the stop whose bytes are overwritten; ``host_place`` is ``None`` for a unit of its own memory.
-    keep
-        The unit stays in ``host`` between sweeps: it is read once.
-    loaded
-        ``host`` holds the unit for good.
-    """
-
-    unit: Unit
-    host: torch.Tensor
-    device: torch.Tensor | None
-    host_place: Place | None
-    device_place: Place | None
-    keep: bool
-    loaded: bool = False
-
-
-@dataclass(frozen=True)
-class Moved:
-    """One finished movement for the trace; ``start`` and ``end`` are marks for a copy, seconds for a read."""
-
-    stage: str
-    unit: Unit
-    start: Any
-    end: Any
 
 
 class Prefetcher:
@@ -106,14 +69,14 @@ class Prefetcher:
         clock: Callable[[], float],
         cancelled: Callable[[], bool] = lambda: False,
     ):
-        self._stops, self._reader, self._copier = list(stops), reader, copier
+        self._stops, self._reader, self._copier = Schedule(stops), reader, copier
         self._depth = len(self._stops) if depth is None else min(depth, len(self._stops))
         self._clock, self._cancelled = clock, cancelled
         self._changed = threading.Condition()
-        self._disk = [index for index, stop in enumerate(self._stops) if stop.host_place is not None]
-        self._rank = {index: rank for rank, index in enumerate(self._disk)}
         self._error: BaseException | None = None
         self._closed, self._epoch, self._reading, self._last_read_end = False, 0, 0, 0.0
+        self._held: int | None = None
+        self._broken = False
         self.moved: deque[Moved] = deque(maxlen=4 * len(self._stops) + 64)
         self.resets = 0
         self._begin(0)
@@ -130,9 +93,9 @@ class Prefetcher:
         GenerationStopped
             If it was cancelled while waiting.
         """
-        with self._changed:
+        with self._changed, self._sound():
             self._check()
-            if self._held is not None or self._done % len(self._stops) != index:
+            if self._broken or self._held is not None or self._done % len(self._stops) != index:
                 self._restart(index)
             self._held = step = self._wanted = self._done
             self._advance()
@@ -151,7 +114,7 @@ class Prefetcher:
 
     def release(self, index: int) -> None:
         """Compute on stop ``index`` is queued; its memory may be used again after that."""
-        with self._changed:
+        with self._changed, self._sound():
             if self._held is None or self._held % len(self._stops) != index:
                 return
             step, self._held = self._held, None
@@ -170,10 +133,20 @@ class Prefetcher:
 
     # --- the state machine; the lock is held in everything below
 
+    @contextlib.contextmanager
+    def _sound(self) -> Iterator[None]:
+        """After an error, steps ahead may be lost: the next take starts the schedule again."""
+        try:
+            yield
+        except BaseException:
+            self._broken = True
+            raise
+
     def _begin(self, step: int) -> None:
         self._epoch += 1
         self._first = self._done = self._wanted = self._next_read = self._next_copy = step
-        self._held: int | None = None
+        self._held, self._broken = None, False
+        self._loading: set[int] = set()
         self._read: set[int] = set()
         # The latest copy of, and compute on, each stop; a copy may still be under way when its step is released.
         self._copied: dict[int, Copied] = {}
@@ -204,7 +177,7 @@ class Prefetcher:
             raise error
 
     def _ready(self, step: int) -> bool:
-        stop = self._stops[step % len(self._stops)]
+        stop = self._stops[step]
         if stop.device is not None:
             return step < self._next_copy
         return stop.loaded or step in self._read
@@ -217,30 +190,21 @@ class Prefetcher:
         step = self._next_read
         if step > self._wanted + self._depth:
             return False
-        stop = self._stops[step % len(self._stops)]
-        if stop.loaded:
+        stop, before = self._stops[step], None
+        if stop.loaded or step % len(self._stops) in self._loading:
             self._next_read += 1
             return True
         if self._reading >= READS_AT_ONCE:
             return False
-        before = None
-        if stop.host_place is not None:
-            owner = self._overwritten(step, stop.host_place)
-            if owner >= self._first:
-                if owner >= (self._done if stop.device is None else self._next_copy):
-                    return False
-                if copied := self._copied.get(owner % len(self._stops)):
-                    before = _waiter(self._copier, copied.end)
+        owner = self._stops.host_owner(step)
+        if owner is not None and owner >= self._first:
+            if owner >= (self._done if stop.device is None else self._next_copy):
+                return False
+            if copied := self._copied.get(owner % len(self._stops)):
+                before = _waiter(self._copier, copied.end)
         self._next_read += 1
         self._submit(step, stop, before)
         return True
-
-    def _overwritten(self, step: int, host_place: Place) -> int:
-        """The step whose host bytes the read of ``step`` overwrites; distances count stops that use the ring."""
-        count = len(self._stops)
-        rank = self._rank[step % count] - host_place.distance
-        sweep = step // count if rank >= 0 else step // count - 1
-        return sweep * count + self._disk[rank % len(self._disk)]
 
     def _submit(self, step: int, stop: Stop, before: Callable[[], None] | None) -> None:
         epoch, started = self._epoch, self._clock()
@@ -252,6 +216,8 @@ class Prefetcher:
                 self._changed.notify_all()
 
         self._reading += 1
+        if stop.keep:
+            self._loading.add(step % len(self._stops))
         try:
             self._reader.submit(stop.unit.pieces, memoryview(stop.host.numpy()), done, before)
         except BaseException:
@@ -267,36 +233,28 @@ class Prefetcher:
             stop.loaded = True
         if epoch != self._epoch:
             return
+        self._loading.discard(step % len(self._stops))
         if error is None:
             self._read.add(step)
             try:
                 self._advance()
-            except BaseException as caught:  # noqa: BLE001 - this is a reading thread; the caller must hear of it
+            except BaseException as caught:  # this is a reading thread; the caller must hear of it
                 error = caught
         self._error = self._error or error
 
     def _start_copy(self) -> bool:
         step = self._next_copy
-        index = step % len(self._stops)
-        stop = self._stops[index]
-        if stop.device is None or stop.device_place is None or step > self._wanted + self._depth:
+        index, stop, owner = step % len(self._stops), self._stops[step], self._stops.device_owner(step)
+        if stop.device is None or owner is None or step > self._wanted + self._depth:
             return False
-        if not (stop.loaded or step in self._read):
+        if not (stop.loaded or step in self._read) or owner >= max(self._done, self._first):
             return False
-        owner = step - stop.device_place.distance
-        if owner >= max(self._done, self._first):
-            return False
-        after = self._computed.get(owner % len(self._stops))
-        copied = self._copier.copy(*_sources_and_targets(stop), after)
-        self._copied[index] = copied
+        # Nothing ahead means nothing beside: without prefetching a copy waits for all compute before it.
+        after = self._computed.get(owner % len(self._stops)) if self._depth else self._copier.mark()
+        self._copied[index] = copied = self._copier.copy([stop.host], [stop.device], after)
         self.moved.append(Moved("copy", stop.unit, copied.start, copied.end))
         self._next_copy += 1
         return True
-
-
-def _sources_and_targets(stop: Stop) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    assert stop.device is not None
-    return [stop.host], [stop.device]
 
 
 def _waiter(copier: Copier, mark: Mark) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from .reader import Reader
 from .ring import HostArena
 from .unit import Piece
 
-READ_BYTES = 64 << 20
+READ_BYTES = 256 << 20
 COPY_BYTES = 64 << 20
 # Where nothing can be measured.
 FALLBACK = 1e9

@@ -62,7 +62,7 @@ class Reader:
             batch.wait_before()
             if not self._closed and batch.error is None:
                 read_exactly(self._files.descriptor(path), path, offset, view)
-        except BaseException as caught:  # noqa: BLE001 - whatever a thread meets belongs to the caller
+        except BaseException as caught:  # whatever a thread meets belongs to the caller
             error = caught
         batch.finish(error)
 

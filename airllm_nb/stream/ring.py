@@ -61,7 +61,10 @@ def place(sizes: Sequence[int], capacity: int) -> list[Place]:
             cursor = 0
         offsets.append(cursor)
         cursor += room
-    return [Place(offset, size, _distance(index, offsets, sizes)) for index, (offset, size) in enumerate(zip(offsets, sizes, strict=True))]
+    return [
+        Place(offset, size, _distance(index, offsets, sizes))
+        for index, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
+    ]
 
 
 def _distance(index: int, offsets: Sequence[int], sizes: Sequence[int]) -> int:
@@ -76,7 +79,9 @@ def _distance(index: int, offsets: Sequence[int], sizes: Sequence[int]) -> int:
 def lookahead(sizes: Sequence[int], places: Sequence[Place]) -> int:
     """The fewest bytes that can be in flight ahead of any unit while it computes: what the arena is worth."""
     count = len(sizes)
-    ahead = [sum(sizes[(index + step) % count] for step in range(1, places_ahead(index, places))) for index in range(count)]
+    ahead = [
+        sum(sizes[(index + step) % count] for step in range(1, places_ahead(index, places))) for index in range(count)
+    ]
     return min(ahead, default=0)
 
 

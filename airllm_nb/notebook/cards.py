@@ -1,0 +1,115 @@
+"""Facts as a small table that reads as text and as HTML, in notebooks without widgets too."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..config import format_bytes
+
+if TYPE_CHECKING:
+    from ..engine import StreamedModel
+    from .registry import Entry
+
+
+class Card:
+    """A title and rows of a label and a value, as text/plain and text/html."""
+
+    def __init__(self, title: str, rows: Sequence[tuple[str, str]]):
+        self.title, self.rows = title, list(rows)
+
+    def __repr__(self) -> str:
+        width = max([len(label) for label, _ in self.rows] + [0])
+        indent = "\n" + " " * (width + 4)
+        lines = [f"  {label:<{width}}  {value}".replace("\n", indent) for label, value in self.rows]
+        return "\n".join([self.title, *lines])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f'<tr><th scope="row" style="text-align:left">{html.escape(label)}</th>'
+            f'<td style="text-align:left;white-space:pre-wrap">{html.escape(value)}</td></tr>'
+            for label, value in self.rows
+        )
+        return f'<table><caption style="text-align:left"><b>{html.escape(self.title)}</b></caption>{rows}</table>'
+
+
+class Line:
+    """One line of text that stays apart from streamed text, so that the answer can be copied alone."""
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return f"<small>{html.escape(self.text)}</small>"
+
+
+def model_card(name: str, model: StreamedModel) -> Card:
+    """What a model is, where its weights are and how fast it will be."""
+    status, plan = model.status(), model.plan
+    weights = sum(tier["bytes"] for tier in status["plan"]["tiers"].values()) + status["plan"]["small_bytes"]
+    size = [format_bytes(weights), status["compression"] or "not compressed"]
+    if not status["compression"]:
+        size.insert(0, f"{count(model.native.num_parameters())} parameters")
+    rows = [
+        ("model", f"{status['name']} ({', '.join(size)})"),
+        ("runs on", f"{status['device']}, {status['dtype']}"),
+        *_plan_rows(str(plan)),
+    ]
+    return Card(f"{status['name']} is loaded as {name!r}", rows)
+
+
+def plan_card(model: str, plan: Any) -> Card:
+    """What would go where."""
+    return Card(f"{model}: the plan", _plan_rows(str(plan)))
+
+
+def status_card(entries: Sequence[Entry]) -> Card:
+    """Loaded models with budgets, tiers and last speed."""
+    rows = []
+    for entry in entries:
+        status = entry.model.status()
+        what = [status["name"], status["device"], status["dtype"], status["compression"] or "not compressed"]
+        state = "generating" if status["busy"] else "ready"
+        rows.append((entry.name, f"{', '.join(what)}: {state}\n{entry.model.plan}\n{_last(status['last'])}"))
+    return Card(f"{len(rows)} model{'s' * (len(rows) != 1)} loaded; the last is the default", rows)
+
+
+def _plan_rows(plan: str) -> list[tuple[str, str]]:
+    return [(label, rest.strip()) for label, _, rest in (line.partition(" ") for line in plan.splitlines())]
+
+
+def _last(summary: dict[str, Any]) -> str:
+    if not summary["sweeps"]:
+        return "last      nothing generated yet"
+    return f"last      {summary['tokens']} tokens, {speed(summary)}"
+
+
+def speed(summary: dict[str, Any]) -> str:
+    """``"0.081 s a sweep, 95% of the predicted speed"``"""
+    text = f"{summary['sweep_seconds']:.3g} s a sweep" if summary["sweep_seconds"] else "no sweep finished"
+    achieved = summary["achieved_of_predicted"]
+    return text if not achieved else f"{text}, {achieved:.0%} of the predicted speed"
+
+
+def trace_card(summary: dict[str, Any]) -> Card:
+    """Totals of each stage of one generation."""
+    rows = [("speed", f"{summary['tokens']} tokens in {summary['sweeps']} sweeps, {speed(summary)}")]
+    if summary["peak_device_bytes"]:
+        rows.append(("peak", format_bytes(summary["peak_device_bytes"])))
+    for stage, total in summary["stages"].items():
+        if total["count"]:
+            moved = f", {format_bytes(total['bytes'])} at {total['gb_per_second']:.1f} GB/s" if total["bytes"] else ""
+            rows.append((stage, f"{total['seconds']:.3f} s in {total['count']:,}{moved}"))
+    return Card("the last generation, stage by stage (stages overlap)", rows)
+
+
+def count(number: float) -> str:
+    """``1.5 B``, ``135 M``"""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return f"{number:.0f}"

@@ -1,0 +1,100 @@
+"""Opens a model in a thread of its own, so that the cell can show progress and be interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar
+
+from ..trace import Progress, ProgressCallback
+from .progress_line import Meter, ProgressLine
+
+T = TypeVar("T")
+
+
+class Loading(Generic[T]):
+    """Work that reports progress: the worker only leaves its latest report, the cell's thread draws it.
+
+    Parameters
+    ----------
+    work
+        Called in the thread with a progress callback; what it returns is closed if nobody waits for it any more.
+    """
+
+    def __init__(self, work: Callable[[ProgressCallback], T]):
+        self._work = work
+        self._latest: Progress | None = None
+        self._lock, self._left = threading.Lock(), False
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="airllm-load", daemon=True)
+
+    def result(self, line: ProgressLine) -> T:
+        """Run it, showing progress; what it raises is raised here.
+
+        A ``KeyboardInterrupt`` ends the work at its next report, and a second one leaves it to end by itself.
+        """
+        meter = Meter()
+        self._thread.start()
+        try:
+            while self._thread.is_alive():
+                line.show(meter.text(self._latest))
+                self._thread.join(0.1)
+        except KeyboardInterrupt:
+            self._leave()
+            with contextlib.suppress(KeyboardInterrupt):
+                line.show("stopping …")
+                self._thread.join()
+            raise
+        finally:
+            line.clear()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        return self._value  # type: ignore[return-value]
+
+    def _run(self) -> None:
+        try:
+            with _no_bars_of_the_hub():
+                value = self._work(self._report)
+        except BaseException as error:  # noqa: BLE001 - raised again in the cell's thread
+            self._error = error
+            return
+        with self._lock:
+            if not self._left:
+                self._value = value
+                return
+        _close(value)
+
+    def _report(self, progress: Progress) -> None:
+        self._latest = progress
+        if self._left:
+            # Not an Exception: nothing on the way may take it for a failed download and try again.
+            raise KeyboardInterrupt
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._left = True
+            value, self._value = self._value, None
+        _close(value)
+
+
+def _close(value: Any) -> None:
+    if hasattr(value, "close"):
+        value.close()
+
+
+@contextlib.contextmanager
+def _no_bars_of_the_hub() -> Iterator[None]:
+    """The Hub's bars would be a second progress display; in a kernel, widgets made by a background thread."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

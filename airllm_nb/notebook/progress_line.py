@@ -1,0 +1,163 @@
+"""One line that says how far long work is, and goes away: in a notebook, in a terminal, or nowhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from IPython.display import display
+
+from ..config import format_bytes
+from ..trace import Progress
+from .environment import output_of
+
+# Redraws a second are bounded: a front end falls behind otherwise.
+INTERVAL = 0.25
+
+
+class Sink(Protocol):
+    """Where the line is drawn."""
+
+    def draw(self, text: str) -> None: ...
+
+    def erase(self) -> None: ...
+
+    def replace(self, shown: Any) -> None: ...
+
+
+class KernelSink:
+    """A display that is updated in place."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def draw(self, text: str) -> None:
+        self._put({"text/plain": text}, raw=True)
+
+    def erase(self) -> None:
+        self.draw("")
+
+    def replace(self, shown: Any) -> None:
+        """Leave ``shown`` where the line was."""
+        self._put(shown)
+
+    def _put(self, shown: Any, **how: Any) -> None:
+        if self._handle is None:
+            self._handle = display(shown, display_id=True, **how)
+        else:
+            self._handle.update(shown, **how)
+
+
+class TerminalSink:
+    """A line that is written over itself, cut to the width of the terminal."""
+
+    def draw(self, text: str) -> None:
+        import shutil
+
+        width = shutil.get_terminal_size().columns - 1
+        sys.stdout.write(f"\r\x1b[K{text[:width]}")
+        sys.stdout.flush()
+
+    def erase(self) -> None:
+        self.draw("")
+
+    def replace(self, shown: Any) -> None:
+        self.erase()
+        display(shown)
+
+
+class NoSink:
+    """Shows what remains, and nothing that would not."""
+
+    def draw(self, text: str) -> None: ...
+
+    def erase(self) -> None: ...
+
+    def replace(self, shown: Any) -> None:
+        display(shown)
+
+
+class ProgressLine:
+    """Draws at most four times a second; main thread only.
+
+    Parameters
+    ----------
+    sink
+        Where.
+    clock
+        Monotonic seconds.
+    """
+
+    def __init__(self, sink: Sink, clock: Callable[[], float] = time.monotonic):
+        self._sink, self._clock = sink, clock
+        self._shown, self._next = "", 0.0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the line keeps its place when other output follows it."""
+        return isinstance(self._sink, KernelSink)
+
+    def show(self, text: str) -> None:
+        """Draw ``text`` unless the last drawing was just now."""
+        if text == self._shown or self._clock() < self._next:
+            return
+        self._sink.draw(text)
+        self._shown, self._next = text, self._clock() + INTERVAL
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            self._sink.erase()
+            self._shown, self._next = "", 0.0
+
+    def replace(self, shown: Any) -> None:
+        """Put ``shown`` in the line's place, to stay."""
+        self._sink.replace(shown)
+        self._shown = ""
+
+
+def progress_line(shell: Any, dashboard: str = "bar") -> ProgressLine:
+    """The line that fits where this cell's output goes; ``dashboard="none"`` shows no progress at all."""
+    where = "captured" if dashboard == "none" else output_of(shell)
+    sinks: dict[str, type[Any]] = {"kernel": KernelSink, "terminal": TerminalSink, "captured": NoSink}
+    return ProgressLine(sinks[where]())
+
+
+class Meter:
+    """Reports of long work as text, with rate and time left.
+
+    The rate counts from the first report of a stage, so that what an earlier attempt left does not flatter it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._stage, self._done, self._since = clock, "", 0, 0.0
+
+    def text(self, progress: Progress | None) -> str:
+        """``"download 1.2 GiB of 4.0 GiB · 95.0 MiB/s · 0:30 left"``"""
+        now = self._clock()
+        if progress is None:
+            return "loading …"
+        if progress.stage != self._stage:
+            self._stage, self._done, self._since = progress.stage, progress.done, now
+        is_bytes = progress.unit == "bytes"
+        amount = format_bytes if is_bytes else "{:,.0f}".format
+        of = f" of {amount(progress.total)}" if progress.total else ""
+        parts = [f"{progress.stage} {progress.detail}".strip()]
+        if is_bytes or progress.total > 1:
+            parts.append(f"{amount(progress.done)}{of}{'' if is_bytes else ' ' + progress.unit}")
+        moved, seconds = progress.done - self._done, now - self._since
+        if is_bytes and moved > 0 and seconds > 0.5:
+            rate = moved / seconds
+            parts.append(f"{format_bytes(rate)}/s")
+            if progress.total:
+                parts.append(f"{clock_time((progress.total - progress.done) / rate)} left")
+        return " · ".join(parts)
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as ``"1:05"`` or ``"2:01:05"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,57 @@
+"""``{name}`` in a prompt → the variable of the notebook, where there is one; every other brace stays as it is.
+
+Prompts hold code and JSON, so nothing here is an error: an unknown name, an expression, a doubled brace are text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from ..errors import PromptError
+
+_NAME = re.compile(r"(?<!\{)\{([^\W\d]\w*)\}(?!\})")
+
+
+def expand(text: str, variables: Mapping[str, Any]) -> str:
+    """Put values in the place of ``{name}``, once: braces inside a value are not looked at.
+
+    Parameters
+    ----------
+    variables
+        See :func:`visible`.
+
+    Raises
+    ------
+    PromptError
+        If a value cannot be written as text.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in variables:
+            return match[0]
+        try:
+            return str(variables[match[1]])
+        except Exception as error:
+            raise PromptError(f"the variable {match[1]} cannot be written as text ({type(error).__name__}: {error}); "
+                              f"put a string into the prompt, or keep {match[0]} as it is with --raw") from None  # fmt: skip
+
+    return _NAME.sub(value, text)
+
+
+def visible(shell: Any) -> dict[str, Any]:
+    """The notebook's own variables: not what IPython puts there, and no modules, functions or classes.
+
+    ``{json}`` in a prompt is text even where ``json`` is imported.
+    """
+    hidden, missing = shell.user_ns_hidden, object()
+    return {
+        name: value
+        for name, value in shell.user_ns.items()
+        if value is not hidden.get(name, missing)
+        and name.strip("_")
+        and not isinstance(value, (ModuleType, type))
+        and not callable(value)
+    }

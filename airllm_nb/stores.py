@@ -1,0 +1,129 @@
+"""Where a model's bytes come from: the checkpoint's own files, or a store that is found, or written once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.codec import Codec, compressible
+from .checkpoint.convert import delete_original, encode_jobs
+from .checkpoint.gguf import convert_gguf
+from .checkpoint.index import TensorInfo, read_index
+from .checkpoint.journal import write_atomically
+from .checkpoint.layout import Choice, companions
+from .checkpoint.mapping import map_checkpoint
+from .checkpoint.pickles import convert_pickles
+from .checkpoint.source import Source, store_folder
+from .checkpoint.store import MANIFEST, Store, StoreMeta, open_store, write_store
+from .config import LoadOptions
+from .errors import OptionError
+from .trace import ProgressCallback
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+# Left in a local folder whose weights were deleted after compression; says where the store is.
+POINTER = "airllm_nb_store.json"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where to read: config and tokenizer from ``folder``, parameters from ``tensors`` (by native name)."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+
+def opened_store(model: str | Path, options: LoadOptions) -> Store | None:
+    """The store that ``model`` names directly: its own folder, or a folder whose weights it replaced.
+
+    Raises
+    ------
+    OptionError
+        If another compression was asked for than the store has.
+    """
+    folder = Path(model).expanduser()
+    if (folder / POINTER).is_file() and not any(folder.glob("*.safetensors")):
+        folder = Path(json.loads((folder / POINTER).read_text(encoding="utf-8"))["store"])
+    store = open_store(folder) if folder.is_dir() else None
+    if store is None or store.meta.codec == "none":
+        return None
+    if options.compression not in (None, store.meta.codec):
+        raise OptionError(f"{folder} is compressed as {store.meta.codec!r}, compression={options.compression!r} was "
+                          "asked for; leave the option out, or load the original model")  # fmt: skip
+    return store
+
+
+def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
+    """What is here already and needs nothing written; ``None`` when there is work to do."""
+    if codec.name == "none" and source.format == "safetensors":
+        return Weights(source.folder, map_checkpoint(read_index(source.folder), skeleton)) if source.files else None
+    folder = _folder(source, codec.name, dtype, options)
+    store = open_store(folder)
+    if store is None or not (folder / "config.json").is_file():
+        return None
+    return Weights(folder, store.index if codec.name != "none" else map_checkpoint(store.index, skeleton))
+
+
+def write(
+    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
+) -> Weights:
+    """Write the store that is missing, from what an earlier start left; the source's files must be here."""
+    plain = _plain(source, dtype, options, progress)
+    index = open_store(plain).index if plain != source.folder else read_index(plain)  # type: ignore[union-attr]
+    tensors = map_checkpoint(index, skeleton)
+    if codec.name == "none":
+        return Weights(plain, tensors)
+    folder = _folder(source, codec.name, dtype, options)
+    names = [f"{name}.weight" for name in compressible(skeleton)]
+    jobs = encode_jobs(tensors, codec, names, dtype, device=skeleton.device)
+    store = write_store(folder, jobs, _meta(source, codec, dtype), progress=progress)
+    _copy_companions(plain, folder)
+    if options.delete_original:
+        _delete(store, source)
+    if plain != source.folder:
+        # Ours, and only a step on the way: what it held is in the store now.
+        shutil.rmtree(plain)
+    return Weights(folder, store.index)
+
+
+def _plain(source: Source, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback) -> Path:
+    """A folder of plain safetensors: the source's own, or one written once from pickles or GGUF."""
+    if source.format == "safetensors":
+        return source.folder
+    folder, name = _folder(source, "none", dtype, options), str(dtype).removeprefix("torch.")
+    if source.format == "gguf":
+        return convert_gguf(source, folder, name, progress=progress)
+    return convert_pickles(source, folder, name, progress=progress)
+
+
+def _folder(source: Source, codec: str, dtype: torch.dtype, options: LoadOptions) -> Path:
+    return store_folder(source, codec, str(dtype).removeprefix("torch."), options)
+
+
+def _meta(source: Source, codec: Codec, dtype: torch.dtype) -> StoreMeta:
+    return StoreMeta(codec.name, str(dtype).removeprefix("torch."), source.fingerprint)
+
+
+def _copy_companions(plain: Path, folder: Path) -> None:
+    """Config and tokenizer beside the weights: the store is a model of its own. config.json comes last."""
+    names = [
+        path.relative_to(plain).as_posix() for path in plain.rglob("*") if path.is_file() and path.name != MANIFEST
+    ]
+    for name in sorted(companions(names, Choice("safetensors", None, ())), key=lambda name: name == "config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name, (plain / name).read_bytes())
+
+
+def _delete(store: Store, source: Source) -> None:
+    deleted = delete_original(store, source.files)
+    log.info("deleted %d original weight files; %s replaces them", len(deleted), store.folder)
+    if source.repo_id is None:
+        write_atomically(source.folder / POINTER, json.dumps({"store": str(store.folder)}).encode())
