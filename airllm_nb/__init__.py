@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .auto_model import AutoModel
+    from .checkpoint.sample import sample_model
     from .config import LoadOptions
     from .engine import StreamedModel, convert_model, open_model, plan_model
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoModel", "LoadOptions", "StreamedModel", "__version__", "convert_model", "open_model", "plan_model"]
+__all__ = [
+    "AutoModel",
+    "LoadOptions",
+    "StreamedModel",
+    "__version__",
+    "convert_model",
+    "open_model",
+    "plan_model",
+    "sample_model",
+]
 
 _HOMES = {
     "AutoModel": "auto_model",
@@ -23,6 +33,7 @@ _HOMES = {
     "convert_model": "engine",
     "open_model": "engine",
     "plan_model": "engine",
+    "sample_model": "checkpoint.sample",
 }
 
 

@@ -86,6 +86,8 @@ def prepare(
     if found is None and weights:
         source = _resolve(model, options, progress, weights=True)
         found = stores.write(source, skeleton, codec, dtype, options, progress)
+    if found and options.delete_original and store is None:
+        stores.replace_original(source, found.folder)
     compress(skeleton, codec, dtype, scratch)
     tensors = found.tensors if found else sizes_only(skeleton)
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))

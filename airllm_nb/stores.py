@@ -22,6 +22,7 @@ from .checkpoint.source import Source, store_folder
 from .checkpoint.store import MANIFEST, Store, StoreMeta, open_store, write_store
 from .config import LoadOptions
 from .errors import OptionError
+from .model.skeleton import kept_in_float32
 from .trace import ProgressCallback
 
 if TYPE_CHECKING:
@@ -82,12 +83,11 @@ def write(
     if codec.name == "none":
         return Weights(plain, tensors)
     folder = _folder(source, codec.name, dtype, options)
-    names = [f"{name}.weight" for name in compressible(skeleton)]
-    jobs = encode_jobs(tensors, codec, names, dtype, device=skeleton.device)
+    names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
+    exact = [name for name in tensors if is_exact(name)]
+    jobs = encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)
     store = write_store(folder, jobs, _meta(source, codec, dtype), progress=progress)
     _copy_companions(plain, folder)
-    if options.delete_original:
-        _delete(store, source)
     if plain != source.folder:
         # Ours, and only a step on the way: what it held is in the store now.
         shutil.rmtree(plain)
@@ -122,7 +122,11 @@ def _copy_companions(plain: Path, folder: Path) -> None:
         write_atomically(folder / name, (plain / name).read_bytes())
 
 
-def _delete(store: Store, source: Source) -> None:
+def replace_original(source: Source, folder: Path) -> None:
+    """Delete the source's weight files, every byte of the store in ``folder`` verified first."""
+    store = open_store(folder)
+    if store is None or not source.files:
+        return
     deleted = delete_original(store, source.files)
     log.info("deleted %d original weight files; %s replaces them", len(deleted), store.folder)
     if source.repo_id is None:

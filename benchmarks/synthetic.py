@@ -52,9 +52,15 @@ def write(folder: Path, shape: str, layers: int, device: str = "cpu", dtype: tor
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     kv = sizes["num_key_value_heads"] * head
-    matrices = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-                "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-                "mlp.down_proj": (hidden, inner)}  # fmt: skip
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         tensors = {f"{prefix}{name}.weight": random(*shape) for name, shape in matrices.items()}

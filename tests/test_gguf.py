@@ -281,7 +281,7 @@ def test_without_the_gguf_package_the_remedy_is_named(tmp_path: Path, monkeypatc
 def test_the_sample_is_local_when_the_hub_is_out_of_reach(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "sample_gguf", lambda *, progress: real)
     assert sample.sample_model() == str(real)  # the session is offline
-    monkeypatch.setattr(sample, "_hub_answers", lambda seconds: True)
+    monkeypatch.setattr(sample, "answers", lambda repo_id, seconds: True)
     assert sample.sample_model() == sample.HUB_ID
 
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +20,10 @@ from .convert import DTYPE_NAMES
 from .gguf_file import GGUFFile, GGUFTensor, damaged, read_gguf
 from .rewrite import is_complete, rewrite
 from .shard import Entry
-from .source import Source
 from .store import StoreMeta
+
+if TYPE_CHECKING:
+    from .source import Source
 
 log = logging.getLogger(__name__)
 

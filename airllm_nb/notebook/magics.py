@@ -19,7 +19,7 @@ from .loading import Loading
 from .mistakes import one_line
 from .progress_line import progress_line
 from .prompt_variables import expand, visible
-from .registry import DEFAULT_NAME, Entry, Registry
+from .registry import DEFAULT_NAME, NOTHING, Entry, Registry
 
 if TYPE_CHECKING:
     import argparse
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..config import LoadOptions
 
 CHROME = "ui.perfetto.dev and chrome://tracing open it"
+DETACHED = "interrupted twice: no result is stored; the model stops by itself and can then be used again"
 
 
 @magics_class
@@ -98,7 +99,7 @@ class AirLLM(Magics):
         generation = entry.model.stream(_prompt(given, text), **how)
         result = generate(entry, generation, progress_line(self.shell, entry.dashboard))
         if result is None:
-            display(cards.Line("interrupted twice: no result is stored; the model stops by itself and can be used again"))
+            display(cards.Line(DETACHED))
             return
         if given.output:
             self.shell.user_ns[given.output] = result
@@ -128,8 +129,7 @@ class AirLLM(Magics):
     def airllm_status(self, line: str) -> None:
         """Show the loaded models with their budgets, tiers and last speed."""
         if self._parsed(self.airllm_status, line) is not None:
-            self.models.get()
-            display(cards.status_card(list(self.models)))
+            display(cards.status_card(list(self.models)) if self.models.names else cards.Line(NOTHING))
 
     @line_magic
     @options.arguments(options.TRACE)
@@ -165,7 +165,7 @@ class AirLLM(Magics):
         names = [self.models.get(given.name).name] if given.name else self.models.names
         for name in names:
             self.models.remove(name)
-        display(cards.Line(f"closed {', '.join(names)}" if names else "no model is loaded"))
+        display(cards.Line(f"closed {', '.join(names)}" if names else NOTHING))
 
     def _parsed(self, magic: Any, line: str, change: Any = str) -> argparse.Namespace | None:
         given = options.parse(magic, line, change)
@@ -184,9 +184,10 @@ class AirLLM(Magics):
             return
         try:
             Loading(lambda report: _plan(model, wanted, report)).result(bar)
-        except BudgetError:
-            # The old model holds memory that the new one will have.
-            return
+        except BudgetError as error:
+            # A budget that was not given is what the old model leaves free: the new one will have more.
+            if getattr(wanted, str(error).partition("=")[0], None) is not None:
+                raise
 
 
 def _open(model: str, wanted: LoadOptions, report: Any) -> Any:

@@ -22,11 +22,16 @@ _NAME = argument("--name", help="The name of the model in this session; default:
 
 _LOADING = (
     argument("model", metavar="MODEL", help="Hub id, local folder or .gguf file."),
-    argument("--compression", choices=("4bit", "8bit"), help="Write a compressed store once, and stream from it."),
+    argument(
+        "--compression",
+        choices=("4bit", "8bit"),
+        metavar="4bit|8bit",
+        help="Write a compressed store once, and stream from it.",
+    ),
     argument("--vram", metavar="SIZE", help="Memory budget on the GPU, such as 4GiB; default: what is free."),
     argument("--ram", metavar="SIZE", help="Budget for weights in RAM, such as 8GiB; default: what is free."),
     argument("--shards", metavar="DIR", help="Folder for the compressed store."),
-    argument("--dtype", choices=DTYPES, help="Compute in this type; default: the checkpoint's."),
+    argument("--dtype", choices=DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; default: the model's."),
     argument("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU."),
     argument("--max-seq-len", type=int, metavar="N", help="Keep room for prompt and answer of this many tokens."),
     argument("--no-prefetch", action="store_true", help="Read and copy weights only when they are needed."),
@@ -39,9 +44,9 @@ _LOADING = (
 )
 LOAD = (
     *_LOADING[:-1],
-    argument("--name", help="Name it, to keep several; loading under a known name replaces that model. Default: model."),
+    argument("--name", help="Keep several under names; a name that is taken is replaced. Default: model."),
     argument("-o", "--output", metavar="VAR", help="Put the model object into this variable."),
-    argument("--dashboard", choices=DASHBOARDS, help="How much to show while it works; full is bar for now."),
+    argument("--dashboard", choices=DASHBOARDS, metavar="full|bar|none", help="Show progress; full is bar for now."),
     _HELP,
 )
 PLAN = (
@@ -52,7 +57,7 @@ PLAN = (
 )
 GENERATE = (
     argument("-n", "--max-new-tokens", type=int, metavar="N", help="Longest answer in tokens; default: 200."),
-    argument("-t", "--temperature", type=float, metavar="T", help="Sample at this temperature; 0, the default: greedy."),
+    argument("-t", "--temperature", type=float, metavar="T", help="Sample at this temperature; 0 (default): greedy."),
     argument("--top-p", type=float, metavar="P", help="Sample from the most likely tokens of this total probability."),
     argument("--top-k", type=int, metavar="K", help="Sample from this many most likely tokens."),
     argument("--seed", type=int, metavar="N", help="Start the random numbers here, for sampling."),

@@ -36,7 +36,7 @@ def expand(text: str, variables: Mapping[str, Any]) -> str:
             return str(variables[match[1]])
         except Exception as error:
             raise PromptError(f"the variable {match[1]} cannot be written as text ({type(error).__name__}: {error}); "
-                              f"put a string into the prompt, or keep {match[0]} as it is with --raw") from None  # fmt: skip
+                              f"make it a string, or keep {match[0]} as it is with --raw") from None  # fmt: skip
 
     return _NAME.sub(value, text)
 

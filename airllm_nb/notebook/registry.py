@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..engine import StreamedModel
 
 DEFAULT_NAME = "model"
+NOTHING = "no model is loaded; load one with %airllm_load MODEL"
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Registry:
             If there is none, or none of that name.
         """
         if not self._entries:
-            raise OptionError("no model is loaded; load one with %airllm_load MODEL")
+            raise OptionError(NOTHING)
         if name is None:
             return next(reversed(self._entries.values()))
         if name not in self._entries:

@@ -1,0 +1,6 @@
+"""``python -m airllm_nb`` is ``airllm-nb``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,49 @@
+"""``airllm-nb plan | convert | generate | doctor``: the same engine from a shell.
+
+Exit codes: 0, 1 for an error of the model, the machine or the input (one line on stderr), 2 for wrong usage, 130 after
+Ctrl-C. With ``--json`` stdout is one JSON document and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import AirLLMError, OptionError
+from . import commands, doctor
+from .arguments import in_flags, make_parser
+
+__all__ = ["main"]
+
+USER, USAGE, INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = make_parser(
+        plan=commands.plan, convert=commands.convert, generate=commands.generate, doctor=doctor.doctor
+    )  # fmt: skip
+    given = parser.parse_args(argv)
+    try:
+        return given.run(given)
+    except OptionError as error:
+        return _fail(str(error), USAGE)
+    except AirLLMError as error:
+        return _fail(str(error), USER)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was downloaded or converted is kept", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of stdout has gone: give Python something to flush into at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return USER
+    except Exception as error:
+        if not any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+            raise
+        reason = str(error).splitlines()[0]
+        return _fail(f"the GPU ran out of memory ({reason}); give a smaller --vram or --max-seq-len", USER)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"airllm-nb: {in_flags(' '.join(message.splitlines()))}\n")
+    return code

@@ -1,0 +1,157 @@
+"""The command line: commands, their options (named as the magics name them) and one-line complaints."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..config import DTYPES, LoadOptions
+from ..errors import OptionError, PromptError
+
+Command = Callable[[argparse.Namespace], int]
+
+# Messages name the options of Python; in a shell they have other names.
+_FLAGS = {
+    "vram_budget": "--vram",
+    "ram_budget": "--ram",
+    "max_seq_len": "--max-seq-len",
+    "hf_token=...": "--token-env NAME",
+    "layer_shards_saving_path": "--shards",
+    "local_files_only=True": "--offline",
+    "delete_original=True": "--delete-original",
+}
+_PYTHON_NAMES = re.compile("|".join(rf"\b{re.escape(name)}" for name in _FLAGS))
+
+
+def in_flags(message: str) -> str:
+    """A message with the shell's names of the options in it."""
+    return _PYTHON_NAMES.sub(lambda match: _FLAGS[match[0]], message)
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains in one line, with the nearest option that is known, and leaves with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help explains)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return given
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            self.error(f"what is {flag!r} for? (a value with blanks needs quotes)")
+        known = [name for action in given.parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+        given.parser.error(f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def make_parser(*, plan: Command, convert: Command, generate: Command, doctor: Command) -> argparse.ArgumentParser:
+    """The parser; what it returns has ``run``, the command to call with it."""
+    parser = Parser(prog="airllm-nb", description="Run language models that do not fit: weights stream from disk.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, run: Command, text: str, *, model: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        made.set_defaults(run=run, parser=made)
+        made.add_argument("--json", action="store_true", help="one JSON document on stdout, all else on stderr")
+        if model:
+            _add_loading(made)
+        return made
+
+    made = command("plan", plan, "show what would go where and how fast; downloads only config and headers")
+    made.add_argument("--units", action="store_true", help="the place of every unit")
+    command("convert", convert, "write the store that --compression needs, and print its folder")
+    _add_generating(command("generate", generate, "answer a prompt, the text streaming to stdout"))
+    command("doctor", doctor, "say what this machine is and can, and what to do about the rest", model=False)
+    return parser
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("loading").add_argument
+    parser.add_argument("model", metavar="MODEL", help="Hub id, local folder or .gguf file")
+    add("--compression", choices=("4bit", "8bit"), help="stream from a compressed store, written once")
+    add("--vram", metavar="SIZE", help="memory budget on the GPU, such as 4GiB; default: what is free")
+    add("--ram", metavar="SIZE", help="budget for weights in RAM, such as 8GiB; default: what is free")
+    add("--shards", metavar="DIR", help="folder for the compressed store")
+    add("--dtype", choices=DTYPES, help="compute in this type; default: the checkpoint's")
+    add("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU")
+    add("--max-seq-len", type=int, metavar="N", help="keep room for prompt and answer of this many tokens")
+    add("--no-prefetch", action="store_true", help="read and copy weights only when they are needed")
+    add("--profile", action="store_true", help="time each stage and layer")
+    add("--delete-original", action="store_true", help="delete the source weights once the store is verified")
+    add("--token-env", metavar="NAME", help="environment variable with the Hub token; default: HF_TOKEN")
+    add("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    add("--offline", action="store_true", help="use only what is on this machine")
+
+
+def _add_generating(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; - or nothing: read stdin")
+    add = parser.add_argument_group("generating").add_argument
+    add("-n", "--max-new-tokens", type=int, default=200, metavar="N", help="longest answer in tokens (%(default)s)")
+    add("-t", "--temperature", type=float, default=0.0, metavar="T", help="sample; 0, the default, is greedy")
+    add("--top-p", type=float, metavar="P", help="sample from the most likely tokens of this total probability")
+    add("--top-k", type=int, metavar="K", help="sample from this many most likely tokens")
+    add("--seed", type=int, metavar="N", help="start the random numbers here")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated")
+    add("--chat", action="store_true", help="put the prompt through the model's chat template")
+    add("--system", metavar="TEXT", help="system message; implies --chat")
+
+
+def load_options(given: argparse.Namespace) -> LoadOptions:
+    """What the engine's functions need."""
+    token = None
+    if given.token_env and not (token := os.environ.get(given.token_env)):
+        raise OptionError(f"--token-env {given.token_env}: no such environment variable is set; export it first")
+    return LoadOptions.create(
+        compression=given.compression, vram_budget=given.vram, ram_budget=given.ram, dtype=given.dtype,
+        layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
+        prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
+        hf_token=token, revision=given.revision, local_files_only=given.offline,
+    )  # fmt: skip
+
+
+def sampling(given: argparse.Namespace) -> dict[str, Any]:
+    """What ``generate`` needs: greedy without a temperature."""
+    if given.max_new_tokens < 1:
+        raise OptionError(f"-n {given.max_new_tokens}: ask for 1 token or more")
+    if given.temperature < 0:
+        raise OptionError(f"-t {given.temperature}: a temperature is 0 (greedy) or more, such as 0.7")
+    if given.top_p is not None and not 0 < given.top_p <= 1:
+        raise OptionError(f"--top-p {given.top_p}: a probability is above 0 and at most 1")
+    if given.top_k is not None and given.top_k < 1:
+        raise OptionError(f"--top-k {given.top_k}: sample from 1 token or more")
+    if "" in given.stop:
+        raise OptionError('--stop "" would end every answer at once; give the text that ends it')
+    limits = {"top_p": given.top_p, "top_k": given.top_k}
+    chosen = {name: value for name, value in limits.items() if value is not None}
+    if given.temperature == 0 and chosen:
+        raise OptionError("--top-p and --top-k choose what to sample from, but without -t nothing is sampled; "
+                          "add a temperature, such as -t 0.7")  # fmt: skip
+    how = {"do_sample": True, "temperature": given.temperature, **chosen} if given.temperature else {"do_sample": False}
+    return how | {
+        "max_new_tokens": given.max_new_tokens,
+        "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in given.stop],
+    }
+
+
+def read_prompt(given: argparse.Namespace) -> Any:
+    """The prompt as ``stream`` takes it; from stdin where none is given."""
+    text = given.prompt
+    if text is None or text == "-":
+        if sys.stdin.isatty():
+            sys.stderr.write("reading the prompt from here; end it with Ctrl-D on a line of its own\n")
+        text = sys.stdin.read().rstrip("\n")
+    if not text.strip():
+        raise PromptError("the prompt is empty; write what the model should continue or answer")
+    if not (given.chat or given.system):
+        return text
+    system = [{"role": "system", "content": given.system}] if given.system else []
+    return [*system, {"role": "user", "content": text}]

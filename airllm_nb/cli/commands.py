@@ -1,0 +1,158 @@
+"""plan, convert and generate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+from ..config import format_bytes
+from ..errors import OptionError
+from ..trace import Progress
+from .arguments import load_options, read_prompt, sampling
+
+INTERRUPTED = 130
+
+
+def plan(given: argparse.Namespace) -> int:
+    """What would go where."""
+    options = load_options(given)
+    with ProgressLine() as line:
+        from ..engine import plan_model
+
+        made = plan_model(given.model, options, progress=line.show)
+    if given.json:
+        placed = zip(made.units, made.tiers, strict=True)
+        units = [{"name": unit.name, "bytes": unit.nbytes, "tier": tier} for unit, tier in placed]
+        write_json({"model": given.model, **made.as_dict()} | ({"units": units} if given.units else {}))
+    else:
+        write(f"{made}\n" + (f"\n{made.table()}\n" if given.units else ""))
+    return 0
+
+
+def convert(given: argparse.Namespace) -> int:
+    """The store, once."""
+    options = load_options(given)
+    start = time.perf_counter()
+    with ProgressLine() as line:
+        from ..engine import convert_model
+
+        folder = convert_model(given.model, options, progress=line.show)
+    if given.json:
+        nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        write_json({"model": given.model, "folder": str(folder), "compression": given.compression,
+                    "bytes": nbytes, "seconds": time.perf_counter() - start})  # fmt: skip
+    else:
+        write(f"{folder}\n")
+    return 0
+
+
+def generate(given: argparse.Namespace) -> int:
+    """An answer, token by token; the facts about it go to stderr."""
+    options, how, prompt = load_options(given), sampling(given), read_prompt(given)
+    with ProgressLine() as line:
+        from ..engine import open_model
+
+        model = open_model(given.model, options, progress=line.show)
+    with model:
+        if given.seed is not None:
+            import torch
+
+            torch.manual_seed(given.seed)
+        generation = model.stream(prompt, **how)
+        interrupted = _stream(generation, show=not given.json)
+        result = generation.result
+    if given.json:
+        write_json(_facts(given.model, result))
+    elif result is not None:
+        sys.stderr.write(_summary(result) + "\n")
+        if given.profile:
+            sys.stderr.write(result.trace.table() + "\n")
+    return INTERRUPTED if interrupted else 0
+
+
+def _stream(generation: Any, show: bool) -> bool:
+    """Write the text as it comes; whether Ctrl-C ended it."""
+    last, interrupted = "", False
+    try:
+        with generation:
+            for chunk in generation:
+                if show and chunk.text:
+                    last = chunk.text
+                    write(chunk.text)
+    except KeyboardInterrupt:
+        interrupted = True
+    if show and last and not last.endswith("\n"):
+        write("\n")
+    return interrupted
+
+
+def _facts(model: str, result: Any) -> dict[str, Any]:
+    if result is None:
+        raise OptionError("interrupted twice; there is no result")
+    names = "prompt text prompt_tokens stopped_by seconds tokens_per_second sweep_seconds peak_bytes"
+    facts = {name: getattr(result, name) for name in names.split()}
+    return {"model": model, **facts, "token_ids": list(result.token_ids), "trace": result.trace.summary()}
+
+
+def _summary(result: Any) -> str:
+    tokens, sweep = len(result.token_ids), result.sweep_seconds
+    ends = {"end": "ended by itself", "length": "ended by the length (-n)", "user": "stopped by you"}
+    parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{result.tokens_per_second:.3g} tok/s"]
+    if sweep:
+        parts.append(f"{sweep:.3g} s a sweep")
+    if result.peak_bytes:
+        parts.append(f"peak {format_bytes(result.peak_bytes)}")
+    return " · ".join([*parts, ends.get(result.stopped_by, result.stopped_by)])
+
+
+class ProgressLine:
+    """How far long work is, on stderr, where that is a terminal; called from any thread."""
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._stage, self._first, self._since, self._next = "", 0, 0.0, 0.0
+
+    def show(self, progress: Progress) -> None:
+        """Draw a report, at most four times a second."""
+        now = time.monotonic()
+        if progress.stage != self._stage:
+            self._stage, self._first, self._since = progress.stage, progress.done, now
+        elif now < self._next:
+            return
+        if self._live:
+            self._next = now + 0.25
+            sys.stderr.write(f"\r\x1b[K{self._text(progress, now)}")
+            sys.stderr.flush()
+
+    def _text(self, progress: Progress, now: float) -> str:
+        amount = format_bytes if progress.unit == "bytes" else "{:,.0f}".format
+        text = f"{progress.stage} {progress.detail}".strip()
+        if progress.unit == "bytes" or progress.total > 1:
+            text += f" · {amount(progress.done)}" + (f" of {amount(progress.total)}" if progress.total else "")
+        moved, seconds = progress.done - self._first, now - self._since
+        if progress.unit == "bytes" and moved > 0 and seconds > 0.5:
+            text += f" · {format_bytes(moved / seconds)}/s"
+            if progress.total:
+                text += f" · {(progress.total - progress.done) * seconds / moved:.0f} s left"
+        return text
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            sys.stderr.write("\r\x1b[K")
+
+
+def write(text: str) -> None:
+    """To stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def write_json(document: Any) -> None:
+    """One document, readable."""
+    write(json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")

@@ -1,0 +1,206 @@
+"""Streamed equals resident: the same tokens and the same logits, wherever the weights are and however far ahead."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from airllm_nb.config import LoadOptions
+from airllm_nb.engine import StreamedModel, open_model
+from airllm_nb.stream.ring import align
+
+KINDS = ("block", "head", "embedding")
+DEPTHS = [0, 1, 2, 3, 4, None]
+MIXES = ["ram", "ram|disk", "disk", "gpu", "gpu|ram", "ram only, device", "gpu|disk", "ram|disk, device", "gpu|ram|disk"]
+PROMPTS = [
+    "What is the capital of France?",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "The three laws of motion are",
+    "1, 2, 3, 5, 8,",
+]
+
+
+@functools.cache
+def sizes_of(folder: Path, **options: Any) -> tuple[list[int], int, int]:
+    """Bytes of the streamed units, of the tables, and of what else a device holds."""
+    with open_model(folder, LoadOptions.create(max_seq_len=256, batch_size=3, **options)) as model:
+        rooms = {kind: [align(unit.nbytes) for unit in model.plan.units if unit.kind == kind] for kind in KINDS}
+        return rooms["block"] + rooms["head"], sum(rooms["embedding"]), model.plan.needs.total
+
+
+def open_in(folder: Path, mix: str, depth: int | None = None, **options: Any) -> StreamedModel:
+    """Open ``folder`` with budgets that give the tiers of ``mix``, for three sequences of 256 tokens."""
+    sizes, tables, fixed = sizes_of(folder, **options)
+    total, largest = sum(sizes), max(sizes)
+    resident = {"gpu": total + tables}.get(mix, total // 2 if "gpu" in mix else 0)
+    budgets: dict[str, int] = {}
+    if "gpu" in mix or "device" in mix:
+        budgets["vram_budget"] = fixed + resident + (min(3 * largest, total) if resident else largest)
+    if "disk" in mix:
+        host = total - resident
+        ring = 3 * largest
+        budgets["ram_budget"] = min(ring + max(2 * min(sizes), host // 4), host - 1) if "ram" in mix else largest
+    prefetching = True if depth is None else depth
+    return open_model(
+        folder, LoadOptions.create(max_seq_len=256, batch_size=3, prefetching=prefetching, **budgets, **options)
+    )
+
+
+def tiers(model: StreamedModel) -> set[str]:
+    placed = zip(model.plan.units, model.plan.tiers, strict=True)
+    return {tier for unit, tier in placed if unit.kind != "embedding"}
+
+
+def resident_model(folder: Path, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def greedy(model: Any, ids: torch.Tensor, tokens: int = 64) -> list[int]:
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+    )
+    return output[0].tolist()
+
+
+# ---- the full cross product, on a small random model -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def tiny(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama(tied=request.param, num_hidden_layers=10, shards=2)
+
+
+@pytest.fixture(scope="module")
+def tiny_reference(tiny: Path) -> dict[str, Any]:
+    model = resident_model(tiny, "float32")
+    ids = torch.tensor([[1, 70, 90, 33, 60, 71, 72]])
+    torch.manual_seed(3)
+    sampled = model.generate(ids, max_new_tokens=12, do_sample=True, temperature=1.3, top_p=0.95)
+    beams = model.generate(ids, max_new_tokens=12, num_beams=3, do_sample=False)
+    with torch.inference_mode():
+        logits = model(ids).logits
+    return {"ids": ids, "greedy": greedy(model, ids, 24), "sampled": sampled, "beams": beams, "logits": logits}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_tiny_model_says_the_same_in_every_mix_at_every_depth(
+    tiny: Path, tiny_reference: dict[str, Any], mix: str, depth: int | None
+) -> None:
+    ids = tiny_reference["ids"]
+    with open_in(tiny, mix, depth, dtype="float32") as model:
+        assert tiers(model) == set(mix.split(",")[0].replace(" only", "").split("|"))
+        assert greedy(model, ids, 12) == tiny_reference["greedy"][: ids.shape[-1] + 12]
+        torch.testing.assert_close(model(ids).logits, tiny_reference["logits"], atol=1e-5, rtol=0)
+        assert model._executor is not None
+        assert model._executor.resets == 0
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_tiny_model_samples_and_searches_the_same_in_every_mix(
+    tiny: Path, tiny_reference: dict[str, Any], mix: str
+) -> None:
+    ids = tiny_reference["ids"]
+    with open_in(tiny, mix, dtype="float32") as model:
+        torch.manual_seed(3)
+        sampled = model.generate(ids, max_new_tokens=12, do_sample=True, temperature=1.3, top_p=0.95)
+        assert sampled.equal(tiny_reference["sampled"])
+        assert model.generate(ids, max_new_tokens=12, num_beams=3, do_sample=False).equal(tiny_reference["beams"])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+@pytest.mark.parametrize("mix", ["ram", "disk", "gpu|ram|disk"])
+def test_a_cast_gives_what_a_resident_cast_gives(
+    tiny_llama: Callable[..., Path], stored: str, dtype: str, mix: str
+) -> None:
+    folder, ids = tiny_llama(dtype=stored, num_hidden_layers=8), torch.tensor([[1, 70, 90, 33]])
+    with torch.inference_mode():
+        expected = resident_model(folder, dtype)(ids).logits
+    with open_in(folder, mix, dtype=dtype) as model:
+        assert model(ids).logits.dtype == getattr(torch, dtype)
+        torch.testing.assert_close(model(ids).logits, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_without_a_dtype_in_the_config_the_weights_decide(tiny_llama: Callable[..., Path], stored: str) -> None:
+    folder = tiny_llama(dtype=stored)
+    assert "dtype" not in json.loads((folder / "config.json").read_text())
+    with open_model(folder) as model:
+        assert model.dtype == resident_model(folder, "auto").dtype == getattr(torch, stored)
+
+
+# ---- the real one ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smollm2_ids(smollm2_folder: Path) -> list[torch.Tensor]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    return [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_folder: Path, smollm2_ids: list[torch.Tensor]) -> Iterator[dict[str, Any]]:
+    model = resident_model(smollm2_folder, "bfloat16")
+    torch.manual_seed(11)
+    yield {
+        "greedy": [greedy(model, ids) for ids in smollm2_ids],
+        "sampled": model.generate(smollm2_ids[1], max_new_tokens=16, do_sample=True, temperature=0.8, top_k=50),
+        "beams": model.generate(smollm2_ids[0], max_new_tokens=12, num_beams=3, do_sample=False),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mix", "depth"), [("ram", None), ("ram|disk", 2), ("gpu|ram|disk", None)])
+def test_smollm2_says_the_same_for_five_prompts(
+    smollm2_folder: Path, smollm2_ids: list[torch.Tensor], smollm2_reference: dict[str, Any], mix: str, depth: int | None
+) -> None:
+    with open_in(smollm2_folder, mix, depth) as model:
+        assert tiers(model) == set(mix.split("|"))
+        assert [greedy(model, ids) for ids in smollm2_ids] == smollm2_reference["greedy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mix", "depth"),
+    [("disk", 0), ("disk", None), ("gpu", None), ("gpu|ram", 1), ("ram only, device", 3), ("ram|disk, device", 4)],
+)
+def test_smollm2_says_the_same_in_other_mixes(
+    smollm2_folder: Path, smollm2_ids: list[torch.Tensor], smollm2_reference: dict[str, Any], mix: str, depth: int | None
+) -> None:
+    with open_in(smollm2_folder, mix, depth) as model:
+        assert tiers(model) == set(mix.split(",")[0].replace(" only", "").split("|"))
+        ids, expected = smollm2_ids[2], smollm2_reference["greedy"][2]
+        assert greedy(model, ids, 16) == expected[: ids.shape[-1] + 16]
+
+
+@pytest.mark.slow
+def test_smollm2_beams_and_sampling_are_the_same(
+    smollm2_folder: Path, smollm2_ids: list[torch.Tensor], smollm2_reference: dict[str, Any]
+) -> None:
+    with open_in(smollm2_folder, "gpu|ram|disk") as model:
+        torch.manual_seed(11)
+        sampled = model.generate(smollm2_ids[1], max_new_tokens=16, do_sample=True, temperature=0.8, top_k=50)
+        assert sampled.equal(smollm2_reference["sampled"])
+        beams = model.generate(smollm2_ids[0], max_new_tokens=12, num_beams=3, do_sample=False)
+        assert beams.equal(smollm2_reference["beams"])
+
+
+@pytest.mark.slow
+def test_smollm2_logits_in_float32_are_equal(smollm2_folder: Path, smollm2_ids: list[torch.Tensor]) -> None:
+    with torch.inference_mode():
+        expected = resident_model(smollm2_folder, "float32")(smollm2_ids[1]).logits
+    for mix in ("disk", "gpu|ram|disk"):
+        with open_in(smollm2_folder, mix, dtype="float32") as model:
+            torch.testing.assert_close(model(smollm2_ids[1]).logits, expected, atol=1e-5, rtol=0)
