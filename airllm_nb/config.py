@@ -60,6 +60,11 @@ def format_bytes(size: float) -> str:
     return f"{size:.2f} TiB"
 
 
+def size_option(nbytes: int) -> str:
+    """Bytes, rounded up, the way they are written in an option: ``"55MiB"``."""
+    return f"{-(-nbytes // MiB)}MiB"
+
+
 def cache_dir() -> Path:
     """Where stores go when no folder is named: ``$AIRLLM_NB_CACHE``, else the user's cache folder."""
     if named := os.environ.get("AIRLLM_NB_CACHE"):

@@ -79,7 +79,7 @@ def prepare(
     codec.require(device)
     source = _of_store(store) if store else _resolve(model, options, progress, weights=False)
     config = native_config(read_config(source), options.trust_remote_code)
-    dtype = choose_dtype(options, config, device)
+    dtype = choose_dtype(options, config, stores.stored_dtype(source), device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device), Scratch()
     found = stores.Weights(store.folder, store.index) if store else stores.find(source, skeleton, codec, dtype, options)

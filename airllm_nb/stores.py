@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.codec import Codec, compressible
 from .checkpoint.convert import delete_original, encode_jobs
 from .checkpoint.gguf import convert_gguf
-from .checkpoint.index import TensorInfo, read_index
+from .checkpoint.encoded import TORCH_DTYPES
+from .checkpoint.index import TensorInfo, read_header, read_index
 from .checkpoint.journal import write_atomically
 from .checkpoint.layout import Choice, companions
 from .checkpoint.mapping import map_checkpoint
-from .checkpoint.pickles import convert_pickles
+from .checkpoint.pickles import convert_pickles, load_pickle
 from .checkpoint.source import Source, store_folder
 from .checkpoint.store import MANIFEST, Store, StoreMeta, open_store, write_store
 from .config import LoadOptions
@@ -60,6 +61,16 @@ def opened_store(model: str | Path, options: LoadOptions) -> Store | None:
         raise OptionError(f"{folder} is compressed as {store.meta.codec!r}, compression={options.compression!r} was "
                           "asked for; leave the option out, or load the original model")  # fmt: skip
     return store
+
+
+def stored_dtype(source: Source) -> torch.dtype | None:
+    """The dtype of the first weights of floating point, as transformers chooses; ``None`` where that says nothing."""
+    if source.format == "gguf" or not source.files:
+        return None
+    if source.format == "bin":
+        return next((t.dtype for t in load_pickle(source.files[0]).values() if t.is_floating_point()), None)
+    dtypes = (TORCH_DTYPES[info.dtype] for info in read_header(source.files[0]).values())
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
 def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions) -> Weights | None:

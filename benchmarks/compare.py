@@ -3,7 +3,8 @@
     python benchmarks/compare.py                        SmolLM2-135M on this machine
     python benchmarks/compare.py FOLDER --vram 4GiB --tools ours,airllm,accelerate --compression 4bit
 
-Every tool runs in a process of its own, one after the other, on the same files, with the same prompt and VRAM cap. The figure is the median over the tokens after the first. AirLLM is installed into build/airllm for this only.
+Every tool runs in a process of its own, one after the other, on the same files, with the same prompt and VRAM cap.
+The figure is the median over the tokens after the first. AirLLM is installed into build/airllm for this only.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def report(rows: list[dict[str, object]], given: argparse.Namespace, folder: Pat
     import transformers
 
     machine = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()}-core {cpu_name()}"
-    print(f"{folder.name}, compression {given.compression}, VRAM {given.vram}, on {machine}; torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, Python {platform.python_version()}\n")  # fmt: skip
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    print(f"{folder.name}, compression {given.compression}, VRAM {given.vram}, on {machine}; {versions}\n")
     ours = next((row.get("seconds_a_token") for row in rows if row["tool"] == "ours"), None)
     print("| tool | seconds a token | first token | load | against ours | peak VRAM |\n|---|---|---|---|---|---|")
     for row in rows:
@@ -150,9 +151,8 @@ def report(rows: list[dict[str, object]], given: argparse.Namespace, folder: Pat
             continue
         ratio = f"{row['seconds_a_token'] / ours:.2f} x" if ours else ""
         peak = f"{row['peak_vram_gib']:.2f} GiB" if row["peak_vram_gib"] else ""
-        print(
-            f"| {row['tool']} | {row['seconds_a_token']:.4f} | {row['first']:.3f} | {row['load']:.1f} | {ratio} | {peak} |"
-        )
+        figures = f"{row['seconds_a_token']:.4f} | {row['first']:.3f} | {row['load']:.1f}"
+        print(f"| {row['tool']} | {figures} | {ratio} | {peak} |")
     answers = {str(row["tokens"]) for row in rows if "tokens" in row}
     print(f"\nTokens {'are the same in every row' if len(answers) == 1 else 'differ'}.")
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "notebook": BASE | ENGINE,
     "cli": BASE | ENGINE,
     "__main__": {"cli"},
-    "__init__": BASE | ENGINE | {"notebook"},  # lazily; what it costs is measured in test_import.py
+    "__init__": BASE | ENGINE | {"notebook", "checkpoint"},  # lazily; what it costs is measured in test_import.py
 }
 # library: the modules that may import it; nothing else may, at import time or inside a function
 KEPT_IN = {

@@ -75,17 +75,19 @@ def generate(given: argparse.Namespace) -> int:
 
 def _stream(generation: Any, show: bool) -> bool:
     """Write the text as it comes; whether Ctrl-C ended it."""
-    last, interrupted = "", False
+    shown, interrupted = "", False
     try:
         with generation:
             for chunk in generation:
-                if show and chunk.text:
-                    last = chunk.text
+                if show:
+                    shown += chunk.text
                     write(chunk.text)
     except KeyboardInterrupt:
         interrupted = True
-    if show and last and not last.endswith("\n"):
-        write("\n")
+    if show:
+        # Closing brings what was held back: the bytes of a character that Ctrl-C cut.
+        text = shown if generation.result is None else generation.result.text
+        write(text[len(shown) :] + "\n" * bool(text and not text.endswith("\n")))
     return interrupted
 
 

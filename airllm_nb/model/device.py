@@ -50,9 +50,10 @@ def _has_kernels(index: int) -> bool:
     return not built or min(built) <= major * 10 + minor
 
 
-def choose_dtype(options: LoadOptions, config: Any, device: torch.device) -> torch.dtype:
-    """The dtype named in the options, else the checkpoint's; float16 on GPUs without bfloat16."""
-    wanted = options.dtype or str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+def choose_dtype(options: LoadOptions, config: Any, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype named in the options, else the config's, else that of the weights; float16 on GPUs without bfloat16."""
+    named = options.dtype or getattr(config, "dtype", None) or stored or torch.bfloat16
+    wanted = str(named).removeprefix("torch.")
     dtype = getattr(torch, wanted)
     lacks_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if options.dtype is None and dtype == torch.bfloat16 and lacks_bfloat16:

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import format_bytes
+from ..config import format_bytes, size_option
 from ..errors import BudgetError
 from ..stream.ring import align
 
 # Units in flight that keep a link busy: one computing, one arriving, one waiting.
-ARENA_UNITS = 3
-RING_UNITS = 3
+IN_FLIGHT = 3
 
 
 @dataclass(frozen=True)
@@ -214,17 +213,17 @@ def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tu
     if largest > left:
         smallest = needs.total + largest
         raise BudgetError(f"vram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
-                          f"{format_bytes(smallest)} ({format_bytes(needs.total)} for KV cache, activations, scratch "
+                          f"{size_option(smallest)} ({format_bytes(needs.total)} for KV cache, activations, scratch "
                           f"and norms, {format_bytes(largest)} for the largest unit); shorten max_seq_len or "
                           "raise the budget")  # fmt: skip
     # The head is the largest unit of many models: resident, it needs no room in the arena.
     for index in streamed:
         rest = [sizes[other] for other in streamed if other != index]
-        if units[index].kind == "head" and rest and sizes[index] + ARENA_UNITS * max(rest) <= left:
+        if units[index].kind == "head" and rest and sizes[index] + _window(rest) <= left:
             tiers[index] = "gpu"
             left -= sizes[index]
     rest = [index for index in streamed if not tiers[index]]
-    arena = min(ARENA_UNITS * max(sizes[index] for index in rest), sum(sizes[index] for index in rest), left)
+    arena = min(_window([sizes[index] for index in rest]), left)
     left -= arena
     for index in _spread(rest):
         if sizes[index] <= left:
@@ -250,8 +249,8 @@ def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, has
     largest = max(sizes[index] for index in rest)
     if largest > budget:
         raise BudgetError(f"ram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
-                          f"{format_bytes(largest)}, the largest unit that passes through it")  # fmt: skip
-    ring = min(RING_UNITS * largest, budget)
+                          f"{size_option(largest)}, for the largest unit that passes through it")  # fmt: skip
+    ring = min(_window([sizes[index] for index in rest]), budget)
     left = budget - ring
     for index in _spread(rest):
         if sizes[index] <= left:
@@ -260,6 +259,12 @@ def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, has
         else:
             tiers[index] = "disk"
     return ring
+
+
+def _window(sizes: Sequence[int]) -> int:
+    """The most bytes that neighbours in the cyclic schedule have together, as many as are in flight."""
+    count = min(IN_FLIGHT, len(sizes))
+    return max(sum(sizes[(first + step) % len(sizes)] for step in range(count)) for first in range(len(sizes)))
 
 
 def _spread(indices: Sequence[int]) -> list[int]:

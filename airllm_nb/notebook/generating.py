@@ -30,11 +30,11 @@ def generate(entry: Entry, generation: Any, line: ProgressLine) -> Any:
         Also of an interrupted generation. ``None`` where a second interrupt left it to end by itself.
     """
     entry.unfinished = generation
-    waiting = Waiting(entry.model)
+    waiting, shown = Waiting(entry.model), 0
     try:
         try:
             while True:
-                _step(generation, line, waiting)
+                shown += _step(generation, line, waiting)
         except StopIteration:
             pass
         except KeyboardInterrupt:
@@ -47,26 +47,29 @@ def generate(entry: Entry, generation: Any, line: ProgressLine) -> Any:
         if generation.result is not None:
             entry.unfinished = None
     line.clear()
-    _end_text(generation.result.text)
+    text = generation.result.text
+    # Closing brings what was held back: the bytes of a character that an interrupt cut.
+    _write(text[shown:] + "\n" * bool(text and not text.endswith("\n")))
     return generation.result
 
 
-def _step(generation: Any, line: ProgressLine, waiting: Waiting) -> None:
+def _step(generation: Any, line: ProgressLine, waiting: Waiting) -> int:
+    """Wait a moment; returns how many characters came."""
     chunk = generation.poll(POLL)
     if chunk is None:
         if text := waiting.text(line.in_place):
             line.show(text)
-        return
+        return 0
     waiting.got(chunk.tokens, bool(chunk.text))
     if chunk.text:
         line.clear()
-        sys.stdout.write(chunk.text)
-        sys.stdout.flush()
+        _write(chunk.text)
+    return len(chunk.text)
 
 
-def _end_text(text: str) -> None:
-    if text and not text.endswith("\n"):
-        sys.stdout.write("\n")
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
         sys.stdout.flush()
 
 

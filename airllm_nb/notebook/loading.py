@@ -26,6 +26,8 @@ class Loading(Generic[T]):
         self._work = work
         self._latest: Progress | None = None
         self._lock, self._left = threading.Lock(), False
+        # Not the thread's own join: an interrupt in it makes Python take the thread for ended (3.9 to 3.12).
+        self._ended = threading.Event()
         self._value: T | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="airllm-load", daemon=True)
@@ -38,14 +40,13 @@ class Loading(Generic[T]):
         meter = Meter()
         self._thread.start()
         try:
-            while self._thread.is_alive():
+            while not self._ended.wait(0.1):
                 line.show(meter.text(self._latest))
-                self._thread.join(0.1)
         except KeyboardInterrupt:
             self._leave()
             with contextlib.suppress(KeyboardInterrupt):
                 line.show("stopping …")
-                self._thread.join()
+                self._ended.wait()
             raise
         finally:
             line.clear()
@@ -55,6 +56,12 @@ class Loading(Generic[T]):
         return self._value  # type: ignore[return-value]
 
     def _run(self) -> None:
+        try:
+            self._try()
+        finally:
+            self._ended.set()
+
+    def _try(self) -> None:
         try:
             with _no_bars_of_the_hub():
                 value = self._work(self._report)

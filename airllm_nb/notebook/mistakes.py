@@ -45,7 +45,8 @@ def one_line(function: Callable[..., T]) -> Callable[..., T]:
                 raise
             message = (f"the GPU ran out of memory ({str(error).splitlines()[0]}); load again with a smaller --vram or "
                        "--max-seq-len, or shorten the prompt")  # fmt: skip
-        gc.collect()
+            del error
+            gc.collect()
         raise UsageError(" ".join(message.splitlines()))
 
     return call

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..errors import PromptError
 
-_NAME = re.compile(r"(?<!\{)\{([^\W\d]\w*)\}(?!\})")
+# A name in doubled braces is matched to be passed over; {"key": {name}} ends in two braces and is not one.
+_NAME = re.compile(r"\{\{\w+\}\}|\{([^\W\d]\w*)\}")
 
 
 def expand(text: str, variables: Mapping[str, Any]) -> str:
@@ -30,7 +31,7 @@ def expand(text: str, variables: Mapping[str, Any]) -> str:
     """
 
     def value(match: re.Match[str]) -> str:
-        if match[1] not in variables:
+        if not match[1] or match[1] not in variables:
             return match[0]
         try:
             return str(variables[match[1]])
