@@ -15,7 +15,7 @@ from .checkpoint.encoded import TORCH_DTYPES
 from .checkpoint.index import Extent, TensorInfo
 from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
-from .config import LoadOptions
+from .config import GiB, LoadOptions
 from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length
 from .model.architecture import check_supported, native_config
 from .model.device import choose_device, choose_dtype, ram_budget, vram_budget
@@ -150,7 +150,8 @@ def measure(prepared: Prepared) -> Machine:
     disk = disk_bandwidth(largest) if largest else 1e9
     has_device = not is_cpu or prepared.options.vram_budget is not None
     link = link_bandwidth(device) if has_device else 1e12
-    side = _PROBE_SIDE[device.type]
+    # The probe itself must stay far inside the budget that it serves.
+    side = _PROBE_SIDE[device.type] if is_cpu or vram_budget(prepared.options, device) > 2 * GiB else 2048
     linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
     weight = linear.weight.detach()
     parts = prepared.codec.encode(weight)
@@ -160,6 +161,10 @@ def measure(prepared: Prepared) -> Machine:
     row = torch.zeros(1, side, dtype=prepared.dtype, device=device)
     with torch.inference_mode():
         seconds = best_seconds(lambda: module(row), device)
+    del module, linear, weight
+    prepared.scratch.close()
+    if not is_cpu:
+        torch.cuda.empty_cache()
     nbytes = sum(part.numel() * part.element_size() for part in parts.values())
     return Machine(has_device, disk, link, nbytes / seconds)
 

@@ -14,17 +14,22 @@ from typing import Any
 import pytest
 import torch
 from fakes import within
+from test_equality import open_in, tiers
 
-from airllm_nb.config import LoadOptions
-from airllm_nb.engine import StreamedModel, open_model
+from airllm_nb.engine import StreamedModel
 from airllm_nb.errors import BusyError, ClosedError, PromptError
 
 IDS = torch.tensor([[1, 70, 90, 33, 60, 70, 90]])
-BUDGETS: dict[str, dict[str, Any]] = {
-    "in place": {},
-    "disk": {"ram_budget": 1 << 19},
-    "device": {"vram_budget": 3 << 20, "ram_budget": 1 << 19},
-}
+KINDS = {"in place": "ram", "disk": "disk", "device": "gpu|ram|disk"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices of 64 × 64 gain nothing from a second thread, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +45,13 @@ def resident(folder: Path) -> Any:
 
 
 def opened(folder: Path, kind: str = "disk", **options: Any) -> StreamedModel:
-    settings = {"dtype": "float32", "max_seq_len": 128, "batch_size": 4} | BUDGETS[kind] | options
-    return open_model(folder, LoadOptions.create(**settings))
+    return open_in(folder, KINDS[kind], dtype="float32", **options)
 
 
-@pytest.fixture(scope="module", params=list(BUDGETS))
+@pytest.fixture(scope="module", params=list(KINDS))
 def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[StreamedModel]:
     with opened(folder, request.param) as model:
-        assert ("disk" in model.plan.tiers) == (request.param != "in place")
-        assert ("gpu" in model.plan.tiers) == (request.param == "device")
+        assert tiers(model) == set(KINDS[request.param].split("|"))
         yield model
 
 
@@ -214,7 +217,7 @@ def test_a_forward_gives_what_the_native_class_gives(model: StreamedModel, resid
 
 
 def test_a_longer_generation_than_planned_is_planned_again(folder: Path, resident: Any) -> None:
-    with opened(folder, "device", max_seq_len=16) as model:
+    with opened(folder, "device") as model:
         planned = model.plan.needs.kv_cache
         assert model.generate(IDS, max_new_tokens=6).equal(resident.generate(IDS, max_new_tokens=6))
         expected = resident.generate(IDS, max_new_tokens=6, num_beams=5)
@@ -224,7 +227,7 @@ def test_a_longer_generation_than_planned_is_planned_again(folder: Path, residen
 
 def test_a_model_opened_and_used_in_inference_mode_is_the_same(folder: Path, resident: Any) -> None:
     expected = resident.generate(IDS, max_new_tokens=5)
-    for kind in BUDGETS:
+    for kind in KINDS:
         with torch.inference_mode(), opened(folder, kind) as model:
             assert model.generate(IDS, max_new_tokens=5).equal(expected)
             within(20, lambda model=model: model.generate(IDS, max_new_tokens=5))
@@ -446,7 +449,7 @@ def test_stop_from_another_thread_ends_a_generate(streamed: StreamedModel, expec
     assert streamed.generate(IDS, max_new_tokens=10).equal(expected)
 
 
-@pytest.mark.parametrize("kind", BUDGETS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_closing_while_another_thread_generates(folder: Path, kind: str) -> None:
     model, outcome = opened(folder, kind), []
 
@@ -491,7 +494,7 @@ def test_a_closed_model_says_so(folder: Path) -> None:
     model.stop()
 
 
-@pytest.mark.parametrize("kind", BUDGETS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_in_the_middle_leaves_the_model_usable(folder: Path, kind: str, expected: torch.Tensor) -> None:
     with opened(folder, kind) as model:
         for number in range(5):
@@ -522,14 +525,15 @@ def test_no_thread_and_no_file_is_left(folder: Path) -> None:
     gc.collect()
     threads, files = threading.active_count(), open_files()
     for cycle in range(20):
-        with opened(folder, list(BUDGETS)[cycle % 3]) as model:
+        with opened(folder, list(KINDS)[cycle % 3]) as model:
             model.generate(IDS, max_new_tokens=2)
     gc.collect()
     wait_until(lambda: threading.active_count() <= threads)
     assert open_files() <= files
 
 
-def test_no_mapping_of_the_checkpoint_is_left(folder: Path) -> None:
+def test_no_mapping_of_the_checkpoint_is_left(tiny_llama: Callable[..., Path]) -> None:
+    folder = tiny_llama(dtype="float32", seed=77)
     model = opened(folder, "in place")
     model.generate(IDS, max_new_tokens=2)
     assert str(folder) in Path("/proc/self/maps").read_text()

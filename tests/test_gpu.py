@@ -1,4 +1,4 @@
-"""On a real GPU: streamed equals resident in every tier, budgets hold under the allocator's cap, 4-bit is the library's."""
+"""On a real GPU: streamed equals resident in every tier, budgets hold under the allocator's own cap, 4-bit is exact."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ def one_line(function: Callable[..., T]) -> Callable[..., T]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> T:
+        full = False
         try:
             return function(*args, **kwargs)
         except AirLLMError as error:
@@ -45,7 +46,9 @@ def one_line(function: Callable[..., T]) -> Callable[..., T]:
                 raise
             message = (f"the GPU ran out of memory ({str(error).splitlines()[0]}); load again with a smaller --vram or "
                        "--max-seq-len, or shorten the prompt")  # fmt: skip
-            del error
+            full = True
+        if full:
+            # Only now, with the handler left, are the failed frames and their tensors garbage.
             gc.collect()
         raise UsageError(" ".join(message.splitlines()))
 

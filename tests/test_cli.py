@@ -1,0 +1,222 @@
+"""``airllm-nb`` as a shell runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airllm_nb import __version__
+from airllm_nb.cli import main
+from airllm_nb.cli.doctor import PACKAGES
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "airllm_nb", *map(str, arguments)]
+
+
+def shell(*arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    how = {"stdin": subprocess.DEVNULL} | how if "input" not in how else how
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **how)
+
+
+@pytest.fixture
+def cli(capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """The command in this process, which has torch loaded: code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def endless(tiny_llama: Callable[..., Path]) -> Path:
+    """A model that never ends by itself."""
+    return tiny_llama(eos_token_id=None, max_position_embeddings=120_000)
+
+
+def test_the_text_is_on_stdout_and_the_facts_on_stderr(endless: Path) -> None:
+    done = shell("generate", endless, "hello", "-n", 8)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n") and done.stdout.strip()
+    assert done.stderr.count("\n") == 1 and "8 tokens" in done.stderr and "tok/s" in done.stderr
+
+
+@pytest.mark.parametrize("dash", [(), ("-",)])
+def test_the_prompt_comes_from_stdin(endless: Path, dash: tuple[str, ...]) -> None:
+    done = shell("generate", endless, *dash, "-n", 3, "--json", "--chat", input="hi\n")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["prompt"] == "user: hi\nassistant:"
+    assert len(document["token_ids"]) == 3 and document["stopped_by"] == "length"
+    assert document["tokens_per_second"] > 0 and document["trace"]["sweeps"] == 3
+
+
+# With --json nothing is written before the end; this says on stderr when the generation runs.
+ANNOUNCED = """
+import sys
+from airllm_nb.cli import main
+from airllm_nb.engine import StreamedModel
+generate = StreamedModel.generate
+def announced(*given, **named):
+    sys.stderr.write("begun\\n")
+    sys.stderr.flush()
+    return generate(*given, **named)
+StreamedModel.generate = announced
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_keeps_the_text_so_far(endless: Path) -> None:
+    with subprocess.Popen(
+        command("generate", endless, "hello", "-n", 100_000),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert first and out.endswith(b"\n") and b"stopped by you" in err and err.count(b"\n") == 1
+
+
+def test_ctrl_c_keeps_the_document(endless: Path) -> None:
+    arguments = [sys.executable, "-c", ANNOUNCED, "generate", str(endless), "hello", "-n", "100000", "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
+        assert process.stderr is not None
+        assert os.read(process.stderr.fileno(), 6) == b"begun\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert json.loads(out)["stopped_by"] == "user" and err == b""
+
+
+def test_a_closed_pipe_is_no_traceback(endless: Path) -> None:
+    line = " ".join(command("generate", f"'{endless}'", "hello", "-n", "300")) + " | head -c 2"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, env=ENVIRONMENT, timeout=120)
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done.stderr
+
+
+def test_plan(cli: Callable[..., Any], endless: Path) -> None:
+    code, out, err = cli("plan", endless, "--units")
+    assert (code, err) == (0, "") and "s a token" in out and "model.layers.3" in out
+    code, out, _ = cli("plan", endless, "--units", "--json", "--vram", "1GiB", "--ram", "64MiB")
+    document = json.loads(out)
+    assert code == 0 and document["sweep_seconds"] > 0 and document["vram_budget"] == 1 << 30
+    assert "model.layers.3" in [unit["name"] for unit in document["units"]]
+    code, out, _ = cli("plan", endless, "--json")
+    assert "units" not in json.loads(out)
+
+
+def test_convert_prints_the_folder_of_the_store(cli: Callable[..., Any], endless: Path, tmp_path: Path) -> None:
+    code, out, _ = cli("convert", endless, "--compression", "4bit", "--shards", tmp_path)
+    assert code == 0 and Path(out.strip()).is_dir() and Path(out.strip()).parent == tmp_path
+    code, again, _ = cli("convert", endless, "--compression", "4bit", "--shards", tmp_path, "--json")
+    document = json.loads(again)
+    assert code == 0 and document["folder"] == out.strip() and document["bytes"] > 0
+
+
+def test_generating_repeats_with_a_seed_and_stops_at_a_text(cli: Callable[..., Any], endless: Path) -> None:
+    sample = ("generate", endless, "hello", "-n", 6, "-t", 2, "--json", "--seed")
+    first, again, other = (json.loads(cli(*sample, seed)[1])["token_ids"] for seed in (1, 1, 2))
+    assert first == again != other
+    code, _, err = cli("generate", endless, "hello", "-n", 2, "--profile")
+    assert code == 0 and "compute ms" in err
+
+
+def test_doctor(cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = cli("doctor", "--json")
+    document = json.loads(out)
+    checks = {check["name"]: check for check in document["checks"]}
+    assert code == (0 if document["ok"] else 1)
+    assert {"place", "python", "ram", "disk, stores", "disk, Hub cache", "4bit works", *PACKAGES} <= set(checks)
+    assert checks["torch"]["verdict"] == checks["python"]["verdict"] == "ok"
+    assert all(check["remedy"] for check in document["checks"] if check["verdict"] == "fix")
+    monkeypatch.setattr("airllm_nb.cli.doctor.PACKAGES", ("no_such_package",))
+    monkeypatch.setattr("airllm_nb.cli.doctor._bitsandbytes", lambda: checks_only("4bit works"))
+    code, out, _ = cli("doctor")
+    assert code == 1 and "fix  no_such_package not installed" in out and "-> pip install 'no_such_package'" in out
+
+
+def checks_only(name: str) -> Any:
+    from airllm_nb.cli.doctor import Check
+
+    return Check(name, "ok", "")
+
+
+MISTAKES = [
+    (2, "COMMAND", ()),
+    (2, "invalid choice: 'lod'", ("lod",)),
+    (2, "MODEL", ("plan",)),
+    (2, "did you mean --vram?", ("plan", "x", "--vrma", "4GiB")),
+    (2, "quotes", ("generate", "x", "hello", "world")),
+    (2, "4bit", ("plan", "x", "--compression", "5bit")),
+    (2, "4GiB", ("plan", "x", "--vram", "lots")),
+    (2, "--max-seq-len", ("plan", "x", "--max-seq-len", "0")),
+    (2, "NO_SUCH_TOKEN", ("plan", "x", "--token-env", "NO_SUCH_TOKEN")),
+    (2, "compression", ("convert", "x", "--delete-original")),
+    (2, "1 token or more", ("generate", "x", "hi", "-n", "0")),
+    (2, "0 (greedy)", ("generate", "x", "hi", "-t=-1")),
+    (2, "-t 0.7", ("generate", "x", "hi", "--top-k", "5")),
+    (2, "--stop", ("generate", "x", "hi", "--stop", "")),
+    (1, "empty", ("generate", "x", " ")),
+    (1, "check the path", ("generate", "/nowhere/at/all", "hi")),
+    (1, "check the path", ("convert", "/nowhere/at/all")),
+    (1, "cache", ("plan", "org/name")),
+]
+
+
+@pytest.mark.parametrize(("code", "remedy", "arguments"), MISTAKES)
+def test_a_mistake_is_one_line_on_stderr(
+    cli: Callable[..., Any], code: int, remedy: str, arguments: tuple[str, ...]
+) -> None:
+    got, out, err = cli(*arguments)
+    assert (got, out) == (code, ""), err
+    assert err.startswith("airllm-nb") and err.count("\n") == 1 and remedy in err, err
+
+
+@pytest.mark.parametrize("name", ["", "plan", "convert", "generate", "doctor"])
+def test_help(cli: Callable[..., Any], name: str) -> None:
+    code, out, err = cli(*filter(None, (name,)), "--help")
+    assert (code, err) == (0, "") and out.startswith("usage: airllm-nb")
+    assert name == "" or "--json" in out
+
+
+def test_version_comes_without_torch(cli: Callable[..., Any]) -> None:
+    assert cli("--version")[1].strip() == __version__
+    source = (
+        "import sys, airllm_nb.cli as c; c.main(['plan', '/nowhere', '--vram', 'x']); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_full_gpu_is_one_line(cli: Callable[..., Any], endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    import airllm_nb.engine
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(airllm_nb.engine, "open_model", fails)
+    code, out, err = cli("generate", endless, "hi")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "--vram" in err

@@ -1,0 +1,326 @@
+"""Safetensors headers: what the reference writes is accepted, and damage of any kind is a CheckpointError with a name."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from airllm_nb.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_index
+from airllm_nb.errors import CheckpointError
+from airllm_nb.stream.mapped import MappedFiles
+
+VALID = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+         "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]}}  # fmt: skip
+
+
+def write(path: Path, header: Any, data: bytes = bytes(32), length: int | None = None) -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
+    return path
+
+
+def changed(**entry: Any) -> dict[str, Any]:
+    return VALID | {"b": VALID["b"] | entry}
+
+
+# ---- what is good ----------------------------------------------------------------------------------------------------
+
+TENSORS = {
+    "matrix": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "vector": torch.arange(5, dtype=torch.bfloat16),
+    "scalar": torch.tensor(3.5, dtype=torch.float64),
+    "empty": torch.empty(0, dtype=torch.float16),
+    "empty.rows": torch.empty(0, 7),
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "flags": torch.tensor([True, False]),
+    "long": torch.tensor([1 << 40]),
+    "short": torch.tensor([-3], dtype=torch.int16),
+    "float8": torch.tensor([1.0, 2.0]).to(torch.float8_e4m3fn),
+    "naïve.名前": torch.ones(2, 2, dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"": "", "naïve": "名前\n"}])
+def test_what_safetensors_writes_is_read(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(TENSORS, path, metadata=metadata)
+    index, files = read_index(tmp_path), MappedFiles()
+    assert set(index) == set(TENSORS)
+    assert index.files == (path,)
+    assert index.nbytes == sum(tensor.nbytes for tensor in TENSORS.values())
+    for name, expected in TENSORS.items():
+        assert index[name].shape == tuple(expected.shape)
+        assert index[name].nbytes == expected.nbytes
+        got = files.tensor(index[name], expected.dtype)
+        assert got.view(torch.uint8).equal(expected.view(torch.uint8)) if expected.dim() else got.equal(expected)
+
+
+@pytest.mark.parametrize("tensors", [{}, {"only": torch.empty(0)}, {"x" * 5000: torch.ones(1)}], ids=["none", "empty", "long"])
+def test_small_files_that_safetensors_writes_are_read(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert set(read_header(tmp_path / "model.safetensors")) == set(tensors)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+        st.tuples(
+            st.lists(st.integers(0, 4), max_size=3),
+            st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.int64]),
+        ),
+        max_size=6,
+    )
+)
+def test_any_file_that_safetensors_writes_is_read(wanted: dict[str, tuple[list[int], torch.dtype]]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        tensors = {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in wanted.items()}
+        try:
+            save_file(tensors, path)
+            load_file(path)
+        except Exception:  # names that the reference itself refuses
+            return
+        assert {name: info.nbytes for name, info in read_header(path).items()} == {
+            name: tensor.nbytes for name, tensor in tensors.items()
+        }
+
+
+def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.ones(3), "extra": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    assert set(read_index(tmp_path)) == {"a", "b", "extra"}
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+    index = read_index(tmp_path)
+    assert list(index) == ["a", "b"]
+    assert index["b"].extents[0].path.name == names["b"]
+
+
+def test_symbolic_links_into_a_blob_folder_are_followed(tmp_path: Path) -> None:
+    """The Hub's cache is made of them."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    save_file({"a": torch.ones(2)}, blobs / "0123")
+    os.symlink("../../blobs/0123", snapshot / "model-1.safetensors")
+    (snapshot / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert list(read_index(snapshot)) == ["a"]
+
+
+def test_the_example_of_this_file_is_valid(tmp_path: Path) -> None:
+    assert set(read_header(write(tmp_path / "ok.safetensors", VALID))) == {"a", "b"}
+
+
+# ---- what is bad -----------------------------------------------------------------------------------------------------
+
+DAMAGED: dict[str, Any] = {
+    "not json": b"{'a': 1}",
+    "not utf-8": b'{"\xff\xfe": 1}',
+    "a list": b"[1, 2]",
+    "a number": b"17",
+    "null": b"null",
+    "nested too deep": b"[" * 100_000,
+    "nothing": b"",
+    "not a number": b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}',
+    "endless": b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 4]}}',
+    "a huge number": b'{"a": {"dtype": "F32", "shape": [1' + b"0" * 5000 + b'], "data_offsets": [0, 4]}}',
+    "an entry that is text": VALID | {"b": "BF16"},
+    "an entry that is null": VALID | {"b": None},
+    "an entry that is a list": VALID | {"b": [1, 2, 3]},
+    "no dtype": VALID | {"b": {"shape": [4], "data_offsets": [24, 32]}},
+    "no shape": VALID | {"b": {"dtype": "BF16", "data_offsets": [24, 32]}},
+    "no offsets": VALID | {"b": {"dtype": "BF16", "shape": [4]}},
+    "unknown dtype": changed(dtype="F31"),
+    "dtype is a list": changed(dtype=["BF16"]),
+    "dtype is null": changed(dtype=None),
+    "dtype is an object": changed(dtype={}),
+    "shape is text": changed(shape="4"),
+    "shape is a number": changed(shape=4),
+    "shape has text": changed(shape=["4"]),
+    "shape has a fraction": changed(shape=[4.0]),
+    "shape has a truth": changed(shape=[True, 4]),
+    "shape is negative": changed(shape=[-2, -2]),
+    "shape of another size": changed(shape=[5]),
+    "shape whose product overflows": changed(shape=[1 << 63, 1 << 63]),
+    "shape is an object": changed(shape={"0": 4}),
+    "one offset": changed(data_offsets=[24]),
+    "three offsets": changed(data_offsets=[24, 32, 40]),
+    "offsets are text": changed(data_offsets=["24", "32"]),
+    "offsets are the wrong way round": changed(data_offsets=[32, 24]),
+    "offsets are negative": changed(data_offsets=[-8, 0]),
+    "offsets beyond the end": changed(data_offsets=[32, 40]),
+    "offsets far beyond the end": changed(data_offsets=[1 << 62, (1 << 62) + 8]),
+    "offsets are an object": changed(data_offsets={"24": 0, "32": 0}),
+    "overlap": changed(data_offsets=[20, 28]),
+    "the same bytes twice": VALID | {"c": VALID["b"]},
+    "inside another": VALID | {"b": {"dtype": "BF16", "shape": [4], "data_offsets": [8, 16]}},
+}
+
+
+@pytest.mark.parametrize("header", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_header_is_refused_and_the_file_named(tmp_path: Path, header: Any) -> None:
+    path = write(tmp_path / "model.safetensors", header)
+    for attempt in (lambda: read_header(path), lambda: read_index(tmp_path)):
+        with pytest.raises(CheckpointError) as caught:
+            attempt()
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 1000 + len(str(path))
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**6, 100_000_001, 1 << 40, 1 << 63, (1 << 64) - 1])
+def test_a_wrong_header_length_is_refused_before_anything_is_read(tmp_path: Path, length: int) -> None:
+    path = write(tmp_path / "model.safetensors", VALID, length=length)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_header(path)
+
+
+def test_a_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", VALID)
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="truncated or damaged") as caught:
+            read_header(path)
+        assert str(path) in str(caught.value)
+
+
+def test_a_byte_too_many_at_the_end_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", VALID, bytes(33))
+    try:
+        assert set(read_header(path)) == {"a", "b"}
+    except CheckpointError as error:
+        assert str(path) in str(error)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 64))
+def test_flipped_bytes_give_an_error_or_a_consistent_index(flips: list[tuple[int, int]], cut: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "model.safetensors", VALID)
+        raw = bytearray(path.read_bytes())
+        for at, value in flips:
+            raw[at % len(raw)] = value
+        path.write_bytes(bytes(raw[: len(raw) - cut]))
+        check_or_refuse(path)
+
+
+def test_random_files_are_refused(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    for _ in range(300):
+        path = tmp_path / "model.safetensors"
+        path.write_bytes(chance.randbytes(chance.randrange(200)))
+        check_or_refuse(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.fixed_dictionaries({}, optional={"dtype": JSON | st.just("F32"), "shape": JSON, "data_offsets": JSON}) | JSON)
+def test_any_json_in_the_place_of_an_entry(entry: Any) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        check_or_refuse(write(Path(folder) / "model.safetensors", VALID | {"b": entry}))
+
+
+def check_or_refuse(path: Path) -> None:
+    try:
+        index = read_index(path.parent)
+    except CheckpointError as error:
+        assert str(path) in str(error)
+        assert "\n" not in str(error)
+        return
+    check(index, path.stat().st_size)
+
+
+def check(index: CheckpointIndex, size: int) -> None:
+    for info in index.values():
+        assert all(0 <= extent.offset <= extent.offset + extent.nbytes <= size for extent in info.extents)
+
+
+# ---- the index file --------------------------------------------------------------------------------------------------
+
+INDEXES: dict[str, tuple[str, str]] = {
+    "not json": ("{", "is damaged"),
+    "a list": ("[]", "is damaged"),
+    "no map": ('{"metadata": {}}', "is damaged"),
+    "the map is a list": ('{"weight_map": ["a"]}', "is damaged"),
+    "the map is null": ('{"weight_map": null}', "is damaged"),
+    "a shard is null": ('{"weight_map": {"a": null}}', "is damaged"),
+    "a shard is a number": ('{"weight_map": {"a": 1}}', "is damaged"),
+    "a shard is a list": ('{"weight_map": {"a": []}}', "is damaged"),
+    "shards of several kinds": ('{"weight_map": {"a": "s.safetensors", "b": 1}}', "is damaged"),
+    "a missing shard": ('{"weight_map": {"a": "s.safetensors", "b": "t.safetensors"}}', "t.safetensors"),
+    "a missing tensor": ('{"weight_map": {"a": "s.safetensors", "b": "s.safetensors"}}', "'b'"),
+    "a path upwards": ('{"weight_map": {"a": "../outside.safetensors"}}', "outside.safetensors"),
+    "a path down": ('{"weight_map": {"a": "below/inside.safetensors"}}', "inside.safetensors"),
+    "an absolute path": ('{"weight_map": {"a": "/etc/passwd"}}', "passwd"),
+    "an empty name": ('{"weight_map": {"a": ""}}', ""),
+    "a dot": ('{"weight_map": {"a": "."}}', ""),
+    "a null byte": ('{"weight_map": {"a": "s\\u0000.safetensors"}}', ""),
+    "a very long name": ('{"weight_map": {"a": "' + "x" * 5000 + '"}}', ""),
+}
+
+
+@pytest.mark.parametrize(("text", "named"), INDEXES.values(), ids=INDEXES)
+def test_a_damaged_index_file_is_refused(tmp_path: Path, text: str, named: str) -> None:
+    folder = tmp_path / "model"
+    (folder / "below").mkdir(parents=True)
+    for file in (folder / "s.safetensors", tmp_path / "outside.safetensors", folder / "below" / "inside.safetensors"):
+        save_file({"a": torch.ones(2)}, file)
+    (folder / INDEX_FILE).write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        read_index(folder)
+    assert named in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_index(tmp_path)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors file"):
+        read_index(tmp_path)
+
+
+def test_two_files_with_one_tensor_are_refused(tmp_path: Path) -> None:
+    for name in ("x.safetensors", "y.safetensors"):
+        save_file({"a": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"'a' is in both x\.safetensors and y\.safetensors"):
+        read_index(tmp_path)
+
+
+def test_a_file_cut_short_after_it_was_indexed_is_refused_when_it_is_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1000)}, path)
+    info = read_index(tmp_path)["a"]
+    os.truncate(path, 500)
+    with pytest.raises(CheckpointError, match="shorter"):
+        MappedFiles().tensor(info, torch.float32)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be mapped"):
+        MappedFiles().tensor(info, torch.float32)
