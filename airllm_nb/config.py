@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def parse_bytes(value: int | float | str | None, option: str = "size") -> int | 
     """
     if value is None:
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         size = int(value)
     else:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(value))
@@ -159,7 +160,7 @@ class LoadOptions:
             raise OptionError(f"device={self.device!r} is not known; use 'cuda', 'cuda:0' or 'cpu'")
         for name in ("max_seq_len", "batch_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise OptionError(f"{name}={value!r} must be a whole number of 1 or more")
         if not isinstance(self.prefetching, (bool, int)) or self.prefetching < 0:
             raise OptionError(f"prefetching={self.prefetching!r} must be True, False or a number of units ahead")

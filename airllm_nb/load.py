@@ -150,23 +150,29 @@ def measure(prepared: Prepared) -> Machine:
     disk = disk_bandwidth(largest) if largest else 1e9
     has_device = not is_cpu or prepared.options.vram_budget is not None
     link = link_bandwidth(device) if has_device else 1e12
+    compute = _compute_bandwidth(prepared)
+    prepared.scratch.close()
+    if not is_cpu:
+        torch.cuda.empty_cache()
+    return Machine(has_device, disk, link, compute)
+
+
+def _compute_bandwidth(prepared: Prepared) -> float:
+    """Bytes of weights a second that one token's matrix product reads, in this codec on this device."""
+    import torch
+
+    device, kind = prepared.device, prepared.device.type
     # The probe itself must stay far inside the budget that it serves.
-    side = _PROBE_SIDE[device.type] if is_cpu or vram_budget(prepared.options, device) > 2 * GiB else 2048
+    side = _PROBE_SIDE[kind] if kind == "cpu" or vram_budget(prepared.options, device) > 2 * GiB else 2048
     linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
-    weight = linear.weight.detach()
-    parts = prepared.codec.encode(weight)
+    parts = prepared.codec.encode(linear.weight.detach())
     module = prepared.codec.module(linear, prepared.dtype, prepared.scratch)
     for name, part in parts.items():
         module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
     row = torch.zeros(1, side, dtype=prepared.dtype, device=device)
     with torch.inference_mode():
         seconds = best_seconds(lambda: module(row), device)
-    del module, linear, weight
-    prepared.scratch.close()
-    if not is_cpu:
-        torch.cuda.empty_cache()
-    nbytes = sum(part.numel() * part.element_size() for part in parts.values())
-    return Machine(has_device, disk, link, nbytes / seconds)
+    return sum(part.numel() * part.element_size() for part in parts.values()) / seconds
 
 
 def plan(prepared: Prepared, machine: Machine, length: int, batch: int) -> ResidencyPlan:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.codec import Codec, compressible
 from .checkpoint.convert import delete_original, encode_jobs
-from .checkpoint.gguf import convert_gguf
 from .checkpoint.encoded import TORCH_DTYPES
+from .checkpoint.gguf import convert_gguf
 from .checkpoint.index import TensorInfo, read_header, read_index
 from .checkpoint.journal import write_atomically
 from .checkpoint.layout import Choice, companions
@@ -52,6 +52,8 @@ def opened_store(model: str | Path, options: LoadOptions) -> Store | None:
         If another compression was asked for than the store has.
     """
     folder = Path(model).expanduser()
+    if not str(model).strip():
+        return None  # the source room says what is wrong
     if (folder / POINTER).is_file() and not any(folder.glob("*.safetensors")):
         folder = Path(json.loads((folder / POINTER).read_text(encoding="utf-8"))["store"])
     store = open_store(folder) if folder.is_dir() else None

@@ -7,6 +7,7 @@ missing wait shows as wrong bytes, whatever order a test takes.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections import deque
@@ -52,7 +53,7 @@ class FakeClock:
 def make_unit(index: int, nbytes: int, pieces: int = 1) -> Unit:
     """A unit whose bytes are all its own; its file offsets say which unit it is."""
     cuts = sorted({0, nbytes, *(nbytes * part // pieces for part in range(pieces))})
-    extents = [Piece(Extent(DISK, (index << 32) + at, end - at), at) for at, end in zip(cuts, cuts[1:], strict=False)]
+    extents = [Piece(Extent(DISK, (index << 32) + at, end - at), at) for at, end in itertools.pairwise(cuts)]
     return Unit(f"unit-{index}", nbytes, tuple(extents))
 
 

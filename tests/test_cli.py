@@ -72,13 +72,14 @@ def test_the_prompt_comes_from_stdin(endless: Path, dash: tuple[str, ...]) -> No
 ANNOUNCED = """
 import sys
 from airllm_nb.cli import main
-from airllm_nb.engine import StreamedModel
-generate = StreamedModel.generate
-def announced(*given, **named):
-    sys.stderr.write("begun\\n")
+from airllm_nb.trace import Trace
+end_sweep = Trace.end_sweep
+def announced(*given):
+    end_sweep(*given)
+    sys.stderr.write("." * 6)
     sys.stderr.flush()
-    return generate(*given, **named)
-StreamedModel.generate = announced
+    Trace.end_sweep = end_sweep
+Trace.end_sweep = announced
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -102,7 +103,7 @@ def test_ctrl_c_keeps_the_document(endless: Path) -> None:
     arguments = [sys.executable, "-c", ANNOUNCED, "generate", str(endless), "hello", "-n", "100000", "--json"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT) as process:
         assert process.stderr is not None
-        assert os.read(process.stderr.fileno(), 6) == b"begun\n"
+        assert os.read(process.stderr.fileno(), 6) == b"......"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err

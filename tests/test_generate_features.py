@@ -1,4 +1,4 @@
-"""Everything that transformers' ``generate`` does, streamed, equals the same resident; and a model survives its users."""
+"""All that transformers' ``generate`` does equals the same resident; and a model survives its users."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from fakes import within
-from test_equality import open_in, tiers
+from test_equality import open_in, placed, wanted
 
-from airllm_nb.engine import StreamedModel
+from airllm_nb.config import LoadOptions
+from airllm_nb.engine import StreamedModel, open_model
 from airllm_nb.errors import BusyError, ClosedError, PromptError
 
 IDS = torch.tensor([[1, 70, 90, 33, 60, 70, 90]])
+# How the weights get to compute → where they are.
 KINDS = {"in place": "ram", "disk": "disk", "device": "gpu|ram|disk"}
 
 
@@ -34,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama: Callable[..., Path]) -> Path:
-    return tiny_llama(dtype="float32", num_hidden_layers=6)
+    return tiny_llama(dtype="float32", num_hidden_layers=10)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def opened(folder: Path, kind: str = "disk", **options: Any) -> StreamedModel:
 @pytest.fixture(scope="module", params=list(KINDS))
 def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[StreamedModel]:
     with opened(folder, request.param) as model:
-        assert tiers(model) == set(KINDS[request.param].split("|"))
+        assert set(placed(model.plan)) == wanted(KINDS[request.param])
         yield model
 
 
@@ -176,7 +178,7 @@ def test_an_assistant_changes_no_token(
     elif draft == "itself":
         assert model.generate(IDS, max_new_tokens=16, assistant_model=resident).equal(expected)
     else:
-        with opened(small) as assistant:
+        with opened(small, "in place") as assistant:
             assert model.generate(IDS, max_new_tokens=16, assistant_model=assistant).equal(expected)
             assert assistant.generate(IDS, max_new_tokens=4).shape[-1] == IDS.shape[-1] + 4
 
@@ -217,7 +219,7 @@ def test_a_forward_gives_what_the_native_class_gives(model: StreamedModel, resid
 
 
 def test_a_longer_generation_than_planned_is_planned_again(folder: Path, resident: Any) -> None:
-    with opened(folder, "device") as model:
+    with open_model(folder, LoadOptions.create(dtype="float32", max_seq_len=16, vram_budget=3 << 19)) as model:
         planned = model.plan.needs.kv_cache
         assert model.generate(IDS, max_new_tokens=6).equal(resident.generate(IDS, max_new_tokens=6))
         expected = resident.generate(IDS, max_new_tokens=6, num_beams=5)
@@ -238,9 +240,9 @@ def test_every_sweep_is_counted_in_the_trace(model: StreamedModel) -> None:
     summary = model.trace.summary()
     assert summary["sweeps"] == 7
     assert summary["stages"]["compute"]["count"] >= 7
-    if "disk" in model.plan.tiers:
-        streamed = model.plan.tier_bytes("disk")
-        assert summary["stages"]["read"]["bytes"] >= 5 * streamed / 2
+    from_disk = placed(model.plan)["disk"]
+    # The last sweep reads ahead for one that never comes, and the first finds what an earlier one has read.
+    assert 6 * from_disk <= summary["stages"]["read"]["count"] <= 8 * from_disk
 
 
 # ---- text in, text out -----------------------------------------------------------------------------------------------
@@ -308,7 +310,9 @@ def said(model: StreamedModel, text: str, stops: tuple[str, ...] = ()) -> tuple[
     return [chunk.text for chunk in generation], generation.result
 
 
-@pytest.mark.parametrize("text", ["naïve café", "日本語の文", "👩‍👩‍👧 family", "a\n\n  b\tc", "é" * 50, "🇫🇷🇩🇪", "plain", "�x"])
+@pytest.mark.parametrize(
+    "text", ["naïve café", "日本語の文", "👩‍👩‍👧 family", "a\n\n  b\tc", "é" * 50, "🇫🇷🇩🇪", "plain", "�x"]
+)
 def test_characters_that_take_several_tokens_come_whole(streamed: StreamedModel, text: str) -> None:
     pieces, result = said(streamed, text)
     assert result.text == text
@@ -347,9 +351,11 @@ def test_an_unfinished_character_at_the_end_is_kept(streamed: StreamedModel) -> 
 
 
 def test_a_stop_string_ends_a_real_generation(streamed: StreamedModel) -> None:
-    free = streamed.answer("Hello", max_new_tokens=30, min_new_tokens=30, do_sample=False)
-    stop = free.text[4:6]
-    cut = streamed.answer("Hello", max_new_tokens=30, do_sample=False, stop=stop)
+    letters = streamed.tokenizer("abcdefghijklmnop").input_ids
+    options = {"max_new_tokens": 30, "do_sample": False, "prefix_allowed_tokens_fn": lambda *_: letters}
+    free = streamed.answer("Hello", **options)
+    stop = free.text[4:7]
+    cut = streamed.answer("Hello", stop=stop, **options)
     assert cut.text == free.text[: free.text.index(stop)]
     assert cut.stopped_by == "end"
     assert len(cut.token_ids) < 30

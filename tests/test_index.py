@@ -1,4 +1,4 @@
-"""Safetensors headers: what the reference writes is accepted, and damage of any kind is a CheckpointError with a name."""
+"""Safetensors headers: what the reference writes is accepted, damage of any kind is a CheckpointError with a name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_what_safetensors_writes_is_read(tmp_path: Path, metadata: dict[str, str
         assert got.view(torch.uint8).equal(expected.view(torch.uint8)) if expected.dim() else got.equal(expected)
 
 
-@pytest.mark.parametrize("tensors", [{}, {"only": torch.empty(0)}, {"x" * 5000: torch.ones(1)}], ids=["none", "empty", "long"])
+@pytest.mark.parametrize(
+    "tensors", [{}, {"only": torch.empty(0)}, {"x" * 5000: torch.ones(1)}], ids=["none", "empty", "long"]
+)
 def test_small_files_that_safetensors_writes_are_read(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     assert set(read_header(tmp_path / "model.safetensors")) == set(tensors)
@@ -114,7 +116,7 @@ def test_symbolic_links_into_a_blob_folder_are_followed(tmp_path: Path) -> None:
     blobs.mkdir()
     snapshot.mkdir(parents=True)
     save_file({"a": torch.ones(2)}, blobs / "0123")
-    os.symlink("../../blobs/0123", snapshot / "model-1.safetensors")
+    (snapshot / "model-1.safetensors").symlink_to("../../blobs/0123")
     (snapshot / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     assert list(read_index(snapshot)) == ["a"]
 

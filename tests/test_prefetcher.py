@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -157,7 +158,7 @@ def test_everything_moved_is_recorded_for_the_trace() -> None:
     )
     reads = [entry for entry in simulation.prefetcher.moved if entry.stage == "read"]
     assert all(entry.start <= entry.end for entry in reads)
-    assert all(first.end <= second.start for first, second in zip(reads, reads[1:], strict=False))
+    assert all(first.end <= second.start for first, second in itertools.pairwise(reads))
 
 
 def test_the_record_of_what_moved_is_bounded() -> None:

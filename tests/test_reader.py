@@ -49,7 +49,18 @@ def read(reader: Reader, pieces: list[Piece], size: int, before=None) -> tuple[b
 
 @pytest.mark.parametrize(
     ("offset", "nbytes"),
-    [(0, 1), (1, 1), (0, SIZE), (SIZE - 1, 1), (999, 2), (1000, 1000), (1001, 2999), (4095, 4097), (7, 54_321), (SIZE, 0)],
+    [
+        (0, 1),
+        (1, 1),
+        (0, SIZE),
+        (SIZE - 1, 1),
+        (999, 2),
+        (1000, 1000),
+        (1001, 2999),
+        (4095, 4097),
+        (7, 54_321),
+        (SIZE, 0),
+    ],
 )
 def test_odd_offsets_and_sizes(reader: Reader, file: Path, offset: int, nbytes: int) -> None:
     into, error = read(reader, [Piece(Extent(file, offset, nbytes), 3)], nbytes + 5)

@@ -14,7 +14,8 @@ SIZES = st.lists(st.integers(1, 32).map(lambda cells: cells * EIGHTH), min_size=
 
 
 @pytest.mark.parametrize(
-    ("size", "to", "aligned"), [(0, PAGE, 0), (1, PAGE, PAGE), (PAGE, PAGE, PAGE), (PAGE + 1, PAGE, 2 * PAGE), (5, 4, 8)]
+    ("size", "to", "aligned"),
+    [(0, PAGE, 0), (1, PAGE, PAGE), (PAGE, PAGE, PAGE), (PAGE + 1, PAGE, 2 * PAGE), (5, 4, 8)],
 )
 def test_align_rounds_up(size: int, to: int, aligned: int) -> None:
     assert align(size, to) == aligned
@@ -23,7 +24,7 @@ def test_align_rounds_up(size: int, to: int, aligned: int) -> None:
 def test_units_follow_each_other_and_wrap() -> None:
     places = place([PAGE, 2 * PAGE, PAGE, PAGE], 3 * PAGE)
     assert [where.offset for where in places] == [0, PAGE, 0, PAGE]
-    # The third takes the bytes of the first, the fourth those of the second, the first of the next sweep those of the third.
+    # The third takes the bytes of the first, the fourth those of the second, the next sweep's first those of the third.
     assert [where.distance for where in places] == [2, 2, 2, 2]
 
 

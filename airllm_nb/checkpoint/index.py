@@ -98,8 +98,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise _damaged(path, f"its header should take {length:,} bytes but the file has {size:,}")
         try:
             header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise _damaged(path, f"its header is not JSON ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"its header is not JSON ({type(error).__name__})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -137,13 +137,12 @@ def read_index(folder: Path) -> CheckpointIndex:
 def _read_sharded(folder: Path, index_file: Path) -> CheckpointIndex:
     try:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{index_file} is damaged ({error!r}); download it again") from None
-    files = tuple(folder / name for name in names)
+        files = tuple(folder / name for name in sorted(set(weight_map.values())))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index_file} is damaged ({type(error).__name__}); download it again") from None
     for file in files:
-        if not file.resolve().is_file() or file.parent.resolve() != folder.resolve():
-            raise CheckpointError(f"{folder}: shard {file.name} is named by {INDEX_FILE} but is missing; "
+        if file.parent != folder or not _is_file(file):
+            raise CheckpointError(f"{folder}: shard {file.name[:80]} is named by {INDEX_FILE} but is missing; "
                                   f"download it again ({len(files)} shards in all)")  # fmt: skip
     headers = {file.name: read_header(file) for file in files}
     tensors = {}
@@ -155,13 +154,20 @@ def _read_sharded(folder: Path, index_file: Path) -> CheckpointIndex:
     return CheckpointIndex(folder, tensors, files)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        return False
+
+
 def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
         numbers = [*shape, begin, end]
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"the entry of tensor {name!r} cannot be read") from None
-    if dtype not in ITEMSIZE:
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise _damaged(path, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
         raise _damaged(path, f"tensor {name!r} has a shape or an offset that is no whole number")

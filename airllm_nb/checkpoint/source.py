@@ -82,6 +82,8 @@ def resolve(
         If what is there is no complete checkpoint.
     """
     text = os.fspath(model)
+    if not text.strip():
+        raise SourceError("no model is named; give a Hub id such as org/name, a local folder, or a .gguf file")
     path = Path(text).expanduser()
     if path.is_dir():
         return _checked(_folder(path.absolute()), check_config)

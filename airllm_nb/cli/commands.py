@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from typing import Any
 
 from ..config import format_bytes
-from ..errors import OptionError
 from ..trace import Progress
 from .arguments import load_options, read_prompt, sampling
 
@@ -64,9 +64,11 @@ def generate(given: argparse.Namespace) -> int:
         generation = model.stream(prompt, **how)
         interrupted = _stream(generation, show=not given.json)
         result = generation.result
+    if result is None:
+        raise KeyboardInterrupt
     if given.json:
         write_json(_facts(given.model, result))
-    elif result is not None:
+    else:
         sys.stderr.write(_summary(result) + "\n")
         if given.profile:
             sys.stderr.write(result.trace.table() + "\n")
@@ -77,13 +79,17 @@ def _stream(generation: Any, show: bool) -> bool:
     """Write the text as it comes; whether Ctrl-C ended it."""
     shown, interrupted = "", False
     try:
-        with generation:
-            for chunk in generation:
-                if show:
-                    shown += chunk.text
-                    write(chunk.text)
+        for chunk in generation:
+            if show:
+                shown += chunk.text
+                write(chunk.text)
     except KeyboardInterrupt:
         interrupted = True
+        with contextlib.suppress(StopIteration, KeyboardInterrupt):
+            while True:
+                # Asked again and again, because a stop before the first unit can be missed.
+                generation.stop()
+                generation.poll(0.1)
     if show:
         # Closing brings what was held back: the bytes of a character that Ctrl-C cut.
         text = shown if generation.result is None else generation.result.text
@@ -92,8 +98,6 @@ def _stream(generation: Any, show: bool) -> bool:
 
 
 def _facts(model: str, result: Any) -> dict[str, Any]:
-    if result is None:
-        raise OptionError("interrupted twice; there is no result")
     names = "prompt text prompt_tokens stopped_by seconds tokens_per_second sweep_seconds peak_bytes"
     facts = {name: getattr(result, name) for name in names.split()}
     return {"model": model, **facts, "token_ids": list(result.token_ids), "trace": result.trace.summary()}

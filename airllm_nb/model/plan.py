@@ -8,7 +8,8 @@ reading one overlaps with copying many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,10 +226,8 @@ def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tu
     rest = [index for index in streamed if not tiers[index]]
     arena = min(_window([sizes[index] for index in rest]), left)
     left -= arena
-    for index in _spread(rest):
-        if sizes[index] <= left:
-            tiers[index] = "gpu"
-            left -= sizes[index]
+    for index in _choose({index: sizes[index] for index in rest}, left):
+        tiers[index] = "gpu"
     return tiers, arena
 
 
@@ -251,13 +250,9 @@ def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, has
         raise BudgetError(f"ram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
                           f"{size_option(largest)}, for the largest unit that passes through it")  # fmt: skip
     ring = min(_window([sizes[index] for index in rest]), budget)
-    left = budget - ring
-    for index in _spread(rest):
-        if sizes[index] <= left:
-            tiers[index] = "ram"
-            left -= sizes[index]
-        else:
-            tiers[index] = "disk"
+    chosen = _choose({index: sizes[index] for index in rest}, budget - ring)
+    for index in rest:
+        tiers[index] = "ram" if index in chosen else "disk"
     return ring
 
 
@@ -267,8 +262,20 @@ def _window(sizes: Sequence[int]) -> int:
     return max(sum(sizes[(first + step) % len(sizes)] for step in range(count)) for first in range(len(sizes)))
 
 
-def _spread(indices: Sequence[int]) -> list[int]:
-    """The indices in an order whose every prefix is spread evenly over them (bit-reversed counting)."""
-    bits = max(len(indices) - 1, 1).bit_length()
-    order = sorted(range(len(indices)), key=lambda position: int(f"{position:0{bits}b}"[::-1], 2))
-    return [indices[position] for position in order]
+def _choose(sizes: Mapping[int, int], room: int) -> set[int]:
+    """Units that fill ``room``, those of one size spread evenly over the schedule.
+
+    First how many of each size: in a fixed order, taking what fits, so that more room never takes fewer bytes.
+    """
+    bits = max(len(sizes) - 1, 1).bit_length()
+    order = sorted(enumerate(sizes), key=lambda item: int(f"{item[0]:0{bits}b}"[::-1], 2))
+    counts: Counter[int] = Counter()
+    for _, index in order:
+        if sizes[index] <= room:
+            counts[sizes[index]] += 1
+            room -= sizes[index]
+    chosen = set()
+    for size, count in counts.items():
+        same = [index for index in sizes if sizes[index] == size]
+        chosen |= {index for at, index in enumerate(same) if (at + 1) * count // len(same) > at * count // len(same)}
+    return chosen

@@ -39,18 +39,30 @@ def generate(entry: Entry, generation: Any, line: ProgressLine) -> Any:
             pass
         except KeyboardInterrupt:
             line.show("stopping after the unit that runs …")
-            generation.close()
+            _end(generation)
     except KeyboardInterrupt:
         line.clear()
         return None
     finally:
         if generation.result is not None:
             entry.unfinished = None
+        else:
+            generation.stop()
     line.clear()
     text = generation.result.text
     # Closing brings what was held back: the bytes of a character that an interrupt cut.
     _write(text[shown:] + "\n" * bool(text and not text.endswith("\n")))
     return generation.result
+
+
+def _end(generation: Any) -> None:
+    """Stop it and take what it still brings; asks again, because a stop before the first unit can be missed."""
+    try:
+        while True:
+            generation.stop()
+            generation.poll(POLL)
+    except StopIteration:
+        pass
 
 
 def _step(generation: Any, line: ProgressLine, waiting: Waiting) -> int:

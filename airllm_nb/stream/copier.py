@@ -49,8 +49,10 @@ class MemoryCopier:
 
     def copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], after: Mark | None) -> Copied:
         start = time.perf_counter()
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
+        # Also right for targets made while the caller was in inference mode, which is not the mode of this thread.
+        with torch.inference_mode():
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source)
         return Copied(start, time.perf_counter())
 
     def mark(self) -> Mark:

@@ -60,19 +60,21 @@ class Reader:
         error: BaseException | None = None
         try:
             batch.wait_before()
-            if not self._closed and batch.error is None:
+            if self._closed:
+                error = ClosedError(f"the reader was closed before {path} was read; load the model again")
+            elif batch.error is None:
                 read_exactly(self._files.descriptor(path), path, offset, view)
         except BaseException as caught:  # whatever a thread meets belongs to the caller
             error = caught
         batch.finish(error)
 
     def close(self) -> None:
-        """Let running reads end, drop waiting ones, close the files."""
+        """Let running reads end, fail waiting ones, close the files. Safe to call twice."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
         self._files.close()
 
 
