@@ -9,10 +9,12 @@ import argparse
 import json
 import time
 
-import torch
+began = time.perf_counter()
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
-from airllm_nb import LoadOptions, open_model
-from airllm_nb.config import parse_bytes
+from airllm_nb import LoadOptions, open_model  # noqa: E402
+from airllm_nb.config import parse_bytes  # noqa: E402
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder")
@@ -26,6 +28,7 @@ parser.add_argument("--no-prefetch", action="store_true")
 parser.add_argument("--cap", action="store_true", help="enforce --vram through the allocator")
 given = parser.parse_args()
 
+imported = time.perf_counter() - began
 cuda = torch.cuda.is_available()
 if cuda and given.cap and given.vram:
     total = torch.cuda.get_device_properties(0).total_memory
@@ -54,6 +57,8 @@ with open_model(given.folder, options) as model:
     print(
         json.dumps(
             {
+                "transformers": transformers.__version__,
+                "import_s": round(imported, 3),
                 "open_s": round(opened, 3),
                 "first_s": round(first, 3),
                 "second_s": round(second, 3),
