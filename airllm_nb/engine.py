@@ -102,14 +102,18 @@ class StreamedModel:
         BusyError
             If a generation runs already.
         """
-        inputs, kwargs = self._on_device(inputs), {name: self._on_device(value) for name, value in kwargs.items()}
+        return self.run({"inputs": inputs, **kwargs}, threading.Event())
+
+    def run(self, kwargs: dict[str, Any], cancel: threading.Event) -> Any:
+        """:meth:`generate` with an event that ends it within one unit, by a ``GenerationStopped``."""
+        kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
         # Compiled code would keep the addresses of parameters that are bound anew in every sweep.
         kwargs.setdefault("disable_compile", True)
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        ids, config = kwargs.get("inputs"), self.native.generation_config
+        ids = kwargs.get("input_ids") if ids is None else ids
         check_length(ids, self._prepared.context)
-        with self._running(total_length(ids, self.native.generation_config, kwargs),
-                           sequences(ids, self.native.generation_config, kwargs)):  # fmt: skip
-            return self.native.generate(inputs, **kwargs)
+        with self._running(total_length(ids, config, kwargs), sequences(ids, config, kwargs), cancel):
+            return self.native.generate(**kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward; returns what the native class returns (``.logits``)."""
@@ -171,6 +175,11 @@ class StreamedModel:
         """Whether a generation runs."""
         return self._lock.locked()
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """Within the sweep: the unit that computes, counted from 1, and how many there are."""
+        return (0, 0) if self._executor is None else self._executor.position
+
     def status(self) -> dict[str, Any]:
         """Name, device, plan and last speed as plain values."""
         return {"name": self.name, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
@@ -191,7 +200,7 @@ class StreamedModel:
     # --- how it runs
 
     @contextlib.contextmanager
-    def _running(self, length: int = 1, batch: int = 1) -> Iterator[None]:
+    def _running(self, length: int = 1, batch: int = 1, cancel: threading.Event | None = None) -> Iterator[None]:
         """One generation at a time, with room for it, recorded, and left usable whatever happens."""
         if not self._lock.acquire(blocking=False):
             raise BusyError(f"{self.name} is generating already; wait for it, or stop it first")
@@ -200,7 +209,7 @@ class StreamedModel:
                 raise ClosedError(f"{self.name} was closed; load it again")
             self._make_room(length, batch)
             self.trace = trace = Trace()
-            self._executor.start(trace)
+            self._executor.start(trace, cancel or threading.Event())
             with torch.inference_mode(), self._executor.on_device():
                 yield
         finally:

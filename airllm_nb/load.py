@@ -20,7 +20,7 @@ from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_le
 from .model.architecture import check_supported, native_config
 from .model.device import choose_device, choose_dtype, ram_budget, vram_budget
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan
-from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units
+from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units, is_tied
 from .stream.probe import best_seconds, disk_bandwidth, link_bandwidth
 from .trace import Progress, ProgressCallback, silent
 
@@ -177,7 +177,11 @@ def _compute_bandwidth(prepared: Prepared) -> float:
 
 def plan(prepared: Prepared, machine: Machine, length: int, batch: int) -> ResidencyPlan:
     """Where the units go on this machine for ``batch`` sequences of ``length`` tokens."""
-    sizes = [UnitSize(unit.name, unit.nbytes, unit.kind) for unit in prepared.units]
+    # A table that is also the head takes no bytes of its own.
+    sizes = [
+        UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
+        for unit in prepared.units
+    ]
     options = prepared.options
     return make_plan(
         sizes, needs(prepared, length, batch), machine, vram_budget(options, prepared.device), ram_budget(options)

@@ -1,4 +1,4 @@
-"""Compressed models through the façade: 4-bit equals the library's own, 8-bit is close to uncompressed, disks are safe."""
+"""Compressed models through the façade: 4-bit equals the library's own, 8-bit is close to plain, disks are safe."""
 
 from __future__ import annotations
 

@@ -287,20 +287,18 @@ class Script:
         self.tokenizer, self._ids, self._error = tokenizer, tokenizer(text).input_ids, error
         from airllm_nb.trace import Trace
 
-        self.trace, self._stopped = Trace(), threading.Event()
+        self.trace = Trace()
 
-    def generate(self, inputs: Any = None, *, streamer: Any, input_ids: torch.Tensor, **_: Any) -> None:
-        streamer.put(input_ids)
+    def run(self, kwargs: dict[str, Any], cancel: threading.Event) -> None:
+        streamer = kwargs["streamer"]
+        streamer.put(kwargs["input_ids"])
         for token in self._ids:
             streamer.put(torch.tensor([token]))
-            if self._stopped.is_set():
+            if cancel.is_set():
                 break
         if self._error is not None:
             raise self._error
         streamer.end()
-
-    def stop(self) -> None:
-        self._stopped.set()
 
 
 def said(model: StreamedModel, text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Any]:

@@ -29,7 +29,7 @@ from airllm_nb.notebook.generating import Waiting
 from airllm_nb.notebook.mistakes import in_flags, one_line
 from airllm_nb.notebook.progress_line import Meter, ProgressLine, clock_time
 from airllm_nb.notebook.prompt_variables import expand
-from airllm_nb.trace import Progress, Trace
+from airllm_nb.trace import Progress
 
 MAGICS = ("load", "plan", "status", "trace", "unload")
 LONG = 60_000
@@ -589,21 +589,19 @@ def test_the_line_is_drawn_four_times_a_second_and_taken_away() -> None:
 
 def test_what_is_said_while_nothing_comes() -> None:
     now = [0.0]
-    units = [SimpleNamespace(name=f"layer.{i}") for i in range(8)]
-    model = SimpleNamespace(trace=Trace(), plan=SimpleNamespace(sweep_seconds=0.5, units=units))
+    model = SimpleNamespace(position=(1, 8), plan=SimpleNamespace(sweep_seconds=0.5))
     waiting = Waiting(model, lambda: now[0])
     assert waiting.text(in_place=True) == ""
     now[0] = 3.0
-    assert waiting.text(in_place=True).startswith("reading the prompt · 3 s of about 0.5 s")
-    model.trace = Trace()
-    model.trace.add("wait", "layer.4", 0, 1)
+    assert waiting.text(in_place=True).startswith("reading the prompt · unit 1 of 8 · 3 s of about 0.5 s")
+    model.position = (5, 8)
     assert "unit 5 of 8" in waiting.text(in_place=True)
     waiting.got(1, True)
     assert waiting.text(in_place=True) == ""
     now[0] = 6.0
     assert waiting.text(in_place=True).startswith("token 2 · unit 5 of 8 · 3 s")
     assert waiting.text(in_place=False) == ""
-    slow = SimpleNamespace(trace=Trace(), plan=SimpleNamespace(sweep_seconds=30.0, units=units))
+    slow = SimpleNamespace(position=(1, 8), plan=SimpleNamespace(sweep_seconds=30.0))
     assert Waiting(slow, lambda: now[0]).text(in_place=True) != ""
 
 

@@ -179,13 +179,18 @@ def _encoded_chunks(
     def encode(rows: torch.Tensor) -> list[torch.Tensor]:
         return [part.cpu() for part in codec.encode(rows.to(device).to(dtype)).values()]
 
-    with ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for rows in _rows(info, codec.row_step(info.shape), HOST_VALUES if on_host else DEVICE_VALUES):
-            running.append(pool.submit(encode, rows))
-            if len(running) > threads:
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for rows in _rows(info, codec.row_step(info.shape), HOST_VALUES if on_host else DEVICE_VALUES):
+                running.append(pool.submit(encode, rows))
+                if len(running) > threads:
+                    yield running.popleft().result()
+            while running:
                 yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+    finally:
+        # The number is not of a thread alone: threads that are made later would compute with one.
+        torch.set_num_threads(before)
 
 
 def _rows(info: TensorInfo, step: int, values: int) -> Iterator[torch.Tensor]:

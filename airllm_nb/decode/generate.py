@@ -123,9 +123,7 @@ class Runs(Protocol):
 
     trace: Trace
 
-    def generate(self, inputs: Any = None, **kwargs: Any) -> Any: ...
-
-    def stop(self) -> None: ...
+    def run(self, kwargs: dict[str, Any], cancel: threading.Event) -> Any: ...
 
 
 class Generation:
@@ -146,7 +144,7 @@ class Generation:
         self._worker: threading.Thread | None = None
         self._text, self._parts = _StopText(Detokenizer(model.tokenizer), stops), [""]
         self._ids: list[int] = []
-        self._stopped, self._start = False, time.perf_counter()
+        self._cancel, self._start = threading.Event(), time.perf_counter()
         self.result: GenerationResult | None = None
 
     def __iter__(self) -> Generation:
@@ -164,8 +162,7 @@ class Generation:
         self.close()
 
     def __del__(self) -> None:
-        if self._worker is not None and self._worker.is_alive():
-            self._model.stop()
+        self._cancel.set()
 
     def poll(self, seconds: float) -> GenerationChunk | None:
         """The next chunk, or ``None`` if none comes within ``seconds``; raises ``StopIteration`` after the last."""
@@ -184,29 +181,25 @@ class Generation:
 
     def stop(self) -> None:
         """Ask it to end within one unit, from any thread; what it has so far is kept."""
-        self._stopped = True
-        if self._worker is not None:
-            self._model.stop()
+        self._cancel.set()
 
     def close(self) -> None:
         """Stop it if it runs, wait until it has, and fill in ``result``. Safe to call twice."""
         if self.result is not None:
             return
-        if self._worker is not None:
-            self.stop()
-            self._worker.join()
-        self._stopped = True
-        while self.result is None and self._worker is not None:
-            with contextlib.suppress(StopIteration, GenerationStopped):
-                self.poll(0)
-        if self.result is None:
+        self.stop()
+        if self._worker is None:
             self._complete()
+        while self.result is None:
+            with contextlib.suppress(StopIteration):
+                self.poll(0.1)
 
     def _begin(self) -> None:
         self._start = time.perf_counter()
         self._worker = threading.Thread(
-            target=_work, args=(self._model, self._kwargs, self._events), name="airllm-generate", daemon=True
-        )
+            target=_work, args=(self._model, self._kwargs, self._cancel, self._events), name="airllm-generate",
+            daemon=True,
+        )  # fmt: skip
         self._worker.start()
 
     def _chunk(self, text: str, ids: list[int]) -> GenerationChunk:
@@ -215,8 +208,7 @@ class Generation:
 
     def _finish(self, end: _End) -> GenerationChunk:
         if self._worker is not None:
-            self._worker.join()
-        self._stopped = self._stopped or isinstance(end.error, GenerationStopped)
+            self._worker.join(1)
         rest = self._text.rest()
         chunk = self._chunk(rest, []) if rest else None
         self._complete()
@@ -234,7 +226,7 @@ class Generation:
         self.result = GenerationResult(
             prompt=self._prompt, text="".join(self._parts), token_ids=tuple(self._ids),
             prompt_tokens=int(self._kwargs["input_ids"].shape[-1]),
-            stopped_by="user" if self._stopped else "length" if by_length else "end",
+            stopped_by="user" if self._cancel.is_set() else "length" if by_length else "end",
             seconds=time.perf_counter() - self._start, trace=trace,
         )  # fmt: skip
 
@@ -246,9 +238,9 @@ class _End:
     error: BaseException | None = None
 
 
-def _work(model: Runs, kwargs: dict[str, Any], events: queue.SimpleQueue[Any]) -> None:
+def _work(model: Runs, kwargs: dict[str, Any], cancel: threading.Event, events: queue.SimpleQueue[Any]) -> None:
     try:
-        model.generate(**kwargs, streamer=_Tokens(events.put))
+        model.run({**kwargs, "streamer": _Tokens(events.put)}, cancel)
         events.put(_End())
     except BaseException as error:  # raised again in the caller's thread
         events.put(_End(error))

@@ -24,7 +24,7 @@ from ..trace import Trace
 from .gather import RowGather
 from .plan import ResidencyPlan
 from .recorder import Recorder
-from .skeleton import Binding, ModelUnit, Weight
+from .skeleton import Binding, ModelUnit, Weight, is_tied
 
 
 class Executor:
@@ -62,6 +62,7 @@ class Executor:
         self._recorder = Recorder(self._copier, device)
         self._files, self._reader = MappedFiles(), Reader()
         self._hooks: list[Any] = []
+        self._reached = 0
         self._arenas: list[HostArena] = []
         self._resident: dict[str, torch.Tensor] = {}
         self._stops: list[Stop] = []
@@ -75,9 +76,9 @@ class Executor:
 
     # --- while it runs
 
-    def start(self, trace: Trace) -> None:
-        """Record into ``trace`` from now on, and forget an earlier request to stop."""
-        self.cancel.clear()
+    def start(self, trace: Trace, cancel: threading.Event) -> None:
+        """Record into ``trace`` from now on; ``cancel`` ends the work before the next unit."""
+        self.cancel = cancel
         trace.predicted_sweep_seconds = self._plan.sweep_seconds
         self._recorder.begin(trace)
 
@@ -88,6 +89,11 @@ class Executor:
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device the current one of this thread."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """The unit that computes, counted from 1, and how many there are in a sweep."""
+        return self._reached + 1, len(self._units)
 
     @property
     def resets(self) -> int:
@@ -165,8 +171,8 @@ class Executor:
     def _place_table(self, unit: ModelUnit) -> None:
         binding = unit.bindings[0]
         in_place = self._device.type == "cpu" and not binding.weight.needs_cast
-        tied = binding.weight.name in self._resident
-        if tied or (self._plan.tiers[self._units.index(unit)] == "gpu" and not in_place):
+        is_planned = self._plan.tiers[self._units.index(unit)] == "gpu" and not is_tied(unit)
+        if binding.weight.name in self._resident or (is_planned and not in_place):
             self._bind_for_good(binding, self._on_device(binding.weight))
             return
         table = self._files.tensor(binding.weight.info, binding.weight.stored_dtype)
@@ -184,7 +190,7 @@ class Executor:
             return
         self._stops = self._make_stops(units)
         self._prefetcher = Prefetcher(
-            self._stops, self._reader, self._copier, self._depth, self._recorder.clock, self.cancel.is_set
+            self._stops, self._reader, self._copier, self._depth, self._recorder.clock, lambda: self.cancel.is_set()
         )
         for index, (unit, stop) in enumerate(zip(units, self._stops, strict=True)):
             memory = stop.host if stop.device is None else stop.device
@@ -226,10 +232,11 @@ class Executor:
     # --- hooks
 
     def _hook(self, unit: ModelUnit, before: Callable[[], None], after: Callable[[], None]) -> None:
-        recorder, cancelled, name = self._recorder, self.cancel.is_set, unit.name
+        recorder, name, index = self._recorder, unit.name, self._units.index(unit)
 
         def enter(*_: Any) -> None:
-            if cancelled():
+            self._reached = index
+            if self.cancel.is_set():
                 raise GenerationStopped(f"stopped before {name}")
             before()
             recorder.begin_compute()

@@ -209,6 +209,11 @@ def cut_units(
     return cutter.units, list(cutter.small.values())
 
 
+def is_tied(unit: ModelUnit) -> bool:
+    """Whether other modules know the unit's weights too: a table that is the output head as well."""
+    return all(len(binding.weight.owners) > 1 for binding in unit.bindings)
+
+
 class _Cutter:
     def __init__(self, model: Any, weights: Mapping[str, Weight], limit: int):
         self.units: list[ModelUnit] = []

@@ -6,7 +6,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from ..trace import Trace
 from .cards import speed
 from .progress_line import ProgressLine
 from .registry import Entry
@@ -38,7 +37,9 @@ def generate(entry: Entry, generation: Any, line: ProgressLine) -> Any:
         except StopIteration:
             pass
         except KeyboardInterrupt:
-            line.show("stopping after the unit that runs …")
+            # In a terminal the line would be drawn over the last line of the answer.
+            if line.in_place or not shown:
+                line.show("stopping after the unit that runs …")
             _end(generation)
     except KeyboardInterrupt:
         line.clear()
@@ -56,10 +57,10 @@ def generate(entry: Entry, generation: Any, line: ProgressLine) -> Any:
 
 
 def _end(generation: Any) -> None:
-    """Stop it and take what it still brings; asks again, because a stop before the first unit can be missed."""
+    """Stop it and take what it still brings."""
+    generation.stop()
     try:
         while True:
-            generation.stop()
             generation.poll(POLL)
     except StopIteration:
         pass
@@ -90,7 +91,7 @@ class Waiting:
 
     def __init__(self, model: StreamedModel, clock: Any = time.monotonic):
         self._model, self._clock = model, clock
-        self._before, self._predicted = model.trace, model.plan.sweep_seconds
+        self._predicted = model.plan.sweep_seconds
         self._tokens, self._any_text, self._since = 0, False, clock()
 
     def got(self, tokens: int, has_text: bool) -> None:
@@ -103,21 +104,11 @@ class Waiting:
         at_once = in_place and not self._any_text and self._predicted > SLOW_SWEEP
         if (seconds < PATIENCE and not at_once) or (self._any_text and not in_place):
             return ""
-        trace = self._model.trace
-        parts = [f"token {self._tokens + 1}" if self._tokens else "reading the prompt"]
-        if trace is not self._before and (position := self._position(trace)):
-            parts.append(position)
+        unit, units = self._model.position
+        parts = [f"token {self._tokens + 1}" if self._tokens else "reading the prompt", f"unit {unit} of {units}"]
         parts.append(f"{seconds:.0f} s of about {self._predicted:.2g} s")
         parts.append("stop with the interrupt button" if in_place else "stop with Ctrl-C")
         return " · ".join(parts)
-
-    def _position(self, trace: Trace) -> str:
-        """Where this sweep is, from the last wait, which is in the trace before its unit has run."""
-        last = trace.spans[-1] if trace.spans else None
-        names = [unit.name for unit in self._model.plan.units]
-        if last is None or last.stage != "wait" or last.sweep != trace.sweeps or last.unit not in names:
-            return ""
-        return f"unit {names.index(last.unit) + 1} of {len(names)}"
 
 
 def summary_line(result: Any) -> str:
