@@ -19,6 +19,8 @@ _THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_cou
 os.environ.update(
     OMP_NUM_THREADS=_THREADS,
     MKL_NUM_THREADS=_THREADS,
+    # Threads that wait by spinning are many times slower where anything else uses the cores.
+    OMP_WAIT_POLICY="PASSIVE",
     TOKENIZERS_PARALLELISM="false",
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
