@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,4 +32,15 @@ class AutoModel:
         **options
             The fields of :class:`~airllm_nb.config.LoadOptions`; an unknown one is refused by name.
         """
-        return open_model(pretrained_model_name_or_path, LoadOptions.create(**options), progress=progress)
+        chosen = LoadOptions.create(**options)
+        if chosen.profiling_mode:
+            _show_profile()
+        return open_model(pretrained_model_name_or_path, chosen, progress=progress)
+
+
+def _show_profile() -> None:
+    """Let the table of each generation reach a script's screen, unless the script has its own logging."""
+    log = logging.getLogger("airllm_nb.engine")
+    log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())

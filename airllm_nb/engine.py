@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ class StreamedModel:
         self._room = (prepared.planned_length, prepared.options.batch_size)
         self.plan = load.plan(prepared, machine, *self._room)
         self._start_executor()
-        self.native.generation_config = self._generation_config()
+        self.native.generation_config = load.generation_config(prepared)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -147,7 +148,8 @@ class StreamedModel:
         stops = [stop] if isinstance(stop, str) else list(stop or [])
         if stops:
             kwargs.update(stop_strings=stops, tokenizer=self.tokenizer)
-        kwargs.update(inputs, max_new_tokens=self._within_context(inputs["input_ids"], max_new_tokens))
+        room = (self._prepared.context or sys.maxsize) - inputs["input_ids"].shape[-1]
+        kwargs.update(inputs, max_new_tokens=min(max_new_tokens, room))
         return Generation(self, text, kwargs, stops)
 
     def answer(self, prompt: Prompt, **kwargs: Any) -> GenerationResult:
@@ -224,36 +226,30 @@ class StreamedModel:
         room = (max(length, self._room[0]), max(batch, self._room[1]))
         if room == self._room or not self.plan.machine.has_device:
             return
-        plan = load.plan(self._prepared, self._machine, *room)
         log.info("planning again for %d tokens x %d sequences", *room)
-        self.plan, self._room = plan, room
+        before = self.plan, self._room
+        self.plan, self._room = load.plan(self._prepared, self._machine, *room), room
+        try:
+            self._start_executor()
+        except Exception:  # whatever a device runs into; the model stays usable as it was
+            self.plan, self._room = before
+            self._start_executor()
+            raise
+
+    def _start_executor(self) -> None:
         if self._executor is not None:
             self._executor.close()
             self._executor = None
-        self._start_executor()
-
-    def _start_executor(self) -> None:
         prepared = self._prepared
         self._executor = Executor(
             prepared.skeleton, prepared.units, prepared.small, self.plan, self.device, self.options.depth,
             profile=self.options.profiling_mode,
         )  # fmt: skip
 
-    def _within_context(self, ids: torch.Tensor, new: int) -> int:
-        context = self._prepared.context
-        return new if context is None else min(new, context - ids.shape[-1])
-
     def _on_device(self, value: Any) -> Any:
         if isinstance(value, StreamedModel):
             return value.native
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
-
-    def _generation_config(self) -> Any:
-        from transformers import GenerationConfig
-
-        if (self.folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.folder, local_files_only=True)
-        return GenerationConfig.from_model_config(self.config)
 
     def __enter__(self) -> StreamedModel:
         return self

@@ -157,6 +157,15 @@ def measure(prepared: Prepared) -> Machine:
     return Machine(has_device, disk, link, compute)
 
 
+def generation_config(prepared: Prepared) -> Any:
+    """The checkpoint's own defaults for ``generate``."""
+    from transformers import GenerationConfig
+
+    if (prepared.folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(prepared.folder, local_files_only=True)
+    return GenerationConfig.from_model_config(prepared.config)
+
+
 def _compute_bandwidth(prepared: Prepared) -> float:
     """Bytes of weights a second that one token's matrix product reads, in this codec on this device."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,10 @@ def test_delete_original_deletes_after_verification_only(tiny_llama, tmp_path, m
     from airllm_nb.checkpoint.store import Store
     from airllm_nb.errors import StoreError
 
-    folder = Path(tiny_llama())
+    # A copy: the fixture's folders are shared.
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))
     weights = sorted(folder.glob("*.safetensors"))
-    options = {"compression": "8bit", "layer_shards_saving_path": tmp_path, "delete_original": True}
+    options = {"compression": "8bit", "layer_shards_saving_path": tmp_path / "shards", "delete_original": True}
 
     def damaged(*_):
         raise StoreError("a shard is not what was written")
@@ -126,7 +128,7 @@ def test_delete_original_deletes_after_verification_only(tiny_llama, tmp_path, m
     assert not any(path.exists() for path in weights)
     assert (folder / "config.json").exists()
     assert (folder / POINTER).exists()
-    with AutoModel.from_pretrained(folder, compression="8bit", layer_shards_saving_path=tmp_path) as model:
+    with AutoModel.from_pretrained(folder, compression="8bit", layer_shards_saving_path=tmp_path / "shards") as model:
         assert torch.equal(model(torch.tensor([[5, 6, 7]])).logits, expected)
 
 
