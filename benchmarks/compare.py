@@ -112,7 +112,12 @@ def run_child(tool: str, given: argparse.Namespace, folder: Path, shards: str) -
         if value := getattr(given, name):
             command += [f"--{name}", value]
     path = [str(ROOT), *([str(AIRLLM)] if tool == "airllm" else []), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=given.limit)
     if done.returncode:
         return {"tool": tool, "error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
