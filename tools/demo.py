@@ -78,6 +78,7 @@ def run(path: Path, build: Path, timeout: int) -> dict[str, Any]:
     # a widget's state is of no use to a reader of the file; cells leave pictures and tables instead
     client = NotebookClient(
         notebook,
+        coalesce_streams=True,
         km=AsyncKernelManager(kernel_spec_manager=ThisPython()),
         timeout=timeout,
         store_widget_state=False,
