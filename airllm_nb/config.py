@@ -139,17 +139,21 @@ class LoadOptions:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}"
                 raise OptionError(f"unknown option {name!r}; {hint}")
-        for name in ("vram_budget", "ram_budget"):
-            given[name] = parse_bytes(given.get(name), name)
-        if path := given.get("layer_shards_saving_path"):
-            given["layer_shards_saving_path"] = Path(path).expanduser()
-        if given.get("dtype") is not None:
-            given["dtype"] = str(given["dtype"]).removeprefix("torch.")
-        if given.get("device") is not None:
-            given["device"] = str(given["device"])
-        options = cls(**given)
-        options._check()
-        return options
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        normal: dict[str, Any] = {
+            name: parse_bytes(getattr(self, name), name) for name in ("vram_budget", "ram_budget")
+        }
+        if self.layer_shards_saving_path:
+            normal["layer_shards_saving_path"] = Path(self.layer_shards_saving_path).expanduser()
+        if self.dtype is not None:
+            normal["dtype"] = str(self.dtype).removeprefix("torch.")
+        if self.device is not None:
+            normal["device"] = str(self.device)
+        for name, value in normal.items():
+            object.__setattr__(self, name, value)
+        self._check()
 
     def _check(self) -> None:
         if self.compression not in COMPRESSIONS:

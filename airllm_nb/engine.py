@@ -17,7 +17,7 @@ from . import load
 from .config import LoadOptions
 from .decode.generate import Generation, GenerationResult
 from .decode.prompt import Prompt, check_length, encode, sequences, total_length
-from .errors import BusyError, ClosedError
+from .errors import BusyError, ClosedError, OptionError
 from .model.executor import Executor
 from .model.plan import ResidencyPlan
 from .trace import ProgressCallback, Trace, silent
@@ -77,7 +77,7 @@ class StreamedModel:
         self.device, self.dtype, self.options = prepared.device, prepared.dtype, prepared.options
         self.name, self.folder = prepared.source.name, prepared.folder
         self.trace = Trace()
-        self._lock = threading.Lock()
+        self._lock, self._cancel, self._closed = threading.Lock(), threading.Event(), False
         self._executor: Executor | None = None
         self._room = (prepared.planned_length, prepared.options.batch_size)
         self.plan = load.plan(prepared, machine, *self._room)
@@ -110,7 +110,7 @@ class StreamedModel:
         kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
         # Compiled code would keep the addresses of parameters that are bound anew in every sweep.
         kwargs.setdefault("disable_compile", True)
-        ids, config = kwargs.get("inputs"), self.native.generation_config
+        ids, config = kwargs.get("inputs"), kwargs.get("generation_config") or self.native.generation_config
         ids = kwargs.get("input_ids") if ids is None else ids
         check_length(ids, self._prepared.context)
         with self._running(total_length(ids, config, kwargs), sequences(ids, config, kwargs), cancel):
@@ -119,8 +119,12 @@ class StreamedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward; returns what the native class returns (``.logits``)."""
         args, kwargs = tuple(map(self._on_device, args)), {k: self._on_device(v) for k, v in kwargs.items()}
-        ids = args[0] if args else kwargs.get("input_ids")
-        with self._running(ids.shape[-1], ids.shape[0]) if isinstance(ids, torch.Tensor) else self._running():
+        ids, past = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if isinstance(ids, torch.Tensor):
+            length, batch = ids.shape[-1] + (past.get_seq_length() if past is not None else 0), ids.shape[0]
+        else:
+            length, batch = 1, 1
+        with self._running(length, batch, threading.Event()):
             return self.native(*args, **kwargs)
 
     # --- text in, text out
@@ -146,6 +150,8 @@ class StreamedModel:
         text, inputs = encode(self.tokenizer, prompt)
         check_length(inputs["input_ids"], self._prepared.context)
         stops = [stop] if isinstance(stop, str) else list(stop or [])
+        if (kwargs.get("num_beams") or 1) > 1:
+            raise OptionError("beams do not stream: they change their mind; use model.generate for num_beams > 1")
         if stops:
             kwargs.update(stop_strings=stops, tokenizer=self.tokenizer)
         room = (self._prepared.context or sys.maxsize) - inputs["input_ids"].shape[-1]
@@ -162,15 +168,14 @@ class StreamedModel:
 
     def stop(self) -> None:
         """End a running generation within one unit, from any thread; it keeps what it has."""
-        if self._executor is not None:
-            self._executor.cancel.set()
+        self._cancel.set()
 
     # --- life
 
     @property
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
-        return self._executor is None
+        return self._closed
 
     @property
     def busy(self) -> bool:
@@ -190,6 +195,7 @@ class StreamedModel:
 
     def close(self) -> None:
         """Stop a running generation, free memory, threads and files. Safe to call twice."""
+        self._closed = True
         self.stop()
         with self._lock:
             if self._executor is not None:
@@ -202,41 +208,43 @@ class StreamedModel:
     # --- how it runs
 
     @contextlib.contextmanager
-    def _running(self, length: int = 1, batch: int = 1, cancel: threading.Event | None = None) -> Iterator[None]:
+    def _running(self, length: int, batch: int, cancel: threading.Event) -> Iterator[None]:
         """One generation at a time, with room for it, recorded, and left usable whatever happens."""
         if not self._lock.acquire(blocking=False):
             raise BusyError(f"{self.name} is generating already; wait for it, or stop it first")
         try:
-            if self._executor is None:
+            # Before it looks whether it was closed: whoever closes meanwhile stops this one or is seen by it.
+            self._cancel = cancel
+            if self._closed:
                 raise ClosedError(f"{self.name} was closed; load it again")
-            self._make_room(length, batch)
+            executor = self._make_room(length, batch)
             self.trace = trace = Trace()
-            self._executor.start(trace, cancel or threading.Event())
-            with torch.inference_mode(), self._executor.on_device():
-                yield
+            executor.start(trace, cancel)
+            try:
+                with torch.inference_mode(), executor.on_device():
+                    yield
+            finally:
+                executor.finish()
         finally:
-            if self._executor is not None:
-                self._executor.finish()
             self._lock.release()
-            if self.options.profiling_mode:
-                log.info("time per stage\n%s", self.trace.table())
+        if self.options.profiling_mode:
+            log.info("time per stage\n%s", trace.table())
 
-    def _make_room(self, length: int, batch: int) -> None:
-        """Plan again when a generation needs a larger cache than was planned for."""
+    def _make_room(self, length: int, batch: int) -> Executor:
+        """The executor, planned again when a generation needs a larger cache than was planned for."""
         room = (max(length, self._room[0]), max(batch, self._room[1]))
-        if room == self._room or not self.plan.machine.has_device:
-            return
+        if self._executor is not None and (room == self._room or not self.plan.machine.has_device):
+            return self._executor
         log.info("planning again for %d tokens x %d sequences", *room)
         before = self.plan, self._room
         self.plan, self._room = load.plan(self._prepared, self._machine, *room), room
         try:
-            self._start_executor()
-        except Exception:  # whatever a device runs into; the model stays usable as it was
+            return self._start_executor()
+        except BaseException:  # whatever a device runs into, or Ctrl-C: the next generation starts as before
             self.plan, self._room = before
-            self._start_executor()
             raise
 
-    def _start_executor(self) -> None:
+    def _start_executor(self) -> Executor:
         if self._executor is not None:
             self._executor.close()
             self._executor = None
@@ -245,6 +253,7 @@ class StreamedModel:
             prepared.skeleton, prepared.units, prepared.small, self.plan, self.device, self.options.depth,
             profile=self.options.profiling_mode,
         )  # fmt: skip
+        return self._executor
 
     def _on_device(self, value: Any) -> Any:
         if isinstance(value, StreamedModel):

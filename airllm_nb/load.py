@@ -17,6 +17,7 @@ from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
 from .config import GiB, LoadOptions
 from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length
+from .errors import UnsupportedModelError
 from .model.architecture import check_supported, native_config
 from .model.device import choose_device, choose_dtype, ram_budget, vram_budget
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan
@@ -50,6 +51,8 @@ class Prepared:
     units: list[ModelUnit]
     small: list[Weight]
     folder: Path
+    vram_budget: int
+    ram_budget: int
 
     @property
     def context(self) -> int | None:
@@ -82,6 +85,9 @@ def prepare(
     dtype = choose_dtype(options, config, stores.stored_dtype(source), device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device), Scratch()
+    if codec.name != "none" and not compressible(skeleton):
+        raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
+                                    "are); load it without compression")  # fmt: skip
     found = stores.Weights(store.folder, store.index) if store else stores.find(source, skeleton, codec, dtype, options)
     if found is None and weights:
         source = _resolve(model, options, progress, weights=True)
@@ -93,7 +99,9 @@ def prepare(
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
     progress(Progress("build", 1, 1, "models", source.name))
     folder = found.folder if found else source.folder
-    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder)
+    # Once: what is free later is less by what this model itself takes.
+    budgets = vram_budget(options, device), ram_budget(options)
+    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder, *budgets)
 
 
 def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, weights: bool) -> Source:
@@ -172,7 +180,7 @@ def _compute_bandwidth(prepared: Prepared) -> float:
 
     device, kind = prepared.device, prepared.device.type
     # The probe itself must stay far inside the budget that it serves.
-    side = _PROBE_SIDE[kind] if kind == "cpu" or vram_budget(prepared.options, device) > 2 * GiB else 2048
+    side = _PROBE_SIDE[kind] if kind == "cpu" or prepared.vram_budget > 2 * GiB else 2048
     linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
     parts = prepared.codec.encode(linear.weight.detach())
     module = prepared.codec.module(linear, prepared.dtype, prepared.scratch)
@@ -191,7 +199,4 @@ def plan(prepared: Prepared, machine: Machine, length: int, batch: int) -> Resid
         UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
         for unit in prepared.units
     ]
-    options = prepared.options
-    return make_plan(
-        sizes, needs(prepared, length, batch), machine, vram_budget(options, prepared.device), ram_budget(options)
-    )
+    return make_plan(sizes, needs(prepared, length, batch), machine, prepared.vram_budget, prepared.ram_budget)

@@ -90,6 +90,7 @@ def write(
     source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
 ) -> Weights:
     """Write the store that is missing, from what an earlier start left; the source's files must be here."""
+    was_there = _is_store(_folder(source, "none", dtype, options))
     plain = _plain(source, dtype, options, progress)
     index = open_store(plain).index if plain != source.folder else read_index(plain)  # type: ignore[union-attr]
     tensors = map_checkpoint(index, skeleton)
@@ -101,10 +102,14 @@ def write(
     jobs = encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)
     store = write_store(folder, jobs, _meta(source, codec, dtype), progress=progress)
     _copy_companions(plain, folder)
-    if plain != source.folder:
-        # Ours, and only a step on the way: what it held is in the store now.
+    if plain != source.folder and not was_there:
+        # Written a moment ago, as a step on the way: what it held is in the store now.
         shutil.rmtree(plain)
     return Weights(folder, store.index)
+
+
+def _is_store(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
 def _plain(source: Source, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback) -> Path:

@@ -86,6 +86,8 @@ def resolve(
         raise SourceError("no model is named; give a Hub id such as org/name, a local folder, or a .gguf file")
     path = Path(text).expanduser()
     if path.is_dir():
+        if check_config is not None and (path / "config.json").is_file():
+            check_config(read_json(path / "config.json"))  # before a word about weights that could not be used anyway
         return _checked(_folder(path.absolute()), check_config)
     if path.is_file():
         return _file(path.absolute())

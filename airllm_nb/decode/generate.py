@@ -151,9 +151,16 @@ class Generation:
         return self
 
     def __next__(self) -> GenerationChunk:
-        while (chunk := self.poll(0.1)) is None:
-            pass
-        return chunk
+        try:
+            while (chunk := self.poll(0.1)) is None:
+                pass
+            return chunk
+        except StopIteration:
+            raise
+        except BaseException:
+            # Ctrl-C in a plain loop: nobody else is left to stop the worker.
+            self.close()
+            raise
 
     def __enter__(self) -> Generation:
         return self
@@ -189,7 +196,7 @@ class Generation:
             return
         self.stop()
         if self._worker is None:
-            self._complete()
+            self._complete(Trace())
         while self.result is None:
             with contextlib.suppress(StopIteration):
                 self.poll(0.1)
@@ -211,15 +218,15 @@ class Generation:
             self._worker.join(1)
         rest = self._text.rest()
         chunk = self._chunk(rest, []) if rest else None
-        self._complete()
-        if end.error is not None and not isinstance(end.error, GenerationStopped):
+        failed = end.error is not None and not isinstance(end.error, GenerationStopped)
+        self._complete(Trace() if failed else self._model.trace)
+        if failed and end.error is not None:
             raise end.error
         if chunk is None:
             raise StopIteration
         return chunk
 
-    def _complete(self) -> None:
-        trace = self._model.trace
+    def _complete(self, trace: Trace) -> None:
         trace.tokens = len(self._ids)
         limit = self._kwargs.get("max_new_tokens")
         by_length = limit is not None and len(self._ids) >= limit

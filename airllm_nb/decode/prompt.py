@@ -43,8 +43,12 @@ def check_length(ids: Any, context: int | None) -> None:
     context
         The longest sequence in tokens.
     """
-    if ids is None or not isinstance(ids, torch.Tensor):
+    if ids is None:
         return
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        got = f"a tensor of shape {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise PromptError(f"generate takes token ids as a tensor [batch, tokens], this is {got}; for text use "
+                          "model.stream(text) or model.answer(text)")  # fmt: skip
     if ids.numel() == 0:
         raise PromptError("the prompt is empty; give at least one token")
     if context is not None and ids.shape[-1] >= context:

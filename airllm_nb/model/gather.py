@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def is_gatherable(module: nn.Embedding) -> bool:
+    """Whether its forward takes ids and nothing else; learned positions take masks and offsets instead."""
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    return [*inspect.signature(module.forward).parameters] in (["input"], ["input_ids"])
 
 
 class RowGather:
@@ -28,13 +36,16 @@ class RowGather:
         self._meta = module.weight
         # A padding row matters for gradients only, and its index means nothing in the small table.
         module.padding_idx = None
-        self.hooks = [module.register_forward_pre_hook(self._bind), module.register_forward_hook(self._unbind)]
+        self.hooks = [
+            module.register_forward_pre_hook(self._bind, with_kwargs=True),
+            module.register_forward_hook(self._unbind),
+        ]
 
-    def _bind(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids = args[0]
+    def _bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+        (ids,) = (*args, *kwargs.values())
         rows = self._table.index_select(0, ids.reshape(-1).to("cpu"))
         module._parameters["weight"] = rows.to(self._device, self._dtype)  # type: ignore[assignment]
-        return (torch.arange(ids.numel(), device=self._device).view(ids.shape), *args[1:])
+        return (torch.arange(ids.numel(), device=self._device).view(ids.shape),), {}
 
     def _unbind(self, module: nn.Module, *_: Any) -> None:
         module._parameters["weight"] = self._meta

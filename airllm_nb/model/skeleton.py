@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.encoded import TORCH_DTYPES
+from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear
 from ..checkpoint.index import TensorInfo
 from ..errors import CheckpointError
 from ..stream.unit import ALIGNMENT, Piece, Unit, merge
+from .gather import is_gatherable
 
 # A unit is a whole block up to this size, else its parts: fine grain keeps slots small and the pipeline full.
 UNIT_BYTES = 160 << 20
@@ -234,18 +235,30 @@ class _Cutter:
         if not below:
             return
         if isinstance(module, nn.Embedding):
-            self.units.append(_unit(module, name, below, "embedding"))
+            if is_gatherable(module):
+                self.units.append(_unit(module, name, below, "embedding"))
+            else:
+                self.small.update({weight.name: weight for _, _, weight in below})
             return
         mine = self._owned.get(module, [])
         is_leaf = len(mine) == len(below)
         has_table = any(isinstance(child, nn.Embedding) for child, _, _ in below)
         fits = not has_table and sum(weight.info.nbytes for _, _, weight in below) <= self._limit
-        if (fits or is_leaf) and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        whole = fits or is_leaf or self._is_entangled(module)
+        if whole and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             self.units.append(_unit(module, name, below, "head" if module is self._head else "block"))
             return
         self.small.update({weight.name: weight for _, weight in mine})
         for child_name, child in module.named_children():
             self.cut(child, f"{name}.{child_name}" if name else child_name)
+
+    def _is_entangled(self, module: nn.Module) -> bool:
+        """Whether it may read its children's weights without calling them, as state-space mixers do with theirs.
+
+        Children that are no plain matrices are the sign. Such a module is bound as a whole, whatever its size.
+        """
+        plain = (nn.Linear, EncodedLinear, nn.Embedding)
+        return any(child in self._owned and not isinstance(child, plain) for child in module.children())
 
 
 def _unit(module: nn.Module, name: str, owned: list[tuple[nn.Module, str, Weight]], kind: str) -> ModelUnit:
