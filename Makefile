@@ -22,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # The oldest transformers we promise, laid over the newest together with what it needs older than the newest does.
 FLOOR := build/floor-5.15.0
 FLOOR_PACKAGES := transformers==5.15.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
-FLOOR_TESTS := tests/test_import.py
+FLOOR_TESTS := $(addprefix tests/test_,import.py mapping.py auto_model.py engine.py other_models.py)
 
 .PHONY: help demo test test-floor lint bench venv clean
 
