@@ -24,7 +24,7 @@ FLOOR := build/floor-5.15.0
 FLOOR_PACKAGES := transformers==5.15.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 FLOOR_TESTS := $(addprefix tests/test_,import.py mapping.py auto_model.py engine.py other_models.py)
 
-.PHONY: help demo test test-floor lint bench venv clean
+.PHONY: help demo test test-floor test-gpu lint bench venv clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -34,11 +34,14 @@ demo: $(STAMP) ## run notebooks/quickstart.ipynb on a real model; leaves it and 
 
 test: lint test-floor ## lint, the core tests on the oldest transformers, then the whole suite
 	@echo "== the whole suite"
-	@$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## the tests that need a GPU; `make test` compares on the CPU, GPU or not
+	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
 
 test-floor: $(STAMP) $(FLOOR)/installed ## the core tests on transformers 5.15.0
 	@echo "== core tests on transformers 5.15.0"
-	@PYTHONPATH=$(CURDIR)/$(FLOOR) AIRLLM_NB_EXPECT_TRANSFORMERS=5.15.0 \
+	@CUDA_VISIBLE_DEVICES= PYTHONPATH=$(CURDIR)/$(FLOOR) AIRLLM_NB_EXPECT_TRANSFORMERS=5.15.0 \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider $(FLOOR_TESTS)
 
 lint: $(STAMP) ## ruff and mypy
