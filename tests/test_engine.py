@@ -150,3 +150,23 @@ def test_an_unknown_architecture_is_named_before_missing_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "chatglm", "architectures": ["ChatGLMModel"]}')
     with pytest.raises(UnsupportedModelError, match=r"ChatGLMModel.*glm"):
         open_model(tmp_path)
+
+
+def test_the_trace_costs_less_than_two_percent_of_a_sweep():
+    """SmolLM2 has 32 units and takes 40 ms a sweep on two cores: 0.8 ms may go to the record of it."""
+    from airllm_nb.model.recorder import Recorder
+    from airllm_nb.stream.copier import MemoryCopier
+    from airllm_nb.trace import CAPACITY, Trace
+
+    recorder, trace, best = Recorder(MemoryCopier(), torch.device("cpu")), Trace(), float("inf")
+    recorder.begin(trace)
+    for _ in range(CAPACITY // 32 + 50):
+        start = time.perf_counter()
+        recorder.begin_sweep()
+        for unit in range(32):
+            recorder.begin_compute()
+            recorder.end_compute(f"layer.{unit}")
+        recorder.end_sweep(None)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.8e-3
+    assert len(trace.spans) == CAPACITY
