@@ -87,7 +87,7 @@ def resolve(
     path = Path(text).expanduser()
     if path.is_dir():
         if check_config is not None and (path / "config.json").is_file():
-            check_config(read_json(path / "config.json"))  # before a word about weights that could not be used anyway
+            check_config(_config_of(path.absolute()))  # before a word about weights that could not be used anyway
         return _checked(_folder(path.absolute()), check_config)
     if path.is_file():
         return _file(path.absolute())
@@ -114,12 +114,16 @@ def read_config(source: Source) -> dict[str, Any]:
         from .gguf_file import read_gguf
 
         return dict(gguf_config(read_gguf(source.gguf_file)).to_dict())
-    config = read_json(source.folder / "config.json")
+    return _config_of(source.folder)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
     if not isinstance(config.get("model_type", ""), str) or not isinstance(config.get("architectures") or [], list):
-        raise CheckpointError(f"{source.folder / 'config.json'} is damaged: model_type should be text and "
+        raise CheckpointError(f"{folder / 'config.json'} is damaged: model_type should be text and "
                               "architectures a list; download it again")  # fmt: skip
     if not config.get("model_type") and not config.get("architectures"):
-        raise CheckpointError(f"{source.folder / 'config.json'} names no model_type and no architectures; it is not "
+        raise CheckpointError(f"{folder / 'config.json'} names no model_type and no architectures; it is not "
                               "the config of a transformers model")  # fmt: skip
     return config
 
