@@ -178,3 +178,27 @@ class LoadOptions:
         if self.prefetching is True:
             return None
         return int(self.prefetching)
+
+
+def sampling(max_new_tokens: int, temperature: float, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    """What ``generate`` needs to sample, or not: greedy without a temperature. Messages name the flags.
+
+    Raises
+    ------
+    OptionError
+        If a value makes no sense, or chooses what to sample from while nothing is sampled.
+    """
+    limits = {"top_p": top_p, "top_k": top_k}
+    chosen = {name: value for name, value in limits.items() if value is not None}
+    if max_new_tokens < 1:
+        raise OptionError(f"-n {max_new_tokens}: ask for 1 token or more")
+    if temperature < 0:
+        raise OptionError(f"-t {temperature}: a temperature is 0 (greedy) or more, such as 0.7")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise OptionError(f"--top-p {top_p}: a probability is above 0 and at most 1")
+    if top_k is not None and top_k < 1:
+        raise OptionError(f"--top-k {top_k}: sample from 1 token or more")
+    if temperature == 0 and chosen:
+        raise OptionError("--top-p and --top-k choose what to sample from, but without -t nothing is sampled; "
+                          "add a temperature, such as -t 0.7")  # fmt: skip
+    return {"do_sample": True, "temperature": temperature, **chosen} if temperature else {"do_sample": False}

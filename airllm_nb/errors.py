@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "AirLLMError",
     "BudgetError",
@@ -14,6 +16,7 @@ __all__ = [
     "SourceError",
     "StoreError",
     "UnsupportedModelError",
+    "in_flags",
 ]
 
 
@@ -59,3 +62,21 @@ class ClosedError(AirLLMError, RuntimeError):
 
 class GenerationStopped(AirLLMError):
     """Raised inside a forward when the caller asked to stop; never reaches the user."""
+
+
+# Messages name the options of Python; in a shell and in a cell they have other names.
+_FLAGS = {
+    "vram_budget": "--vram",
+    "ram_budget": "--ram",
+    "max_seq_len": "--max-seq-len",
+    "hf_token=...": "--token-env NAME",
+    "layer_shards_saving_path": "--shards",
+    "local_files_only=True": "--offline",
+    "delete_original=True": "--delete-original",
+}
+_PYTHON_NAMES = re.compile("|".join(rf"\b{re.escape(name)}" for name in _FLAGS))
+
+
+def in_flags(message: str) -> str:
+    """A message with the flags' names of the options in it, for the shell and the magics."""
+    return _PYTHON_NAMES.sub(lambda match: _FLAGS[match[0]], message)

@@ -23,10 +23,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import airllm_nb.engine
-from airllm_nb.errors import PromptError, SourceError
+from airllm_nb.errors import PromptError, SourceError, in_flags
 from airllm_nb.notebook.cards import Card, count
 from airllm_nb.notebook.generating import Waiting
-from airllm_nb.notebook.mistakes import in_flags, one_line
+from airllm_nb.notebook.mistakes import one_line
 from airllm_nb.notebook.progress_line import Meter, ProgressLine, clock_time
 from airllm_nb.notebook.prompt_variables import expand
 from airllm_nb.trace import Progress

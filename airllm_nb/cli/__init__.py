@@ -10,9 +10,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import AirLLMError, OptionError
+from ..errors import AirLLMError, OptionError, in_flags
 from . import commands, doctor
-from .arguments import in_flags, make_parser
+from .arguments import make_parser
 
 __all__ = ["main"]
 

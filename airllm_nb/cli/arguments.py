@@ -5,33 +5,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .. import __version__
+from .. import __version__, config
 from ..config import DTYPES, LoadOptions
 from ..errors import OptionError, PromptError
 
 Command = Callable[[argparse.Namespace], int]
-
-# Messages name the options of Python; in a shell they have other names.
-_FLAGS = {
-    "vram_budget": "--vram",
-    "ram_budget": "--ram",
-    "max_seq_len": "--max-seq-len",
-    "hf_token=...": "--token-env NAME",
-    "layer_shards_saving_path": "--shards",
-    "local_files_only=True": "--offline",
-    "delete_original=True": "--delete-original",
-}
-_PYTHON_NAMES = re.compile("|".join(rf"\b{re.escape(name)}" for name in _FLAGS))
-
-
-def in_flags(message: str) -> str:
-    """A message with the shell's names of the options in it."""
-    return _PYTHON_NAMES.sub(lambda match: _FLAGS[match[0]], message)
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,22 +102,9 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
 
 def sampling(given: argparse.Namespace) -> dict[str, Any]:
     """What ``generate`` needs: greedy without a temperature."""
-    if given.max_new_tokens < 1:
-        raise OptionError(f"-n {given.max_new_tokens}: ask for 1 token or more")
-    if given.temperature < 0:
-        raise OptionError(f"-t {given.temperature}: a temperature is 0 (greedy) or more, such as 0.7")
-    if given.top_p is not None and not 0 < given.top_p <= 1:
-        raise OptionError(f"--top-p {given.top_p}: a probability is above 0 and at most 1")
-    if given.top_k is not None and given.top_k < 1:
-        raise OptionError(f"--top-k {given.top_k}: sample from 1 token or more")
+    how = config.sampling(given.max_new_tokens, given.temperature, given.top_p, given.top_k)
     if "" in given.stop:
         raise OptionError('--stop "" would end every answer at once; give the text that ends it')
-    limits = {"top_p": given.top_p, "top_k": given.top_k}
-    chosen = {name: value for name, value in limits.items() if value is not None}
-    if given.temperature == 0 and chosen:
-        raise OptionError("--top-p and --top-k choose what to sample from, but without -t nothing is sampled; "
-                          "add a temperature, such as -t 0.7")  # fmt: skip
-    how = {"do_sample": True, "temperature": given.temperature, **chosen} if given.temperature else {"do_sample": False}
     return how | {
         "max_new_tokens": given.max_new_tokens,
         "stop": [text.replace("\\n", "\n").replace("\\t", "\t") for text in given.stop],

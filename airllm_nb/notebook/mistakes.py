@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import functools
 import gc
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
 
-from ..errors import AirLLMError
+from ..errors import AirLLMError, in_flags
 
 T = TypeVar("T")
-
-# Messages name the options of Python; in a cell they have other names.
-_FLAGS = {
-    "vram_budget": "--vram",
-    "ram_budget": "--ram",
-    "max_seq_len": "--max-seq-len",
-    "hf_token=...": "--token-env NAME",
-    "layer_shards_saving_path": "--shards",
-    "local_files_only=True": "--offline",
-    "delete_original=True": "--delete-original",
-}
-_PYTHON_NAMES = re.compile("|".join(rf"\b{re.escape(name)}" for name in _FLAGS))
 
 
 def one_line(function: Callable[..., T]) -> Callable[..., T]:
@@ -53,11 +40,6 @@ def one_line(function: Callable[..., T]) -> Callable[..., T]:
         raise UsageError(" ".join(message.splitlines()))
 
     return call
-
-
-def in_flags(message: str) -> str:
-    """A message with the magics' names of the options in it."""
-    return _PYTHON_NAMES.sub(lambda match: _FLAGS[match[0]], message)
 
 
 def _out_of_memory(error: BaseException) -> bool:

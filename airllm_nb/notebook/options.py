@@ -12,6 +12,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.utils.process import arg_split
 
+from .. import config
 from ..config import DTYPES, LoadOptions
 from ..errors import OptionError
 
@@ -143,21 +144,7 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
 
 def sampling(given: argparse.Namespace) -> dict[str, Any]:
     """What ``generate`` needs: greedy without a temperature."""
-    limits = {"temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k}
-    if given.max_new_tokens < 1:
-        raise OptionError(f"-n {given.max_new_tokens}: ask for 1 token or more")
-    if given.temperature < 0:
-        raise OptionError(f"-t {given.temperature}: a temperature is 0 (greedy) or more, such as 0.7")
-    if given.top_p is not None and not 0 < given.top_p <= 1:
-        raise OptionError(f"--top-p {given.top_p}: a probability is above 0 and at most 1")
-    if given.top_k is not None and given.top_k < 1:
-        raise OptionError(f"--top-k {given.top_k}: sample from 1 token or more")
-    if given.temperature == 0:
-        if given.top_p is not None or given.top_k is not None:
-            raise OptionError("--top-p and --top-k choose what to sample from, but without -t nothing is sampled; "
-                              "add a temperature, such as -t 0.7")  # fmt: skip
-        return {"do_sample": False}
-    return {"do_sample": True} | {name: value for name, value in limits.items() if value is not None}
+    return config.sampling(given.max_new_tokens, given.temperature, given.top_p, given.top_k)
 
 
 def stop_texts(given: argparse.Namespace) -> list[str]:

@@ -76,24 +76,6 @@ def _distance(index: int, offsets: Sequence[int], sizes: Sequence[int]) -> int:
     return count
 
 
-def lookahead(sizes: Sequence[int], places: Sequence[Place]) -> int:
-    """The fewest bytes that can be in flight ahead of any unit while it computes: what the arena is worth."""
-    count = len(sizes)
-    ahead = [
-        sum(sizes[(index + step) % count] for step in range(1, places_ahead(index, places))) for index in range(count)
-    ]
-    return min(ahead, default=0)
-
-
-def places_ahead(index: int, places: Sequence[Place]) -> int:
-    """How many steps from ``index`` on are free of the bytes of ``index``: the first that must wait for it."""
-    count = len(places)
-    for step in range(1, count + 1):
-        if places[(index + step) % count].distance <= step:
-            return step
-    return count
-
-
 class HostArena:
     """Page-aligned anonymous host memory in one mapping, given back on :meth:`close`.
 
