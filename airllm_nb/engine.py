@@ -18,6 +18,7 @@ from .config import LoadOptions
 from .decode.generate import Generation, GenerationResult
 from .decode.prompt import Prompt, check_length, encode, sequences, total_length
 from .errors import BusyError, ClosedError, OptionError
+from .machine import measure
 from .model.executor import Executor
 from .model.plan import ResidencyPlan
 from .trace import ProgressCallback, Trace, silent
@@ -40,7 +41,7 @@ def open_model(
         Called during downloads, conversion and set-up.
     """
     prepared = load.prepare(model, options or LoadOptions(), progress=progress)
-    return StreamedModel(prepared, load.measure(prepared))
+    return StreamedModel(prepared, measure(prepared))
 
 
 def plan_model(
@@ -48,7 +49,7 @@ def plan_model(
 ) -> ResidencyPlan:
     """What would go where, and how fast, without downloading, converting or reading any weight."""
     prepared = load.prepare(model, options or LoadOptions(), progress=progress, weights=False)
-    return load.plan(prepared, load.measure(prepared), prepared.planned_length, prepared.options.batch_size)
+    return load.plan(prepared, measure(prepared), prepared.planned_length, prepared.options.batch_size)
 
 
 def convert_model(model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent) -> Path:

@@ -15,14 +15,13 @@ from .checkpoint.encoded import TORCH_DTYPES
 from .checkpoint.index import Extent, TensorInfo
 from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
-from .config import GiB, LoadOptions
+from .config import LoadOptions
 from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length
 from .errors import UnsupportedModelError
 from .model.architecture import check_supported, native_config
 from .model.device import choose_device, choose_dtype, ram_budget, vram_budget
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan
 from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units, is_tied
-from .stream.probe import best_seconds, disk_bandwidth, link_bandwidth
 from .trace import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
 
 # Where a weight that is not here would be.
 NOWHERE = Path("(not downloaded)")
-# A matrix that no cache holds; a GPU needs a larger one to be busy at all.
-_PROBE_SIDE = {"cpu": 4096, "cuda": 8192}
 # What CUDA's matrix libraries take for themselves.
 _WORKSPACE = {"cpu": 0, "cuda": 64 << 20}
 
@@ -148,23 +145,6 @@ def needs(prepared: Prepared, length: int, batch: int) -> Needs:
     )
 
 
-def measure(prepared: Prepared) -> Machine:
-    """Probe this machine with this checkpoint's files and this codec; takes some tens of milliseconds."""
-    import torch
-
-    device, is_cpu = prepared.device, prepared.device.type == "cpu"
-    files = [unit.stream.pieces[0].extent.path for unit in prepared.units if unit.stream.pieces]
-    largest = max((file for file in set(files) if file != NOWHERE), key=lambda file: file.stat().st_size, default=None)
-    disk = disk_bandwidth(largest) if largest else 1e9
-    has_device = not is_cpu or prepared.options.vram_budget is not None
-    link = link_bandwidth(device) if has_device else 1e12
-    compute = _compute_bandwidth(prepared)
-    prepared.scratch.close()
-    if not is_cpu:
-        torch.cuda.empty_cache()
-    return Machine(has_device, disk, link, compute)
-
-
 def generation_config(prepared: Prepared) -> Any:
     """The checkpoint's own defaults for ``generate``."""
     from transformers import GenerationConfig
@@ -172,24 +152,6 @@ def generation_config(prepared: Prepared) -> Any:
     if (prepared.folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(prepared.folder, local_files_only=True)
     return GenerationConfig.from_model_config(prepared.config)
-
-
-def _compute_bandwidth(prepared: Prepared) -> float:
-    """Bytes of weights a second that one token's matrix product reads, in this codec on this device."""
-    import torch
-
-    device, kind = prepared.device, prepared.device.type
-    # The probe itself must stay far inside the budget that it serves.
-    side = _PROBE_SIDE[kind] if kind == "cpu" or prepared.vram_budget > 2 * GiB else 2048
-    linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
-    parts = prepared.codec.encode(linear.weight.detach())
-    module = prepared.codec.module(linear, prepared.dtype, prepared.scratch)
-    for name, part in parts.items():
-        module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
-    row = torch.zeros(1, side, dtype=prepared.dtype, device=device)
-    with torch.inference_mode():
-        seconds = best_seconds(lambda: module(row), device)
-    return sum(part.numel() * part.element_size() for part in parts.values()) / seconds
 
 
 def plan(prepared: Prepared, machine: Machine, length: int, batch: int) -> ResidencyPlan:
