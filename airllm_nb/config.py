@@ -102,6 +102,8 @@ class LoadOptions:
         Bytes or a size such as ``"4GiB"``; default what is free, less a margin.
     batch_size
         Sequences that run at once (beams count), for the plan.
+    direct_io
+        Read files past the system's page cache; default: when the model is larger than RAM and that is not slower.
     revision, local_files_only
         As in ``huggingface_hub``.
     trust_remote_code
@@ -120,6 +122,7 @@ class LoadOptions:
     vram_budget: int | None = None
     ram_budget: int | None = None
     batch_size: int = 1
+    direct_io: bool | None = None
     revision: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False

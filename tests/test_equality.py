@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from airllm_nb import load
+from airllm_nb import engine, load
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine import StreamedModel, open_model
 from airllm_nb.errors import BudgetError
 from airllm_nb.model.plan import Machine, ResidencyPlan, make_plan
-from airllm_nb.stream.ring import align
+from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE, host_room
 
 ROOM = {"max_seq_len": 256, "batch_size": 5}
 DEPTHS = [0, 1, 2, 3, 4, None]
@@ -44,15 +44,15 @@ def one_thread() -> Iterator[None]:
 
 
 @functools.cache
-def budgets_for(folder: Path, mix: str, **options: Any) -> dict[str, int]:
+def budgets_for(folder: Path, mix: str, *, ram: str | None = None, **options: Any) -> dict[str, int]:
     """Budgets that give the tiers of ``mix``, each as full as possible: the best of a grid of plans."""
     with open_model(folder, LoadOptions.create(**ROOM, **options)) as model:
         plan = model.plan
-    total, has_device = sum(align(unit.nbytes) for unit in plan.units), "gpu" in mix or "device" in mix
-    machine = dataclasses.replace(plan.machine, has_device=has_device)
+    total, has_device = sum(host_room(unit.nbytes) for unit in plan.units), "gpu" in mix or "device" in mix
+    machine = dataclasses.replace(plan.machine, has_device=has_device, ram=ram or plan.machine.ram)
     best: tuple[int, dict[str, int]] = (0, {})
-    for vram, ram in itertools.product(range(0, 33) if has_device else [0], range(0, 33)):
-        budgets = {"vram_budget": plan.needs.total + total * vram // 32, "ram_budget": total * ram // 32}
+    for vram, host in itertools.product(range(0, 33) if has_device else [0], range(0, 48)):
+        budgets = {"vram_budget": plan.needs.total + total * vram // 32, "ram_budget": total * host // 32}
         try:
             tiers = placed(make_plan(plan.units, plan.needs, machine, *budgets.values()))
         except BudgetError:
@@ -176,7 +176,7 @@ def tiny(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path]) -> Ite
         return Machine(prepared.options.vram_budget is not None, disk=1e9, link=1e10, memory=1e10)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "measure", machine)
+        patch.setattr(engine, "measure", machine)
         yield tiny_llama(tied=request.param == "tied", num_hidden_layers=10, shards=2)
 
 
@@ -206,6 +206,26 @@ def test_a_tiny_model_says_the_same_in_every_mix_at_every_depth(
         assert set(placed(model.plan)) == wanted(mix)
         assert greedy(model, ids, 12) == tiny_reference["greedy"][: ids.shape[-1] + 12]
         torch.testing.assert_close(model(ids).logits, tiny_reference["logits"], atol=1e-5, rtol=0)
+        assert model._executor is not None
+        assert model._executor.resets == 0
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("kind", [PAGE_CACHE, LOCKED, PAGEABLE])
+@pytest.mark.parametrize("mix", ["ram, device", "gpu|ram", "ram|disk, device", "gpu|ram|disk"])
+@pytest.mark.parametrize("tiny", ["untied"], indirect=True)
+def test_it_is_the_same_however_weights_lie_in_ram_and_are_read(
+    tiny: Path, tiny_reference: dict[str, Any], mix: str, kind: str, direct: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(True, disk=1e9, link=1e10, memory=1e10, ram=kind, direct=direct)
+    budgets = budgets_for(tiny, mix, dtype="float32", ram=kind)
+    monkeypatch.setattr(engine, "measure", lambda prepared: machine)
+    with open_model(tiny, LoadOptions.create(**ROOM, **budgets, dtype="float32")) as model:
+        assert set(placed(model.plan)) == wanted(mix)
+        for _ in range(2):
+            assert (
+                greedy(model, tiny_reference["ids"], 6) == tiny_reference["greedy"][: len(tiny_reference["ids"][0]) + 6]
+            )
         assert model._executor is not None
         assert model._executor.resets == 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import random
 import threading
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 
 from airllm_nb.checkpoint.index import Extent
 from airllm_nb.errors import CheckpointError, ClosedError
-from airllm_nb.stream.reader import Reader
+from airllm_nb.stream import libc
+from airllm_nb.stream.files import Files
+from airllm_nb.stream.reader import Reader, chunks
 from airllm_nb.stream.unit import Piece
 
 SIZE = 100_003
@@ -27,14 +31,25 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def reader() -> Iterator[Reader]:
-    reader = Reader(threads=4, chunk=1000)
+@pytest.fixture(scope="module", params=["page cache", "direct"])
+def reader(request: pytest.FixtureRequest, file: Path) -> Iterator[Reader]:
+    is_direct = request.param == "direct"
+    # Chunks that are no whole pages cut reads at odd places; direct ones are of whole pages in real life.
+    reader = Reader(threads=4, chunk=8192 if is_direct else 1000, direct=is_direct)
     yield reader
     reader.close()
 
 
+def forget(file: Path) -> None:
+    """Put a file out of the page cache, as far as the system can."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read(reader: Reader, pieces: list[Piece], size: int, before=None) -> tuple[bytearray, BaseException | None]:
+    for path in {piece.extent.path for piece in pieces if piece.extent.path.is_file()}:
+        forget(path)
     into, finished, outcome = bytearray(b"\xdb" * size), threading.Event(), []
 
     def done(error: BaseException | None) -> None:
@@ -185,3 +200,92 @@ def test_closing_before_the_first_byte_never_reports_a_read_as_done(file: Path) 
     closing.join(10)
     assert not closing.is_alive()
     assert len(outcomes) == 1 and isinstance(outcomes[0], ClosedError)
+
+
+# ---- past the page cache ---------------------------------------------------------------------------------------------
+
+
+def resident(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return libc.is_resident(opened.fileno(), 0, file.stat().st_size)
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    path = tmp_path / "big"
+    path.write_bytes(random.Random(1).randbytes(300_000))
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system cannot read past the page cache")
+    forget(path)
+    if resident(path):
+        pytest.skip("this file system keeps its files in memory")
+    return path
+
+
+def test_a_direct_read_leaves_nothing_in_the_page_cache(big: Path) -> None:
+    reader, piece = Reader(direct=True), [Piece(Extent(big, 0, 300_000), 0)]
+    try:
+        assert read(reader, piece, 300_000)[0] == big.read_bytes()
+        forget(big)
+        read(reader, piece, 300_000)
+        assert not resident(big)
+    finally:
+        reader.close()
+
+
+def test_what_the_page_cache_holds_is_taken_from_it(big: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, files, into = big.read_bytes(), Files(direct=True), bytearray(300_000)
+    assert resident(big)
+    monkeypatch.setattr(Files, "_read_direct", lambda *_: pytest.fail("read past the cache"))
+    files.read(big, 0, memoryview(into))
+    files.close()
+    assert into == expected
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3])
+def test_a_file_system_that_refuses_direct_reads_is_read_the_usual_way(
+    big: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, into, calls, read_blocks = Files(direct=True), bytearray(290_001), [], Files._read_blocks
+
+    def refuse(self: Files, descriptor: int, offset: int, view: memoryview) -> int:
+        calls.append(offset)
+        if len(calls) > fails_at:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return read_blocks(self, descriptor, offset, view[:5000])
+
+    monkeypatch.setattr(Files, "_read_blocks", refuse)
+    files.read(big, 9_999, memoryview(into))
+    assert len(calls) == fails_at + 1
+    files.read(big, 9_999, memoryview(into))
+    assert len(calls) == fails_at + 1, "it is not tried again"
+    files.close()
+    assert into == big.read_bytes()[9_999:]
+
+
+@settings(max_examples=60, deadline=None)
+@given(offset=st.integers(0, SIZE), nbytes=st.integers(1, 30_000), shift=st.integers(0, 5000), alike=st.booleans())
+def test_direct_reads_of_odd_runs_into_odd_places(
+    file: Path, offset: int, nbytes: int, shift: int, alike: bool
+) -> None:
+    nbytes = min(nbytes, SIZE - offset)
+    memory = mmap.mmap(-1, 65_536)
+    start = (offset % 4096) if alike else shift
+    files = Files(direct=True)
+    forget(file)
+    files.read(file, offset, memoryview(memory)[start : start + nbytes])
+    files.close()
+    assert memory[start : start + nbytes] == file.read_bytes()[offset : offset + nbytes]
+    assert not any(memory[:start])
+    assert not any(memory[start + nbytes :])
+
+
+@given(st.integers(0, 10_000), st.integers(0, 10_000), st.integers(1, 3000))
+def test_chunks_cover_a_run_and_are_cut_where_the_file_is(offset: int, nbytes: int, chunk: int) -> None:
+    cut = chunks(offset, nbytes, chunk)
+    assert [start for start, _ in cut] == [0, *(start + size for start, size in cut)][: len(cut)]
+    assert sum(size for _, size in cut) == nbytes
+    assert all(0 < size <= chunk for _, size in cut)
+    assert all((offset + start) % chunk == 0 for start, _ in cut[1:])

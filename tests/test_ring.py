@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airllm_nb.errors import ClosedError
-from airllm_nb.stream.ring import PAGE, HostArena, align, place
+from airllm_nb.stream.arena import HostArena
+from airllm_nb.stream.ring import PAGE, align, place
 
 EIGHTH = PAGE // 8
 SIZES = st.lists(st.integers(1, 32).map(lambda cells: cells * EIGHTH), min_size=1, max_size=12)

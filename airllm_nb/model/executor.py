@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from ..errors import GenerationStopped
-from ..stream.copier import Copier, CudaCopier, MemoryCopier
+from ..stream.copier import Copier, CudaCopier, Mark, MemoryCopier
 from ..stream.mapped import MappedFiles
-from ..stream.prefetcher import Prefetcher, Stop
-from ..stream.reader import Reader
-from ..stream.ring import HostArena, align, place
+from ..stream.memory import StreamMemory
+from ..stream.prefetcher import Prefetcher
 from ..trace import Trace
 from .gather import RowGather
 from .plan import ResidencyPlan
@@ -60,12 +59,11 @@ class Executor:
         self.cancel = threading.Event()
         self._copier: Copier = CudaCopier(device) if device.type == "cuda" else MemoryCopier()
         self._recorder = Recorder(self._copier, device)
-        self._files, self._reader = MappedFiles(), Reader()
+        self._files = MappedFiles()
         self._hooks: list[Any] = []
         self._reached = 0
-        self._arenas: list[HostArena] = []
         self._resident: dict[str, torch.Tensor] = {}
-        self._stops: list[Stop] = []
+        self._memory: StreamMemory | None = None
         self._prefetcher: Prefetcher | None = None
         self._timed = [module for module in model.modules() if hasattr(module, "timer")] if profile else []
         try:
@@ -79,7 +77,7 @@ class Executor:
     def start(self, trace: Trace, cancel: threading.Event) -> None:
         """Record into ``trace`` from now on; ``cancel`` ends the work before the next unit."""
         self.cancel = cancel
-        trace.predicted_sweep_seconds = self._plan.sweep_seconds
+        trace.predicted_sweep_seconds, trace.bound_by = self._plan.sweep_seconds, self._plan.bound_by
         self._recorder.begin(trace)
 
     def finish(self) -> None:
@@ -107,16 +105,14 @@ class Executor:
             self._hooks.pop().remove()
         if self._prefetcher is not None:
             self._prefetcher.close()
-        self._reader.close()
         for unit in self._units:
             _unbind(unit.bindings)
         for module in self._timed:
             module.timer = None  # type: ignore[assignment]
         self._resident.clear()
-        self._stops.clear()
         self._prefetcher = None
-        while self._arenas:
-            self._arenas.pop().close()
+        if self._memory is not None:
+            self._memory.close()
         self._files.close()
 
     # --- building
@@ -166,7 +162,7 @@ class Executor:
                 self._bind_for_good(binding, view)
             self._time(unit)
             return
-        self._hook(unit, lambda: _bind(unit.bindings, views), lambda: _unbind(unit.bindings))
+        self._hook(unit, lambda: _bind(unit.bindings, views), lambda mark: _unbind(unit.bindings))
 
     def _place_table(self, unit: ModelUnit) -> None:
         binding = unit.bindings[0]
@@ -188,50 +184,26 @@ class Executor:
     def _stream(self, units: list[ModelUnit]) -> None:
         if not units:
             return
-        self._stops = self._make_stops(units)
+        tiers = {unit.name: tier for unit, tier in zip(self._units, self._plan.tiers, strict=True)}
+        machine = self._plan.machine
+        self._memory = StreamMemory(
+            [unit.stream for unit in units], [tiers[unit.name] == "ram" for unit in units], device=self._device,
+            arena_bytes=self._plan.arena_bytes, ring_bytes=self._plan.ring_bytes, ram=machine.ram,
+            direct=machine.direct,
+        )  # fmt: skip
         self._prefetcher = Prefetcher(
-            self._stops, self._reader, self._copier, self._depth, self._recorder.clock, lambda: self.cancel.is_set()
-        )
-        for index, (unit, stop) in enumerate(zip(units, self._stops, strict=True)):
+            self._memory.stops, self._memory.reader, self._copier, self._depth, self._recorder.clock,
+            lambda: self.cancel.is_set(),
+        )  # fmt: skip
+        for index, (unit, stop) in enumerate(zip(units, self._memory.stops, strict=True)):
             memory = stop.host if stop.device is None else stop.device
+            assert memory is not None, "a unit that is not copied is computed in host memory"
             views = [_typed_view(memory, binding) for binding in unit.bindings]
             self._hook(unit, self._taker(index, unit, views), self._releaser(index, unit))
 
-    def _make_stops(self, units: list[ModelUnit]) -> list[Stop]:
-        tiers = {unit.name: tier for unit, tier in zip(self._units, self._plan.tiers, strict=True)}
-        disk = [unit for unit in units if tiers[unit.name] == "disk"]
-        kept = [unit for unit in units if tiers[unit.name] == "ram"]
-        ring_places = dict(
-            zip([unit.name for unit in disk], place([unit.nbytes for unit in disk], self._plan.ring_bytes), strict=True)
-        )
-        ring = self._host_arena(self._plan.ring_bytes) if disk else None
-        own = self._host_arena(sum(align(unit.nbytes) for unit in kept)) if kept else None
-        device_places: Sequence[Any] = [None] * len(units)
-        if self._plan.machine.has_device:
-            arena = torch.empty(self._plan.arena_bytes, dtype=torch.uint8, device=self._device)
-            device_places = place([unit.nbytes for unit in units], self._plan.arena_bytes)
-        stops, cursor = [], 0
-        for unit, where in zip(units, device_places, strict=True):
-            in_ring = ring_places.get(unit.name)
-            if in_ring is not None:
-                assert ring is not None
-                host = ring.view(in_ring.offset, unit.nbytes)
-            else:
-                assert own is not None
-                host = own.view(cursor, unit.nbytes)
-                cursor += align(unit.nbytes)
-            device = arena[where.offset : where.offset + unit.nbytes] if where else None
-            stops.append(Stop(unit.stream, host, device, in_ring, where, keep=in_ring is None))
-        return stops
-
-    def _host_arena(self, nbytes: int) -> HostArena:
-        arena = HostArena(nbytes, pin=self._device.type == "cuda")
-        self._arenas.append(arena)
-        return arena
-
     # --- hooks
 
-    def _hook(self, unit: ModelUnit, before: Callable[[], None], after: Callable[[], None]) -> None:
+    def _hook(self, unit: ModelUnit, before: Callable[[], None], after: Callable[[Mark], None]) -> None:
         recorder, name, index = self._recorder, unit.name, self._units.index(unit)
 
         def enter(*_: Any) -> None:
@@ -242,8 +214,7 @@ class Executor:
             recorder.begin_compute()
 
         def leave(*_: Any) -> None:
-            recorder.end_compute(name)
-            after()
+            after(recorder.end_compute(name))
 
         self._hooks.append(unit.module.register_forward_pre_hook(enter))
         self._hooks.append(unit.module.register_forward_hook(leave))
@@ -251,7 +222,7 @@ class Executor:
     def _time(self, unit: ModelUnit) -> None:
         """A unit that stays bound: it is timed and can be stopped before, unless that would cost a GPU time."""
         if self._device.type == "cpu":
-            self._hook(unit, lambda: None, lambda: None)
+            self._hook(unit, lambda: None, lambda mark: None)
 
     def _taker(self, index: int, unit: ModelUnit, views: list[torch.Tensor]) -> Callable[[], None]:
         parameters = [_parameter(view) for view in views]
@@ -264,11 +235,11 @@ class Executor:
 
         return take
 
-    def _releaser(self, index: int, unit: ModelUnit) -> Callable[[], None]:
-        def release() -> None:
+    def _releaser(self, index: int, unit: ModelUnit) -> Callable[[Mark], None]:
+        def release(mark: Mark) -> None:
             assert self._prefetcher is not None
             _unbind(unit.bindings)
-            self._prefetcher.release(index)
+            self._prefetcher.release(index, mark)
 
         return release
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import format_bytes, size_option
 from ..errors import BudgetError
-from ..stream.ring import align
+from ..stream.ring import LOCKED, PAGEABLE, align, host_room
 
 # Units in flight that keep a link busy: one computing, one arriving, one waiting.
 IN_FLIGHT = 3
@@ -62,12 +62,26 @@ class Machine:
         Weights are copied to a memory of its own (a GPU); ``False`` where compute runs on host memory.
     disk, link, memory
         Bandwidth of reading the checkpoint, of copying host to device, and of the memory that compute reads.
+    ram
+        How RAM units lie in host memory, see :mod:`~airllm_nb.stream.memory`.
+    direct
+        Files are read past the page cache.
+    overhead
+        Seconds a forward that no weights account for: launching its operations, norms, attention.
     """
 
     has_device: bool
     disk: float
     link: float
     memory: float
+    ram: str = LOCKED
+    direct: bool = False
+    overhead: float = 0.0
+
+    @property
+    def copies_ram(self) -> bool:
+        """Whether RAM units pass through the ring as those on disk do."""
+        return self.has_device and self.ram == PAGEABLE
 
 
 @dataclass(frozen=True)
@@ -113,10 +127,10 @@ class ResidencyPlan:
     @property
     def bounds(self) -> dict[str, float]:
         """Seconds a sweep that each resource needs by itself."""
-        seconds = {
-            "disk": self.swept_bytes("disk") / self.machine.disk,
-            "compute": self.swept_bytes("gpu", "ram", "disk") / self.machine.memory,
-        }
+        overhead, products = self.machine.overhead, self.swept_bytes("gpu", "ram", "disk") / self.machine.memory
+        # A GPU computes while the host launches; a CPU does one after the other.
+        compute = max(overhead, products) if self.machine.has_device else overhead + products
+        seconds = {"disk": self.swept_bytes("disk") / self.machine.disk, "compute": compute}
         if self.machine.has_device:
             seconds["link"] = self.streamed_bytes / self.machine.link
         return seconds
@@ -199,7 +213,7 @@ def make_plan(
         If nothing fits; the message says the smallest budget that does.
     """
     tiers, arena = _place_on_device(units, needs, vram_budget) if machine.has_device else ([""] * len(units), 0)
-    ring = _place_in_host(units, tiers, ram_budget, machine.has_device)
+    ring = _place_in_host(units, tiers, ram_budget, machine.copies_ram)
     return ResidencyPlan(tuple(units), tuple(tiers), needs, machine, vram_budget, ram_budget, arena, ring)
 
 
@@ -231,18 +245,19 @@ def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tu
     return tiers, arena
 
 
-def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, has_device: bool) -> int:
+def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, copies_ram: bool) -> int:
     """Fill ``tiers`` with ``"ram"`` and ``"disk"`` where they are empty; returns the bytes of the ring."""
     rest = [index for index, tier in enumerate(tiers) if not tier]
-    sizes = {index: align(units[index].nbytes) for index in rest}
+    sizes = {index: host_room(units[index].nbytes) for index in rest}
     tables = [index for index in rest if units[index].kind == "embedding"]
     rest = [index for index in rest if index not in tables]
-    if sum(sizes[index] for index in rest) <= budget:
+    ring = _window([sizes[index] for index in rest]) if copies_ram and rest else 0
+    if ring + sum(sizes[index] for index in rest) <= budget:
         # Only rows of a table are read, from the mapped file: it takes what is left, or no place at all.
-        left = budget - sum(sizes[index] for index in rest)
+        left = budget - ring - sum(sizes[index] for index in rest)
         for index in [*rest, *tables]:
             tiers[index] = "ram" if index in rest or sizes[index] <= left else "disk"
-        return 0
+        return ring
     for index in tables:
         tiers[index] = "disk"
     largest = max(sizes[index] for index in rest)

@@ -44,6 +44,7 @@ class Recorder:
         self._trace = trace
         self._marks.clear()
         self._moved.clear()
+        self._copier.begin()
         self._origin, self._origin_seconds, self._origin_clock = self._copier.mark(), trace.now(), self.clock()
 
     def begin_sweep(self) -> None:
@@ -52,10 +53,14 @@ class Recorder:
     def begin_compute(self) -> None:
         self._start = self._copier.mark()
 
-    def end_compute(self, unit: str) -> None:
-        self._marks.extend(("dequantise", unit, start, end) for start, end in self._dequantised)
-        self._dequantised.clear()
-        self._marks.append(("compute", unit, self._start, self._copier.mark()))
+    def end_compute(self, unit: str) -> Mark:
+        """Returns the mark of the end."""
+        if self._dequantised:
+            self._marks.extend(("dequantise", unit, start, end) for start, end in self._dequantised)
+            self._dequantised.clear()
+        end = self._copier.mark()
+        self._marks.append(("compute", unit, self._start, end))
+        return end
 
     @contextlib.contextmanager
     def dequantising(self) -> Iterator[None]:

@@ -14,14 +14,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear
+from ..checkpoint.encoded import TORCH_DTYPES
 from ..checkpoint.index import TensorInfo
 from ..errors import CheckpointError
 from ..stream.unit import ALIGNMENT, Piece, Unit, merge
 from .gather import is_gatherable
-
-# A unit is a whole block up to this size, else its parts: fine grain keeps slots small and the pipeline full.
-UNIT_BYTES = 160 << 20
+from .slices import UNIT_BYTES, SlicedLinear, is_entangled
 
 
 class _ParametersOnMeta(TorchFunctionMode):
@@ -180,6 +178,8 @@ def _state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor
         for attribute, tensor in module._buffers.items():
             if tensor is not None and attribute not in module._non_persistent_buffers_set:
                 yield dot + attribute, module, attribute, tensor, True
+        if isinstance(module, SlicedLinear) and module.is_tied:
+            yield dot + "weight", module, "weight", module.weight, False
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
@@ -220,12 +220,15 @@ class _Cutter:
         self.units: list[ModelUnit] = []
         self.small: dict[str, Weight] = {}
         self._owned: dict[nn.Module, list[tuple[str, Weight]]] = {}
-        self._head, self._limit = model.get_output_embeddings(), limit
+        head = model.get_output_embeddings()
+        self._heads, self._limit = set() if head is None else set(head.modules()), limit
         for weight in weights.values():
             if weight.is_buffer or len(weight.info.shape) < 2:
                 self.small[weight.name] = weight
                 continue
             for module, attribute in weight.owners:
+                if isinstance(module, SlicedLinear):  # tied to a table; what it computes with is its slices'
+                    continue
                 self._owned.setdefault(module, []).append((attribute, weight))
 
     def cut(self, module: nn.Module, name: str) -> None:
@@ -244,21 +247,13 @@ class _Cutter:
         is_leaf = len(mine) == len(below)
         has_table = any(isinstance(child, nn.Embedding) for child, _, _ in below)
         fits = not has_table and sum(weight.info.nbytes for _, _, weight in below) <= self._limit
-        whole = fits or is_leaf or self._is_entangled(module)
+        whole = fits or is_leaf or is_entangled(module)
         if whole and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            self.units.append(_unit(module, name, below, "head" if module is self._head else "block"))
+            self.units.append(_unit(module, name, below, "head" if module in self._heads else "block"))
             return
         self.small.update({weight.name: weight for _, weight in mine})
         for child_name, child in module.named_children():
             self.cut(child, f"{name}.{child_name}" if name else child_name)
-
-    def _is_entangled(self, module: nn.Module) -> bool:
-        """Whether it may read its children's weights without calling them, as state-space mixers do with theirs.
-
-        Children that are no plain matrices are the sign. Such a module is bound as a whole, whatever its size.
-        """
-        plain = (nn.Linear, EncodedLinear, nn.Embedding)
-        return any(child in self._owned and not isinstance(child, plain) for child in module.children())
 
 
 def _unit(module: nn.Module, name: str, owned: list[tuple[nn.Module, str, Weight]], kind: str) -> ModelUnit:

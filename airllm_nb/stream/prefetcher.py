@@ -20,6 +20,7 @@ import torch
 
 from ..errors import ClosedError, GenerationStopped
 from .copier import Copied, Copier, Mark
+from .reader import Pages
 from .schedule import Moved, Schedule, Stop
 from .unit import Piece
 
@@ -35,7 +36,7 @@ class ReaderLike(Protocol):
     def submit(
         self,
         pieces: Sequence[Piece],
-        into: memoryview,
+        into: memoryview | Pages,
         done: Callable[[BaseException | None], None],
         before: Callable[[], None] | None = None,
     ) -> None: ...
@@ -99,26 +100,21 @@ class Prefetcher:
                 self._restart(index)
             self._held = step = self._wanted = self._done
             self._advance()
-            start = self._clock()
-            while not self._ready(step):
-                self._changed.wait(0.1)
-                self._check()
-                if self._cancelled():
-                    raise GenerationStopped("stopped while waiting for weights")
-            waited = self._clock() - start
+            waited = 0.0 if self._ready(step) else self._wait(step)
             stop = self._stops[index]
             if stop.device is None:
+                assert stop.host is not None, "compute runs on host memory"
                 return stop.host, waited
             self._copier.wait(self._copied[index].end)
             return stop.device, waited
 
-    def release(self, index: int) -> None:
-        """Compute on stop ``index`` is queued; its memory may be used again after that."""
+    def release(self, index: int, mark: Mark | None = None) -> None:
+        """Compute on stop ``index`` is queued, up to ``mark`` (now); its memory may be used again after that."""
         with self._changed, self._sound():
             if self._held is None or self._held % len(self._stops) != index:
                 return
             step, self._held = self._held, None
-            self._computed[index] = self._copier.mark()
+            self._computed[index] = self._copier.mark() if mark is None else mark
             self._read.discard(step)
             self._done = step + 1
             self._advance()
@@ -182,6 +178,15 @@ class Prefetcher:
             return step < self._next_copy
         return stop.loaded or step in self._read
 
+    def _wait(self, step: int) -> float:
+        start = self._clock()
+        while not self._ready(step):
+            self._changed.wait(0.1)
+            self._check()
+            if self._cancelled():
+                raise GenerationStopped("stopped while waiting for weights")
+        return self._clock() - start
+
     def _advance(self) -> None:
         while not self._closed and (self._start_read() or self._start_copy()):
             pass
@@ -210,6 +215,8 @@ class Prefetcher:
         epoch, started = self._epoch, self._clock()
 
         def done(error: BaseException | None) -> None:
+            if error is None and stop.keep:
+                error = _lock(stop)
             with self._changed:
                 self._reading -= 1
                 self._finish_read(step, stop, epoch, started, error)
@@ -219,7 +226,7 @@ class Prefetcher:
         if stop.keep:
             self._loading.add(step % len(self._stops))
         try:
-            self._reader.submit(stop.unit.pieces, memoryview(stop.host.numpy()), done, before)
+            self._reader.submit(stop.unit.pieces, stop.into, done, before)
         except BaseException:
             self._reading -= 1
             raise
@@ -251,7 +258,7 @@ class Prefetcher:
             return False
         # Nothing ahead means nothing beside: without prefetching a copy waits for all compute before it.
         after = self._computed.get(owner % len(self._stops)) if self._depth else self._copier.mark()
-        self._copied[index] = copied = self._copier.copy([stop.host], [stop.device], after)
+        self._copied[index] = copied = self._copier.copy(stop.sources, stop.targets, after)
         self.moved.append(Moved("copy", stop.unit, copied.start, copied.end))
         self._next_copy += 1
         return True
@@ -259,3 +266,13 @@ class Prefetcher:
 
 def _waiter(copier: Copier, mark: Mark) -> Callable[[], None]:
     return lambda: copier.host_wait(mark)
+
+
+def _lock(stop: Stop) -> BaseException | None:
+    """Lock a kept unit's memory, on its reading thread and without the lock of the schedule: it takes milliseconds."""
+    try:
+        if stop.lock is not None:
+            stop.lock()
+    except BaseException as error:  # the caller must hear of it
+        return error
+    return None

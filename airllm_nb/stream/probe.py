@@ -5,6 +5,8 @@ The numbers feed the plan's prediction, nothing else: a wrong one makes a predic
 
 from __future__ import annotations
 
+import queue
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,43 +14,55 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.index import Extent
+from .arena import HostArena
 from .reader import Reader
-from .ring import HostArena
+from .ring import PAGE
 from .unit import Piece
 
-READ_BYTES = 256 << 20
 COPY_BYTES = 64 << 20
+# A round of reads keeps every thread busy; rounds go on until the time or the bytes are enough.
+ROUND_BYTES, MOST_BYTES, SECONDS = 64 << 20, 256 << 20, 0.25
 # Where nothing can be measured.
 FALLBACK = 1e9
 
 
-def disk_bandwidth(path: Path) -> float:
+def disk_bandwidth(path: Path, direct: bool = False) -> float:
     """Bytes a second of reading ``path`` the way the reader does (of the page cache, where the file is in it)."""
-    size = min(READ_BYTES, path.stat().st_size)
+    length = path.stat().st_size
+    size = min(ROUND_BYTES, length)
     if size < 1 << 20:
         return FALLBACK
-    reader, arena = Reader(), HostArena(size)
-    arena.view(0, size).zero_()
+    # Anywhere but where an earlier probe read: its bytes are cached, the rest of the file may not be.
+    cursor = random.randrange(length - size + 1) // PAGE * PAGE
+    reader, arena = Reader(direct=direct), HostArena(size)
+    memory = arena.view(0, size).zero_()
+    done, start = 0, time.perf_counter()
     try:
-        import threading
-
-        finished = threading.Event()
-        # The middle of a file is less likely to be cached by whoever looked at its header.
-        piece = Piece(Extent(path, (path.stat().st_size - size) // 2, size), 0)
-        start = time.perf_counter()
-        reader.submit([piece], memoryview(arena.view(0, size).numpy()), lambda error: finished.set())
-        finished.wait()
-        return size / (time.perf_counter() - start)
+        while done < MOST_BYTES and time.perf_counter() < start + SECONDS:
+            if cursor + size > length:
+                cursor = 0
+            _read(reader, Extent(path, cursor, size), memoryview(memory.numpy()))
+            done, cursor = done + size, cursor + size
+        return done / (time.perf_counter() - start)
     finally:
         reader.close()
         arena.close()
 
 
+def _read(reader: Reader, extent: Extent, into: memoryview) -> None:
+    errors: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    reader.submit([Piece(extent, 0)], into, errors.put)
+    if error := errors.get():
+        raise error
+
+
 def link_bandwidth(device: torch.device) -> float:
-    """Bytes a second from pinned host memory to ``device``; of a copy in memory where that is a CPU."""
+    """Bytes a second from locked host memory to ``device``; of a copy in memory where that is a CPU."""
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    arena = HostArena(COPY_BYTES, pin=device.type == "cuda")
-    source = arena.view(0, COPY_BYTES)
+    arena = HostArena(COPY_BYTES)
+    source = arena.view(0, COPY_BYTES).zero_()
+    if device.type == "cuda":
+        arena.lock(device)
     try:
         return COPY_BYTES / best_seconds(lambda: target.copy_(source, non_blocking=True), device)
     finally:

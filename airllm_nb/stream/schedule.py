@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .page_cache import CachedPieces
 from .ring import Place
 from .unit import Unit
 
@@ -21,7 +22,7 @@ class Stop:
     unit
         What is streamed.
     host
-        Its host memory, uint8 ``[unit.nbytes]``: its own (``keep``) or a place in the ring.
+        Its host memory, uint8 ``[unit.nbytes]``: its own (``keep``) or a place in the ring; ``None`` with ``pages``.
     device
         Its place in device memory, uint8 ``[unit.nbytes]``, ``None`` where compute runs on ``host``.
     host_place, device_place
@@ -29,16 +30,32 @@ class Stop:
     keep
         The unit stays in ``host`` between sweeps: it is read once.
     loaded
-        ``host`` holds the unit for good.
+        Its host memory holds the unit for good.
+    pages
+        Its pieces in the page cache, in the place of ``host``.
+    lock
+        Called once a kept unit is read, on the thread that read it.
     """
 
     unit: Unit
-    host: torch.Tensor
+    host: torch.Tensor | None
     device: torch.Tensor | None
     host_place: Place | None
     device_place: Place | None
     keep: bool
     loaded: bool = False
+    pages: CachedPieces | None = None
+    lock: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.into: Any = self.pages if self.host is None else memoryview(self.host.numpy())
+        self.sources: list[torch.Tensor] = []
+        self.targets: list[torch.Tensor] = []
+        if self.device is not None and self.pages is not None:
+            self.sources = self.pages.views
+            self.targets = [self.device[p.offset : p.offset + p.extent.nbytes] for p in self.unit.pieces]
+        elif self.device is not None and self.host is not None:
+            self.sources, self.targets = [self.host], [self.device]
 
 
 @dataclass(frozen=True)

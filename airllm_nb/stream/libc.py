@@ -1,0 +1,67 @@
+"""The calls of the C library that Python does not have, or has with side effects. Linux with 64 bits."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import sys
+from typing import Any
+
+# Fault pages in as a read would (Linux 5.14).
+MADV_POPULATE_READ = 22
+
+
+def is_supported() -> bool:
+    """Whether the functions below work on this platform."""
+    return sys.platform == "linux" and sys.maxsize > 1 << 32
+
+
+def map_file(descriptor: int, offset: int, nbytes: int) -> int:
+    """Map whole pages of a file, read-only and shared; returns the address. Raises ``OSError``.
+
+    Python's own ``mmap`` would keep a descriptor open for every mapping.
+    """
+    address = _libc().mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(address)
+
+
+def unmap(address: int, nbytes: int) -> None:
+    """Undo :func:`map_file`."""
+    _libc().munmap(address, nbytes)
+
+
+def populate(address: int, nbytes: int) -> int:
+    """Have the pages of a mapping in memory; returns the error number, 0 for none. Lets go of the interpreter."""
+    return ctypes.get_errno() if _libc().madvise(address, nbytes, MADV_POPULATE_READ) else 0
+
+
+def is_resident(descriptor: int, offset: int, nbytes: int) -> bool:
+    """Whether the page cache holds every page of a run of bytes. Asking starts no reading, unlike ``RWF_NOWAIT``.
+
+    Of files that are another user's Linux says yes, whatever holds.
+    """
+    first = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    pages = -(-(offset + nbytes - first) // mmap.PAGESIZE)
+    address = map_file(descriptor, first, pages * mmap.PAGESIZE)
+    try:
+        found = (ctypes.c_ubyte * pages)()
+        if _libc().mincore(address, pages * mmap.PAGESIZE, found):
+            return False
+        return all(page & 1 for page in bytes(found))
+    finally:
+        unmap(address, pages * mmap.PAGESIZE)
+
+
+@functools.cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    return libc

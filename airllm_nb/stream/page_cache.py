@@ -1,0 +1,111 @@
+"""The page cache as the RAM tier: pieces of checkpoint files, mapped read-only and shared, locked where they are.
+
+Nothing is copied into memory of our own, what one process has read serves the next, and a copy to a GPU runs as fast as
+from pinned memory. Each piece has a mapping of its own, because neighbours may share a page and a page can be
+registered once for each address only. For platforms that :mod:`~airllm_nb.stream.libc` supports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.index import Extent
+from ..errors import CheckpointError
+from . import libc, pinning
+from .ring import PAGE, align
+from .unit import Piece
+
+log = logging.getLogger(__name__)
+
+
+class CachedPieces:
+    """The pieces of one unit in the page cache.
+
+    Attributes
+    ----------
+    views
+        One uint8 tensor a piece: its bytes as the file has them. Never write to them.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]):
+        self._mappings = [_Mapping(piece.extent) for piece in pieces]
+        self.views = [mapping.view for mapping in self._mappings]
+
+    def jobs(self, chunk: int) -> list[Callable[[], None]]:
+        """What to run, in any order and in parallel, to have every page in memory."""
+        return [
+            functools.partial(mapping.fetch, at, min(chunk, mapping.pages.numel() - at))
+            for mapping in self._mappings
+            for at in range(0, mapping.pages.numel(), chunk)
+        ]
+
+    def lock(self, device: torch.device) -> None:
+        """Keep the pages in memory and let ``device`` copy from them directly, where the system allows it."""
+        for mapping in self._mappings:
+            mapping.lock(device)
+
+    def close(self) -> None:
+        """Unlock; the mappings go with the last view."""
+        for mapping in self._mappings:
+            mapping.unlock()
+
+
+class _Mapping:
+    """The whole pages around one extent."""
+
+    def __init__(self, extent: Extent):
+        self._path, self._first = extent.path, extent.offset // PAGE * PAGE
+        skip = extent.offset - self._first
+        self.pages = _map(extent.path, self._first, align(skip + extent.nbytes), extent.offset + extent.nbytes)
+        self.view = self.pages[skip : skip + extent.nbytes]
+        self._locked_for: torch.device | None = None
+
+    def fetch(self, at: int, nbytes: int) -> None:
+        code = libc.populate(self.pages.data_ptr() + at, nbytes)
+        if code == 0:
+            return
+        if code != errno.EINVAL:
+            raise CheckpointError(f"{self._path} cannot be read near byte {self._first + at:,} ({os.strerror(code)}); "
+                                  "was it changed while the model was open? Load the model again")  # fmt: skip
+        # An older kernel: reading brings the pages in as well.
+        with self._path.open("rb", buffering=0) as file:
+            os.preadv(file.fileno(), [bytearray(nbytes)], self._first + at)
+
+    def lock(self, device: torch.device) -> None:
+        # Pages that are not written back yet are registered slowly. A file system that cannot sync has none.
+        with contextlib.suppress(OSError), self._path.open("rb") as file:
+            os.fsync(file.fileno())
+        if pinning.register(self.pages, device, pinning.READ_ONLY):
+            self._locked_for = device
+        else:
+            log.warning("%s: %d bytes could not be locked in memory; they are copied slowly", self._path,
+                        self.pages.numel())  # fmt: skip
+
+    def unlock(self) -> None:
+        device, self._locked_for = self._locked_for, None
+        if device is not None:
+            pinning.unregister(self.pages, device)
+
+
+def _map(path: Path, first: int, nbytes: int, end: int) -> torch.Tensor:
+    """Map ``nbytes`` from byte ``first`` (both whole pages) of a file that must reach to ``end``."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < end:
+                raise CheckpointError(f"{path} has become shorter since it was opened; load the model again")
+            address = libc.map_file(file.fileno(), first, nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be mapped ({error}); was it moved or deleted?") from None
+    memory = (ctypes.c_uint8 * nbytes).from_address(address)
+    weakref.finalize(memory, libc.unmap, address, nbytes)
+    return torch.frombuffer(memory, dtype=torch.uint8)
