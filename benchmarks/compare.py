@@ -1,10 +1,11 @@
 """Seconds a token of this project beside AirLLM 4.0.0, transformers + accelerate and the resident model.
 
     python benchmarks/compare.py                        SmolLM2-135M on this machine
-    python benchmarks/compare.py FOLDER --vram 4GiB --tools ours,airllm,accelerate --compression 4bit
+    python benchmarks/compare.py FOLDER --vram 4GiB --tools ours,airllm,accelerate --compression 4bit --write NAME
 
-Every tool runs in a process of its own, one after the other, on the same files, with the same prompt and VRAM cap.
-The figure is the median over the tokens after the first. AirLLM is installed into build/airllm for this only.
+Every tool runs in a process of its own, one after the other, on the same files, with the same prompt and VRAM cap. A
+first generation warms up (on a GPU attention kernels are planned for each new length); the figure is the median over
+the tokens after the first of the second one. AirLLM is installed into build/airllm for this only.
 """
 
 from __future__ import annotations
@@ -12,17 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+from results import machine_line, write_section
 
 ROOT = Path(__file__).parents[1]
 AIRLLM = ROOT / "build" / "airllm"
-TOOLS = ("resident", "ours", "airllm", "accelerate")
+TOOLS = {
+    "resident": "resident (transformers)",
+    "ours": "this project",
+    "airllm": "AirLLM 4.0.0",
+    "accelerate": "transformers + accelerate, CPU offload",
+    "accelerate-disk": "transformers + accelerate, disk offload",
+}
+PROMPT = 16
 
 
 class Clock:
@@ -41,7 +51,7 @@ class Clock:
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
-def measure(given: argparse.Namespace) -> dict[str, object]:
+def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Run one tool in this process."""
     import torch
 
@@ -55,19 +65,20 @@ def measure(given: argparse.Namespace) -> dict[str, object]:
     start = time.perf_counter()
     model = open_tool(given, cuda)
     loaded = time.perf_counter() - start
-    ids = torch.randint(3, 500, (1, 16), generator=torch.Generator().manual_seed(0), device="cpu")
+    ids = torch.randint(3, 500, (1, PROMPT), generator=torch.Generator().manual_seed(0), device="cpu")
     ids = ids.to("cuda") if cuda else ids
-    clock = Clock()
-    out = model.generate(ids, max_new_tokens=given.tokens, use_cache=True, do_sample=False, streamer=clock)
+    for _ in range(2):
+        clock = Clock()
+        out = model.generate(ids, max_new_tokens=given.tokens, use_cache=True, do_sample=False, streamer=clock)
     seconds = clock.seconds()
     return {
         "tool": given.child, "seconds_a_token": statistics.median(seconds[1:] or seconds), "first": seconds[0],
-        "load": loaded, "tokens": out[0, 16:].tolist(), "threads": torch.get_num_threads(),
+        "load": loaded, "tokens": out[0, PROMPT:].tolist(), "threads": torch.get_num_threads(),
         "peak_vram_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else None,
     }  # fmt: skip
 
 
-def open_tool(given: argparse.Namespace, cuda: bool):
+def open_tool(given: argparse.Namespace, cuda: bool) -> Any:
     """Open the checkpoint the way a user of the tool would."""
     import torch
 
@@ -89,28 +100,21 @@ def open_tool(given: argparse.Namespace, cuda: bool):
 
     if given.child == "resident":
         return AutoModelForCausalLM.from_pretrained(given.folder, dtype="auto").to(device)
-    limits = {"cpu": given.ram or "100GiB"} | ({0: given.vram or "4GiB"} if cuda else {})
+    on_host = "1GiB" if given.child == "accelerate-disk" else given.ram or "100GiB"
+    # What accelerate keeps on the GPU leaves no room for the layers that it brings there: hence less than the cap.
+    limits = {"cpu": on_host} | ({0: given.accelerate_vram or given.vram} if cuda else {})
     return AutoModelForCausalLM.from_pretrained(
         given.folder, dtype=torch.bfloat16, device_map="auto", max_memory=limits, offload_folder=tempfile.mkdtemp()
     )
 
 
-def run_child(tool: str, given: argparse.Namespace, folder: Path, shards: str) -> dict[str, object]:
+def run_child(tool: str, given: argparse.Namespace, folder: Path, shards: str) -> dict[str, Any]:
     """Measure one tool in a fresh process."""
-    command = [
-        sys.executable,
-        __file__,
-        str(folder),
-        "--child",
-        tool,
-        "--tokens",
-        str(given.tokens),
-        "--shards",
-        shards,
-    ]
-    for name in ("compression", "vram", "ram"):
+    command = [sys.executable, __file__, str(folder), "--child", tool, "--tokens", str(given.tokens)]
+    command += ["--shards", shards]
+    for name in ("compression", "vram", "ram", "accelerate_vram"):
         if value := getattr(given, name):
-            command += [f"--{name}", value]
+            command += [f"--{name.replace('_', '-')}", value]
     path = [str(ROOT), *([str(AIRLLM)] if tool == "airllm" else []), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
@@ -140,31 +144,25 @@ def sample_folder() -> Path:
     return convert_model(sample_model(), LoadOptions())
 
 
-def report(rows: list[dict[str, object]], given: argparse.Namespace, folder: Path) -> None:
+def report(rows: list[dict[str, Any]], given: argparse.Namespace, folder: Path) -> str:
     """A Markdown table with ratios to this project."""
-    import torch
-    import transformers
-
-    machine = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()}-core {cpu_name()}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    print(f"{folder.name}, compression {given.compression}, VRAM {given.vram}, on {machine}; {versions}\n")
     ours = next((row.get("seconds_a_token") for row in rows if row["tool"] == "ours"), None)
-    print("| tool | seconds a token | first token | load | against ours | peak VRAM |\n|---|---|---|---|---|---|")
+    cap = f", VRAM capped at {given.vram}" if given.vram else ""
+    lines = [f"{machine_line()}", "", f"`benchmarks/compare.py`, one run; {folder.name}, "
+             f"compression {given.compression or 'none'}{cap}, {given.tokens} tokens after {PROMPT}:", "",
+             "| tool | seconds a token | against ours | first token | load | peak VRAM |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
+        name = TOOLS[row["tool"]]
         if "error" in row:
-            print(f"| {row['tool']} | {row['error']} | | | | |")
+            lines.append(f"| {name} | failed: {row['error']} | | | | |")
             continue
         ratio = f"{row['seconds_a_token'] / ours:.2f} x" if ours else ""
         peak = f"{row['peak_vram_gib']:.2f} GiB" if row["peak_vram_gib"] else ""
-        figures = f"{row['seconds_a_token']:.4f} | {row['first']:.3f} | {row['load']:.1f}"
-        print(f"| {row['tool']} | {figures} | {ratio} | {peak} |")
+        figures = f"{row['seconds_a_token']:.4f} | {ratio} | {row['first']:.3f} | {row['load']:.1f}"
+        lines.append(f"| {name} | {figures} | {peak} |")
     answers = {str(row["tokens"]) for row in rows if "tokens" in row}
-    print(f"\nTokens {'are the same in every row' if len(answers) == 1 else 'differ'}.")
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return "\n".join([*lines, "", f"Tokens {'are the same in every row' if len(answers) == 1 else 'differ'}."])
 
 
 def main() -> None:
@@ -175,22 +173,28 @@ def main() -> None:
     parser.add_argument("--compression", choices=["4bit", "8bit"])
     parser.add_argument("--vram")
     parser.add_argument("--ram")
+    parser.add_argument("--accelerate-vram", help="what accelerate may fill; it needs room for a layer beside that")
     parser.add_argument("--shards", help="where converted weights go (default: a temporary folder)")
     parser.add_argument("--limit", type=float, default=600, help="seconds that one tool may take")
+    parser.add_argument("--write", metavar="NAME", help="put the table into RESULTS.md, in the section of this name")
     parser.add_argument("--child", choices=TOOLS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         print(json.dumps(measure(given)))
         return
-    if "airllm" in given.tools:
+    tools = given.tools.split(",")
+    if "airllm" in tools:
         install_airllm()
     folder = given.folder or sample_folder()
     rows = []
-    for tool in given.tools.split(","):
+    for tool in tools:
         with tempfile.TemporaryDirectory() as shards:
             rows.append(run_child(tool, given, folder, given.shards or shards))
             print(json.dumps(rows[-1]), file=sys.stderr)
-    report(rows, given, folder)
+    text = report(rows, given, folder)
+    print(text)
+    if given.write:
+        write_section(given.write, text)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def test_the_text_is_on_stdout_and_the_facts_on_stderr(endless: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n") and done.stdout.strip()
     assert done.stderr.count("\n") == 1 and "8 tokens" in done.stderr and "tok/s" in done.stderr
+    assert re.search(r" · predicted \S+ s a token( \(\w+-bound\))?, achieved \S+ s \(\d+%\) · ", done.stderr), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize("dash", [(), ("-",)])
@@ -182,6 +186,17 @@ MISTAKES = [
     (1, "check the path", ("generate", "/nowhere/at/all", "hi")),
     (1, "check the path", ("convert", "/nowhere/at/all")),
     (1, "cache", ("plan", "org/name")),
+    (2, "MODEL or --synthetic SHAPE", ("bench",)),
+    (2, "not both", ("bench", "x", "--synthetic", "small")),
+    (2, "--keep is of a synthetic", ("bench", "x", "--keep")),
+    (2, "--layers is of a synthetic", ("bench", "x", "--layers", "2")),
+    (2, "did you mean llama-2-70b?", ("bench", "--synthetic", "llama2-70b")),
+    (2, "1 layer or more", ("bench", "--synthetic", "small", "--layers", "0")),
+    (2, "sweeps=0", ("bench", "x", "--sweeps", "0")),
+    (2, "batch=0", ("bench", "--synthetic", "small", "--batch", "0")),
+    (2, "add --vram 4GiB", ("bench", "--synthetic", "small", "--cap")),
+    (2, "invalid int", ("bench", "x", "--sweeps", "few")),
+    (1, "check the path", ("bench", "/nowhere/at/all")),
 ]
 
 
@@ -194,11 +209,25 @@ def test_a_mistake_is_one_line_on_stderr(
     assert err.startswith("airllm-nb") and err.count("\n") == 1 and remedy in err, err
 
 
-@pytest.mark.parametrize("name", ["", "plan", "convert", "generate", "doctor"])
+@pytest.mark.parametrize("name", ["", "plan", "convert", "generate", "bench", "doctor"])
 def test_help(cli: Callable[..., Any], name: str) -> None:
     code, out, err = cli(*filter(None, (name,)), "--help")
     assert (code, err) == (0, "") and out.startswith("usage: airllm-nb")
     assert name == "" or "--json" in out
+
+
+def test_the_help_of_bench_names_the_shapes(cli: Callable[..., Any]) -> None:
+    from airllm_nb.checkpoint.shapes import SHAPES
+
+    assert all(shape in " ".join(cli("bench", "--help")[1].split()) for shape in SHAPES)
+
+
+def test_direct_io_reaches_the_options() -> None:
+    from airllm_nb.cli.arguments import load_options, make_parser
+
+    parser = make_parser(**dict.fromkeys(("plan", "convert", "generate", "bench", "doctor"), lambda _: 0))
+    flags = {"--direct-io": True, "--no-direct-io": False, "--offline": None}
+    assert {flag: load_options(parser.parse_args(["plan", "x", flag])).direct_io for flag in flags} == flags
 
 
 def test_version_comes_without_torch(cli: Callable[..., Any]) -> None:

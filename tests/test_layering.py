@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "airllm_nb"
 
 BASE = {"config", "errors", "trace"}
 ROOMS = {"checkpoint", "stream", "model", "decode"}
-ENGINE = {"engine", "auto_model"}
+ENGINE = {"engine", "auto_model", "bench"}
 # room or top-level module: what it may import of ours, besides itself
 ALLOWED = {
     "errors": set(),
@@ -26,8 +26,10 @@ ALLOWED = {
     "stores": BASE | ROOMS,
     "load": BASE | ROOMS | {"stores"},
     "machine": BASE | ROOMS | {"load"},
-    "engine": BASE | ROOMS | {"stores", "load", "machine"},
+    "residence": BASE | ROOMS | {"load"},
+    "engine": BASE | ROOMS | {"stores", "load", "machine", "residence"},
     "auto_model": BASE | ROOMS | {"stores", "load", "engine"},
+    "bench": BASE | ROOMS | {"stores", "load", "machine", "engine"},
     "notebook": BASE | ENGINE,
     "cli": BASE | ENGINE,
     "__main__": {"cli"},

@@ -24,14 +24,14 @@ from traitlets.config import Config
 
 import airllm_nb.engine
 from airllm_nb.errors import PromptError, SourceError, in_flags
-from airllm_nb.notebook.cards import Card, count
+from airllm_nb.notebook.cards import Card, bench_card, count
 from airllm_nb.notebook.generating import Waiting
 from airllm_nb.notebook.mistakes import one_line
 from airllm_nb.notebook.progress_line import Meter, ProgressLine, clock_time
 from airllm_nb.notebook.prompt_variables import expand
 from airllm_nb.trace import Progress
 
-MAGICS = ("load", "plan", "status", "trace", "unload")
+MAGICS = ("load", "plan", "bench", "status", "trace", "unload")
 LONG = 60_000
 
 
@@ -178,6 +178,7 @@ def test_every_option_reaches_the_engine(notebook: Notebook, monkeypatch: pytest
     ran = notebook(
         "%airllm_load org/name --compression 4bit --vram 4GiB --ram '8 GiB' --shards "
         f'"{tmp_path}/a b" --dtype bfloat16 --device cuda:1 --max-seq-len 99 --no-prefetch --profile --delete-original '
+        "--direct-io "
         "--token-env MY_TOKEN --revision v1 --offline --dashboard full"
     )
     assert ran.err.strip() == "UsageError: enough seen"
@@ -192,6 +193,7 @@ def test_every_option_reaches_the_engine(notebook: Notebook, monkeypatch: pytest
     assert (options.profiling_mode, options.delete_original, options.revision, options.local_files_only) == (
         True, True, "v1", True
     )  # fmt: skip
+    assert options.direct_io is True
     assert options.hf_token == "hf_secret" and "hf_secret" not in ran.out + ran.err
 
 
@@ -279,7 +281,7 @@ def test_text_streams_and_the_result_is_stored(loaded: Notebook) -> None:
     assert answer.text.strip() in out
     assert (len(answer.token_ids), answer.stopped_by, answer.prompt) == (12, "length", "The capital of France is")
     last = out.rstrip().splitlines()[-1]
-    for fact in ("12 tokens", "tok/s", "s a sweep", "of the predicted speed", "ended by the length"):
+    for fact in ("12 tokens", "tok/s", "predicted ", "s a token", "achieved ", "%)", "ended by the length"):
         assert fact in last
 
 
@@ -452,9 +454,59 @@ def test_plan_and_trace(loaded: Notebook, tmp_path: Path, endless: Callable[...,
     assert "nothing was generated" in loaded("%airllm_trace").err
     loaded.good("%%airllm_generate -n 4\nhello")
     assert "4 tokens in 4 sweeps" in loaded.good("%airllm_trace")
-    assert "4 tokens" in loaded.good("%airllm_status")
+    assert "4 tokens, predicted" in loaded.good("%airllm_status")
     assert "ui.perfetto.dev" in loaded.good(f'%airllm_trace "{tmp_path}/a b.json"')
     assert json.loads((tmp_path / "a b.json").read_text("utf-8"))["traceEvents"]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where synthetic checkpoints go."""
+    monkeypatch.setenv("AIRLLM_NB_CACHE", str(tmp_path))
+    return tmp_path / "synthetic"
+
+
+def test_a_loaded_model_is_measured_and_stays_usable(loaded: Notebook) -> None:
+    out = loaded.good("%airllm_bench --sweeps 3 --batch 2 -o result")
+    result = loaded["result"]
+    assert (result.sweeps, result.batch, result.open_seconds, result.same_tokens) == (3, 2, None, True)
+    for fact in ("predicted", "achieved", "3 sweeps", "batch 2", "a second"):
+        assert fact in out
+    assert "3 tokens" in loaded.good("%%airllm_generate -n 3\nhello")
+    refused = loaded("%airllm_bench --vram 4GiB").err
+    assert "--vram needs MODEL or --synthetic" in refused
+
+
+def test_the_card_of_a_measurement_is_text_and_html(notebook: Notebook, endless: Callable[..., Path]) -> None:
+    notebook.good(f'%airllm_bench "{endless()}" --sweeps 2 -o result')
+    card = bench_card(notebook["result"])
+    assert notebook["result"].open_seconds > 0 and notebook["result"].title in repr(card)
+    assert "<table>" in card._repr_html_() and "predicted" in card._repr_html_()
+    assert "no model is loaded" in notebook("%airllm_bench").err
+
+
+def test_a_synthetic_model_is_measured_and_deleted(notebook: Notebook, cache: Path) -> None:
+    out = notebook.good("%airllm_bench --synthetic small-qwen --layers 2 --sweeps 2")
+    assert "2 of 4 layers" in out and "deleted again" in out
+    assert not list(cache.iterdir())
+
+
+def test_an_interrupted_measurement_ends_at_once_and_leaves_nothing(notebook: Notebook, cache: Path) -> None:
+    with interrupted_after(2.0):
+        start = time.monotonic()
+        ran = notebook("%airllm_bench --synthetic small-qwen --layers 2 --sweeps 10000")
+    assert ran.err.startswith("UsageError: interrupted; nothing was measured"), ran
+    assert time.monotonic() - start < 10 and not list(cache.iterdir())
+
+
+def test_an_interrupted_measurement_leaves_the_loaded_model(loaded: Notebook) -> None:
+    with interrupted_after(0.5):
+        ran = loaded(f"%airllm_bench --sweeps {LONG}")
+    assert ran.err.startswith("UsageError: interrupted"), ran
+    assert "3 tokens" in loaded.good("%%airllm_generate -n 3\nhello")
 
 
 @pytest.mark.parametrize("name", [*MAGICS, "generate"])
@@ -499,6 +551,15 @@ MISTAKES = [
     ("%airllm_load /nowhere/at/all", "check the path"),
     ("%airllm_load org/name", "cache"),
     ("%airllm_plan /nowhere/at/all", "check the path"),
+    ("%airllm_bench x --synthetic small", "not both"),
+    ("%airllm_bench x --keep", "--synthetic SHAPE"),
+    ("%airllm_bench x --name model", "--name is of a loaded model"),
+    ("%airllm_bench --keep", "--keep needs MODEL"),
+    ("%airllm_bench --name other", "loaded: model"),
+    ("%airllm_bench --sweeps 0", "1 or more"),
+    ("%airllm_bench --synthetic lama-2-70b", "did you mean llama-2-70b?"),
+    ("%airllm_bench x --cap", "add --vram 4GiB"),
+    ("%airllm_bench /nowhere/at/all", "check the path"),
     ("%airllm_status x", "'x'"),
     ("%airllm_trace nowhere.txt", ".json"),
     ("%airllm_trace /nowhere/at/all.json", "cannot be written"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeClock
 
-from airllm_nb.trace import CAPACITY, STAGES, Trace
+from airllm_nb.trace import CAPACITY, STAGES, Trace, speed_line, stage_rows
 
 
 @pytest.fixture
@@ -65,6 +65,25 @@ def test_achieved_of_predicted(trace: Trace) -> None:
     assert trace.summary()["achieved_of_predicted"] is None
     trace.predicted_sweep_seconds = 4.0
     assert trace.summary()["achieved_of_predicted"] == pytest.approx(0.8)
+
+
+def test_the_speed_in_a_line(trace: Trace) -> None:
+    assert speed_line(Trace().summary()) == "no sweep finished"
+    assert speed_line(trace.summary()) == "5 s a token"
+    trace.predicted_sweep_seconds = 4.8
+    assert speed_line(trace.summary()) == "predicted 4.8 s a token, achieved 5 s (96%)"
+    trace.bound_by = "link"
+    assert speed_line(trace.summary()) == "predicted 4.8 s a token (link-bound), achieved 5 s (96%)"
+    unused = Trace()
+    unused.predicted_sweep_seconds, unused.bound_by = 0.71234, "disk"
+    assert speed_line(unused.summary()) == "predicted 0.712 s a token (disk-bound)"
+
+
+def test_stages_that_did_something_are_rows(trace: Trace) -> None:
+    trace.add("copy", "mlp", 0.0, 1.0, 5 * 10**9)
+    rows = dict(stage_rows(trace.summary()["stages"]))
+    assert rows == {"read": "4.000 s in 4, 4e-06 GB at 0.0 GB/s", "copy": "3.000 s in 5, 5 GB at 1.7 GB/s",
+                    "compute": "8.000 s in 4"}  # fmt: skip
 
 
 def test_an_empty_trace_has_a_summary_and_a_table(tmp_path: Path) -> None:

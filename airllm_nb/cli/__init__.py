@@ -1,4 +1,4 @@
-"""``airllm-nb plan | convert | generate | doctor``: the same engine from a shell.
+"""``airllm-nb plan | convert | generate | bench | doctor``: the same engine from a shell.
 
 Exit codes: 0, 1 for an error of the model, the machine or the input (one line on stderr), 2 for wrong usage, 130 after
 Ctrl-C. With ``--json`` stdout is one JSON document and nothing else.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import AirLLMError, OptionError, in_flags
-from . import commands, doctor
+from . import bench, commands, doctor
 from .arguments import make_parser
 
 __all__ = ["main"]
@@ -22,7 +22,8 @@ USER, USAGE, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser(
-        plan=commands.plan, convert=commands.convert, generate=commands.generate, doctor=doctor.doctor
+        plan=commands.plan, convert=commands.convert, generate=commands.generate, bench=bench.bench,
+        doctor=doctor.doctor,
     )  # fmt: skip
     given = parser.parse_args(argv)
     try:
@@ -31,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), USAGE)
     except AirLLMError as error:
         return _fail(str(error), USER)
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was downloaded or converted is kept", INTERRUPTED)
+    except KeyboardInterrupt as stopped:
+        return _fail(str(stopped) or "interrupted; what was downloaded or converted is kept", INTERRUPTED)
     except BrokenPipeError:
         # The reader of stdout has gone: give Python something to flush into at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

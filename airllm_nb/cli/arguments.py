@@ -34,31 +34,35 @@ class Parser(argparse.ArgumentParser):
         given.parser.error(f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def make_parser(*, plan: Command, convert: Command, generate: Command, doctor: Command) -> argparse.ArgumentParser:
+def make_parser(
+    *, plan: Command, convert: Command, generate: Command, bench: Command, doctor: Command
+) -> argparse.ArgumentParser:
     """The parser; what it returns has ``run``, the command to call with it."""
     parser = Parser(prog="airllm-nb", description="Run language models that do not fit: weights stream from disk.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, run: Command, text: str, *, model: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, run: Command, text: str, *, model: str | None = "one") -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         made.set_defaults(run=run, parser=made)
         made.add_argument("--json", action="store_true", help="one JSON document on stdout, all else on stderr")
         if model:
-            _add_loading(made)
+            _add_loading(made, optional=model == "optional")
         return made
 
     made = command("plan", plan, "show what would go where and how fast; downloads only config and headers")
     made.add_argument("--units", action="store_true", help="the place of every unit")
     command("convert", convert, "write the store that --compression needs, and print its folder")
     _add_generating(command("generate", generate, "answer a prompt, the text streaming to stdout"))
-    command("doctor", doctor, "say what this machine is and can, and what to do about the rest", model=False)
+    _add_bench(command("bench", bench, "measure a model, or random weights in a known shape", model="optional"))
+    command("doctor", doctor, "say what this machine is and can, and what to do about the rest", model=None)
     return parser
 
 
-def _add_loading(parser: argparse.ArgumentParser) -> None:
+def _add_loading(parser: argparse.ArgumentParser, optional: bool) -> None:
     add = parser.add_argument_group("loading").add_argument
-    parser.add_argument("model", metavar="MODEL", help="Hub id, local folder or .gguf file")
+    count = "?" if optional else None
+    parser.add_argument("model", metavar="MODEL", nargs=count, help="Hub id, local folder or .gguf file")
     add("--compression", choices=("4bit", "8bit"), help="stream from a compressed store, written once")
     add("--vram", metavar="SIZE", help="memory budget on the GPU, such as 4GiB; default: what is free")
     add("--ram", metavar="SIZE", help="budget for weights in RAM, such as 8GiB; default: what is free")
@@ -67,6 +71,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU")
     add("--max-seq-len", type=int, metavar="N", help="keep room for prompt and answer of this many tokens")
     add("--no-prefetch", action="store_true", help="read and copy weights only when they are needed")
+    add("--direct-io", action=argparse.BooleanOptionalAction, help="read past the page cache; default: what is faster")
     add("--profile", action="store_true", help="time each stage and layer")
     add("--delete-original", action="store_true", help="delete the source weights once the store is verified")
     add("--token-env", metavar="NAME", help="environment variable with the Hub token; default: HF_TOKEN")
@@ -87,6 +92,21 @@ def _add_generating(parser: argparse.ArgumentParser) -> None:
     add("--system", metavar="TEXT", help="system message; implies --chat")
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Opens the model, generates once to warm up and once more with the clock running, and says what each link "
+        "carried, beside what the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-70b, llama-3.1-405b, "
+        "qwen2.5-32b, small, small-qwen."
+    )
+    add = parser.add_argument_group("measuring").add_argument
+    add("--synthetic", metavar="SHAPE", help="instead of MODEL: random weights in this shape, deleted at the end")
+    add("--layers", type=int, metavar="N", help="layers of the synthetic model (4)")
+    add("--keep", action="store_true", help="keep the synthetic checkpoint for the next time")
+    add("--sweeps", type=int, default=5, metavar="N", help="sweeps to measure, after the prompt's (%(default)s)")
+    add("--batch", type=int, default=1, metavar="N", help="sequences at once (%(default)s)")
+    add("--cap", action="store_true", help="enforce --vram: what is allocated above it fails")
+
+
 def load_options(given: argparse.Namespace) -> LoadOptions:
     """What the engine's functions need."""
     token = None
@@ -96,7 +116,7 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
         compression=given.compression, vram_budget=given.vram, ram_budget=given.ram, dtype=given.dtype,
         layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
         prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
-        hf_token=token, revision=given.revision, local_files_only=given.offline,
+        hf_token=token, revision=given.revision, local_files_only=given.offline, direct_io=given.direct_io,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from ..config import format_bytes
-from ..trace import Progress
+from ..trace import Progress, speed_line
 from .arguments import load_options, read_prompt, sampling
 
 INTERRUPTED = 130
@@ -104,11 +104,10 @@ def _facts(model: str, result: Any) -> dict[str, Any]:
 
 
 def _summary(result: Any) -> str:
-    tokens, sweep = len(result.token_ids), result.sweep_seconds
+    tokens = len(result.token_ids)
     ends = {"end": "ended by itself", "length": "ended by the length (-n)", "user": "stopped by you"}
-    parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{result.tokens_per_second:.3g} tok/s"]
-    if sweep:
-        parts.append(f"{sweep:.3g} s a sweep")
+    parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{result.tokens_per_second:.3g} tok/s",
+             speed_line(result.trace.summary())]  # fmt: skip
     if result.peak_bytes:
         parts.append(f"peak {format_bytes(result.peak_bytes)}")
     return " · ".join([*parts, ends.get(result.stopped_by, result.stopped_by)])

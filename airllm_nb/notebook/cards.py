@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
+from ..trace import speed_line, stage_rows
 
 if TYPE_CHECKING:
+    from ..bench import BenchResult
     from ..engine import StreamedModel
     from .registry import Entry
 
@@ -91,26 +93,21 @@ def _plan_rows(plan: str) -> list[tuple[str, str]]:
 def _last(summary: dict[str, Any]) -> str:
     if not summary["sweeps"]:
         return "last      nothing generated yet"
-    return f"last      {summary['tokens']} tokens, {speed(summary)}"
-
-
-def speed(summary: dict[str, Any]) -> str:
-    """``"0.081 s a sweep, 95% of the predicted speed"``"""
-    text = f"{summary['sweep_seconds']:.3g} s a sweep" if summary["sweep_seconds"] else "no sweep finished"
-    achieved = summary["achieved_of_predicted"]
-    return text if not achieved else f"{text}, {achieved:.0%} of the predicted speed"
+    return f"last      {summary['tokens']} tokens, {speed_line(summary)}"
 
 
 def trace_card(summary: dict[str, Any]) -> Card:
     """Totals of each stage of one generation."""
-    rows = [("speed", f"{summary['tokens']} tokens in {summary['sweeps']} sweeps, {speed(summary)}")]
+    rows = [("speed", f"{summary['tokens']} tokens in {summary['sweeps']} sweeps, {speed_line(summary)}")]
     if summary["peak_device_bytes"]:
         rows.append(("peak", format_bytes(summary["peak_device_bytes"])))
-    for stage, total in summary["stages"].items():
-        if total["count"]:
-            moved = f", {format_bytes(total['bytes'])} at {total['gb_per_second']:.1f} GB/s" if total["bytes"] else ""
-            rows.append((stage, f"{total['seconds']:.3f} s in {total['count']:,}{moved}"))
+    rows += stage_rows(summary["stages"])
     return Card("the last generation, stage by stage (stages overlap)", rows)
+
+
+def bench_card(result: BenchResult) -> Card:
+    """How fast a model runs."""
+    return Card(result.title, result.rows)
 
 
 def count(number: float) -> str:

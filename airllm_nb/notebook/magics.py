@@ -124,6 +124,31 @@ class AirLLM(Magics):
             _write(plan.table())
 
     @line_magic
+    @options.arguments(options.BENCH)
+    @one_line
+    def airllm_bench(self, line: str) -> None:
+        """Measure how fast a model runs: MODEL, random weights in a known shape, or the model that is loaded.
+
+        It generates once to warm up and once more with the clock running, and says what each link carried, beside what
+        the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-70b, llama-3.1-405b, qwen2.5-32b, small,
+        small-qwen.
+        """
+        given = self._parsed(self.airllm_bench, line)
+        if given is None:
+            return
+        loaded = given.model is None and given.synthetic is None
+        entry = self._to_bench(given) if loaded or given.name else None
+        work = functools.partial(_bench, given, self._load_options(given), entry)
+        bar = progress_line(self.shell, entry.dashboard if entry else self.dashboard)
+        try:
+            result = Loading(work).result(bar)
+        except KeyboardInterrupt:
+            raise OptionError("interrupted; nothing was measured") from None
+        if given.output:
+            self.shell.user_ns[given.output] = result
+        bar.replace(cards.bench_card(result))
+
+    @line_magic
     @options.arguments(options.STATUS)
     @one_line
     def airllm_status(self, line: str) -> None:
@@ -177,6 +202,16 @@ class AirLLM(Magics):
         given.vram, given.ram = given.vram or self.vram or None, given.ram or self.ram or None
         return options.load_options(given)
 
+    def _to_bench(self, given: argparse.Namespace) -> Entry:
+        """The loaded model, which is measured as it is."""
+        if given.model or given.synthetic:
+            raise OptionError("--name is of a loaded model; leave it out, or leave out what else is to be measured")
+        if idle := options.given_flags(self.airllm_bench, given, but=("name", "sweeps", "batch", "output")):
+            raise OptionError(f"a loaded model is measured as it is; {idle[0]} needs MODEL or --synthetic SHAPE")
+        entry = self.models.get(given.name)
+        entry.settle()
+        return entry
+
     def _check(self, model: str, wanted: LoadOptions, bar: Any) -> None:
         """Refuse what cannot be loaded while the old model is still there."""
         # A GGUF file on the Hub has its config inside: looking at it is downloading it.
@@ -200,6 +235,15 @@ def _plan(model: str, wanted: LoadOptions, report: Any) -> Any:
     from ..engine import plan_model
 
     return plan_model(model, wanted, progress=report)
+
+
+def _bench(given: argparse.Namespace, wanted: LoadOptions, entry: Entry | None, report: Any) -> Any:
+    from .. import bench
+
+    how = {"sweeps": given.sweeps, "batch": given.batch, "progress": report}
+    if entry is not None:
+        return bench.bench_open(entry.model, **how)
+    return bench.bench(given.model, given.synthetic, wanted, layers=given.layers, keep=given.keep, cap=given.cap, **how)
 
 
 def _prompt(given: argparse.Namespace, text: str) -> Any:

@@ -36,6 +36,11 @@ _LOADING = (
     argument("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU."),
     argument("--max-seq-len", type=int, metavar="N", help="Keep room for prompt and answer of this many tokens."),
     argument("--no-prefetch", action="store_true", help="Read and copy weights only when they are needed."),
+    argument(
+        "--direct-io",
+        action=argparse.BooleanOptionalAction,
+        help="Read past the page cache; default: what is faster.",
+    ),
     argument("--profile", action="store_true", help="Show the time of each stage and layer after each generation."),
     argument("--delete-original", action="store_true", help="Delete the source weights once the store is verified."),
     argument("--token-env", metavar="VARIABLE", help="Environment variable with the Hub token; default: HF_TOKEN."),
@@ -54,6 +59,21 @@ PLAN = (
     *_LOADING[:-1],
     argument("--units", action="store_true", help="Show the place of every unit."),
     argument("-o", "--output", metavar="VAR", help="Put the plan object into this variable."),
+    _HELP,
+)
+BENCH = (
+    argument("model", metavar="MODEL", nargs="?", help="Hub id, local folder or .gguf file; default: a loaded model."),
+    argument(
+        "--synthetic", metavar="SHAPE", help="Instead of MODEL: random weights in this shape, deleted at the end."
+    ),
+    argument("--layers", type=int, metavar="N", help="Layers of the synthetic model; default: 4."),
+    argument("--keep", action="store_true", help="Keep the synthetic checkpoint for the next time."),
+    argument("--sweeps", type=int, default=5, metavar="N", help="Sweeps to measure, after the prompt's; default: 5."),
+    argument("--batch", type=int, default=1, metavar="N", help="Sequences at once; default: 1."),
+    argument("--cap", action="store_true", help="Enforce --vram: what this process allocates above it fails."),
+    *_LOADING[1:-1],
+    argument("--name", help="The loaded model to measure where no MODEL is given; default: the last one loaded."),
+    argument("-o", "--output", metavar="VAR", help="Put the result object into this variable."),
     _HELP,
 )
 GENERATE = (
@@ -93,6 +113,16 @@ def arguments(declared: Sequence[argument]) -> Callable[[Any], Any]:
 def flags(magic: Any) -> list[str]:
     """All flags of a magic."""
     return [flag for action in magic.parser._actions for flag in action.option_strings]
+
+
+def given_flags(magic: Any, given: argparse.Namespace, but: Sequence[str] = ()) -> list[str]:
+    """The flags that were given another value than their default, those of ``but`` left out."""
+    return [
+        next(flag for flag in action.option_strings if flag.startswith("--"))
+        for action in magic.parser._actions
+        if action.option_strings and action.dest not in but
+        and getattr(given, action.dest, action.default) != action.default
+    ]  # fmt: skip
 
 
 def parse(magic: Any, line: str, expand: Callable[[str], str] = str) -> argparse.Namespace | None:
@@ -138,7 +168,7 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
         compression=given.compression, vram_budget=given.vram, ram_budget=given.ram, dtype=given.dtype,
         layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
         prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
-        hf_token=token, revision=given.revision, local_files_only=given.offline,
+        hf_token=token, revision=given.revision, local_files_only=given.offline, direct_io=given.direct_io,
     )  # fmt: skip
 
 
