@@ -16,11 +16,13 @@ import torch
 from . import load
 from .config import LoadOptions
 from .decode.generate import Generation, GenerationResult
-from .decode.prompt import Prompt, check_length, encode, sequences, total_length
+from .decode.prefill import of_forward
+from .decode.prompt import Prompt, check_length, encode
+from .decode.replay import Replay
 from .errors import BusyError, ClosedError, OptionError
 from .machine import measure
-from .model.executor import Executor
 from .model.plan import ResidencyPlan
+from .residence import Residence
 from .trace import ProgressCallback, Trace, silent
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ def plan_model(
 ) -> ResidencyPlan:
     """What would go where, and how fast, without downloading, converting or reading any weight."""
     prepared = load.prepare(model, options or LoadOptions(), progress=progress, weights=False)
-    return load.plan(prepared, measure(prepared), prepared.planned_length, prepared.options.batch_size)
+    return load.plan(prepared, measure(prepared), prepared.planned)[0]
 
 
 def convert_model(model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent) -> Path:
@@ -60,30 +62,28 @@ def convert_model(model: str | Path, options: LoadOptions, *, progress: Progress
 class StreamedModel:
     """A language model whose weights stream. Made by :func:`open_model`; close it, or use it in ``with``.
 
-    Attributes
-    ----------
-    native
-        The transformers model that runs; its large weights are on ``meta`` between forwards.
-    config, device, dtype
-        As in transformers.
-    plan
-        Where everything is, and the predicted seconds a sweep.
-    trace
-        What the last generation did.
+    ``native`` is the transformers model that runs, its large weights on ``meta`` between forwards; ``config``,
+    ``device`` and ``dtype`` are as in transformers.
     """
 
     def __init__(self, prepared: load.Prepared, machine: Any):
-        self._prepared, self._machine = prepared, machine
+        self._prepared = prepared
         self.native, self.config = prepared.skeleton, prepared.config
         self.device, self.dtype, self.options = prepared.device, prepared.dtype, prepared.options
         self.name, self.folder = prepared.source.name, prepared.folder
-        self.trace = Trace()
         self._lock, self._cancel, self._closed = threading.Lock(), threading.Event(), False
-        self._executor: Executor | None = None
-        self._room = (prepared.planned_length, prepared.options.batch_size)
-        self.plan = load.plan(prepared, machine, *self._room)
-        self._start_executor()
+        self._residence = Residence(prepared, machine)
         self.native.generation_config = load.generation_config(prepared)
+
+    @property
+    def plan(self) -> ResidencyPlan:
+        """Where everything is, and the predicted seconds a sweep."""
+        return self._residence.plan
+
+    @property
+    def trace(self) -> Trace:
+        """What the last generation did."""
+        return self._residence.trace
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -97,10 +97,14 @@ class StreamedModel:
     def generate(self, inputs: Any = None, **kwargs: Any) -> Any:
         """All of transformers' ``generate``; input tensors may be on any device.
 
+        A prompt whose activations do not fit goes through the model in parts (``prefill_chunk_size``), as few as fit.
+
         Raises
         ------
         PromptError
             If the prompt is empty or longer than the context.
+        BudgetError
+            If there is no room for it, or other programs took the memory.
         BusyError
             If a generation runs already.
         """
@@ -109,24 +113,25 @@ class StreamedModel:
     def run(self, kwargs: dict[str, Any], cancel: threading.Event) -> Any:
         """:meth:`generate` with an event that ends it within one unit, by a ``GenerationStopped``."""
         kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
-        # Compiled code would keep the addresses of parameters that are bound anew in every sweep.
-        kwargs.setdefault("disable_compile", True)
-        ids, config = kwargs.get("inputs"), kwargs.get("generation_config") or self.native.generation_config
-        ids = kwargs.get("input_ids") if ids is None else ids
-        check_length(ids, self._prepared.context)
-        with self._running(total_length(ids, config, kwargs), sequences(ids, config, kwargs), cancel):
-            return self.native.generate(**kwargs)
+        ids = kwargs.get("inputs")
+        check_length(kwargs.get("input_ids") if ids is None else ids, self._prepared.context)
+        replay = Replay(self.native, kwargs, self.device)
+        with self._claimed(cancel):
+            return self._residence.run(replay.work, replay, cancel, replay.repeatable)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """One forward; returns what the native class returns (``.logits``)."""
+        """One forward; returns what the native class returns (``.logits``).
+
+        Raises
+        ------
+        BudgetError
+            If there is no room for it; all positions get logits, unless ``logits_to_keep`` says otherwise.
+        """
         args, kwargs = tuple(map(self._on_device, args)), {k: self._on_device(v) for k, v in kwargs.items()}
-        ids, past = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
-        if isinstance(ids, torch.Tensor):
-            length, batch = ids.shape[-1] + (past.get_seq_length() if past is not None else 0), ids.shape[0]
-        else:
-            length, batch = 1, 1
-        with self._running(length, batch, threading.Event()):
-            return self.native(*args, **kwargs)
+        work, cancel = of_forward(self.native, args, kwargs), threading.Event()
+        fresh = kwargs.get("past_key_values") is None and len(args) <= 1  # a cache may come by position too
+        with self._claimed(cancel):
+            return self._residence.run(work, lambda _: self.native(*args, **kwargs), cancel, repeatable=fresh)
 
     # --- text in, text out
 
@@ -186,31 +191,32 @@ class StreamedModel:
     @property
     def position(self) -> tuple[int, int]:
         """Within the sweep: the unit that computes, counted from 1, and how many there are."""
-        return (0, 0) if self._executor is None else self._executor.position
+        return executor.position if (executor := self._executor) else (0, 0)
 
     def status(self) -> dict[str, Any]:
-        """Name, device, plan and last speed as plain values."""
+        """Name, device, plan and last speed as plain values.
+
+        ``shrunk_from`` is the VRAM budget before other programs took of it, else ``None``.
+        """
         return {"name": self.name, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
                 "compression": self.options.compression, "busy": self.busy, "closed": self.closed,
-                "plan": self.plan.as_dict(), "last": self.trace.summary()}  # fmt: skip
+                "plan": self.plan.as_dict(), "shrunk_from": self._residence.shrunk_from,
+                "last": self.trace.summary()}  # fmt: skip
 
     def close(self) -> None:
         """Stop a running generation, free memory, threads and files. Safe to call twice."""
         self._closed = True
         self.stop()
         with self._lock:
-            if self._executor is not None:
-                self._executor.close()
-                self._executor = None
-                self._prepared.scratch.close()
+            self._residence.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     # --- how it runs
 
     @contextlib.contextmanager
-    def _running(self, length: int, batch: int, cancel: threading.Event) -> Iterator[None]:
-        """One generation at a time, with room for it, recorded, and left usable whatever happens."""
+    def _claimed(self, cancel: threading.Event) -> Iterator[None]:
+        """One run at a time; ``cancel`` is what :meth:`stop` sets."""
         if not self._lock.acquire(blocking=False):
             raise BusyError(f"{self.name} is generating already; wait for it, or stop it first")
         try:
@@ -218,43 +224,15 @@ class StreamedModel:
             self._cancel = cancel
             if self._closed:
                 raise ClosedError(f"{self.name} was closed; load it again")
-            executor = self._make_room(length, batch)
-            self.trace = trace = Trace()
-            executor.start(trace, cancel)
-            try:
-                with torch.inference_mode(), executor.on_device():
-                    yield
-            finally:
-                executor.finish()
+            yield
         finally:
             self._lock.release()
         if self.options.profiling_mode:
-            log.info("time per stage\n%s", trace.table())
+            log.info("time per stage\n%s", self.trace.table())
 
-    def _make_room(self, length: int, batch: int) -> Executor:
-        """The executor, planned again when a generation needs a larger cache than was planned for."""
-        room = (max(length, self._room[0]), max(batch, self._room[1]))
-        if self._executor is not None and (room == self._room or not self.plan.machine.has_device):
-            return self._executor
-        log.info("planning again for %d tokens x %d sequences", *room)
-        before = self.plan, self._room
-        self.plan, self._room = load.plan(self._prepared, self._machine, *room), room
-        try:
-            return self._start_executor()
-        except BaseException:  # whatever a device runs into, or Ctrl-C: the next generation starts as before
-            self.plan, self._room = before
-            raise
-
-    def _start_executor(self) -> Executor:
-        if self._executor is not None:
-            self._executor.close()
-            self._executor = None
-        prepared = self._prepared
-        self._executor = Executor(
-            prepared.skeleton, prepared.units, prepared.small, self.plan, self.device, self.options.depth,
-            profile=self.options.profiling_mode,
-        )  # fmt: skip
-        return self._executor
+    @property
+    def _executor(self) -> Any:
+        return self._residence.executor
 
     def _on_device(self, value: Any) -> Any:
         if isinstance(value, StreamedModel):

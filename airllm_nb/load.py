@@ -5,7 +5,9 @@ Nothing of the weights is read here, except where a store must be written first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,15 @@ from .checkpoint.index import Extent, TensorInfo
 from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
 from .config import LoadOptions
-from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length
-from .errors import UnsupportedModelError
+from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length, returned_bytes
+from .decode.prefill import Work, choose_chunk
+from .errors import BudgetError, UnsupportedModelError
 from .model.architecture import check_supported, native_config
 from .model.device import choose_device, choose_dtype, ram_budget, vram_budget
-from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan
+from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units, is_tied
+from .model.slices import slice_limit, slice_linears
+from .stream.ring import align
 from .trace import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
@@ -58,9 +63,29 @@ class Prepared:
         return min(known) if known else None
 
     @property
-    def planned_length(self) -> int:
-        """The sequence length that memory is kept for."""
-        return self.options.max_seq_len or min(self.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    def planned(self) -> Work:
+        """What memory is kept for before anything is asked."""
+        length = self.options.max_seq_len or min(self.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
+        return Work(length, self.options.batch_size, length, masked=self.options.batch_size > 1)
+
+    @functools.cached_property
+    def fixed_needs(self) -> Needs:
+        """Device memory that every run needs alike."""
+        casts = max((unit.cast_bytes for unit in self.units), default=0)
+        encoded = [module for module in self.skeleton.modules() if hasattr(module, "compute_dtype")]
+        dequantised = max((m.in_features * m.out_features * self.dtype.itemsize for m in encoded), default=0)
+        return Needs(
+            small=sum(weight.elements * weight.dtype.itemsize for weight in self.small),
+            scratch=casts + dequantised + _WORKSPACE[self.device.type],
+        )
+
+    @functools.cached_property
+    def sizes(self) -> list[UnitSize]:
+        """The units as the plan knows them; a table that is also the head takes no bytes of its own."""
+        return [
+            UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
+            for unit in self.units
+        ]
 
 
 def prepare(
@@ -92,13 +117,15 @@ def prepare(
     if found and options.delete_original and store is None:
         stores.replace_original(source, found.folder)
     compress(skeleton, codec, dtype, scratch)
+    # Once: what is free later is less by what this model itself takes.
+    vram, ram = vram_budget(options, device), ram_budget(options)
+    has_device = device.type != "cpu" or options.vram_budget is not None
     tensors = found.tensors if found else sizes_only(skeleton)
+    tensors = slice_linears(skeleton, tensors, slice_limit(vram, ram, has_device))
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
     progress(Progress("build", 1, 1, "models", source.name))
     folder = found.folder if found else source.folder
-    # Once: what is free later is less by what this model itself takes.
-    budgets = vram_budget(options, device), ram_budget(options)
-    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder, *budgets)
+    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder, vram, ram)
 
 
 def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, weights: bool) -> Source:
@@ -131,18 +158,27 @@ def sizes_only(skeleton: Any) -> dict[str, TensorInfo]:
     return sizes
 
 
-def needs(prepared: Prepared, length: int, batch: int) -> Needs:
-    """Device memory beside streamed weights for ``batch`` sequences of ``length`` tokens."""
-    itemsize = prepared.dtype.itemsize
-    casts = max((unit.cast_bytes for unit in prepared.units), default=0)
-    encoded = [module for module in prepared.skeleton.modules() if hasattr(module, "compute_dtype")]
-    dequantised = max((m.in_features * m.out_features * itemsize for m in encoded), default=0)
-    return Needs(
-        small=sum(weight.elements * weight.dtype.itemsize for weight in prepared.small),
-        kv_cache=cache_bytes(prepared.config, length, batch, itemsize),
-        activations=activation_bytes(prepared.config, length, batch, itemsize),
-        scratch=casts + dequantised + _WORKSPACE[prepared.device.type],
+def needs(prepared: Prepared, work: Work, tokens: int) -> Needs:
+    """Device memory beside streamed weights, where ``tokens`` of the prompt go through the model at a time."""
+    config, itemsize = prepared.skeleton.config, prepared.dtype.itemsize
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or work.length
+    activations = activation_bytes(
+        config, tokens, work.batch, itemsize, length=work.length,
+        logits=tokens if work.logits is None else min(work.logits, tokens), loss=work.loss,
+        masked=work.masked or tokens < work.prompt or work.length > window,
+        eager=getattr(config, "_attn_implementation", None) == "eager",
+    )  # fmt: skip
+    activations += returned_bytes(
+        config, work.length, work.batch, itemsize, states=work.states, attentions=work.attentions
     )
+    cache = cache_bytes(config, work.length, work.batch, itemsize)
+    return replace(prepared.fixed_needs, kv_cache=cache, activations=activations)
+
+
+def tokens_at_once(prepared: Prepared, work: Work, room: int, arenas: Sequence[int] = (0,)) -> int | None:
+    """How many tokens of the prompt go through the model at a time in ``room`` bytes; ``None`` if it is too small."""
+    return choose_chunk(work.sizes, lambda tokens: needs(prepared, work, tokens).total, room, arenas)
 
 
 def generation_config(prepared: Prepared) -> Any:
@@ -154,11 +190,40 @@ def generation_config(prepared: Prepared) -> Any:
     return GenerationConfig.from_model_config(prepared.config)
 
 
-def plan(prepared: Prepared, machine: Machine, length: int, batch: int) -> ResidencyPlan:
-    """Where the units go on this machine for ``batch`` sequences of ``length`` tokens."""
-    # A table that is also the head takes no bytes of its own.
-    sizes = [
-        UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
-        for unit in prepared.units
-    ]
-    return make_plan(sizes, needs(prepared, length, batch), machine, prepared.vram_budget, prepared.ram_budget)
+def plan(prepared: Prepared, machine: Machine, work: Work, wished: Needs | None = None) -> tuple[ResidencyPlan, int]:
+    """Where the units go on this machine, and how many tokens of a prompt go through them at a time.
+
+    Parameters
+    ----------
+    work
+        What there must be room for.
+    wished
+        What there should be room for too, where that costs no link its arena.
+
+    Raises
+    ------
+    BudgetError
+        If nothing fits; the message says the smallest budget that does.
+    """
+    budgets = prepared.vram_budget, prepared.ram_budget
+    if not machine.has_device:
+        return make_plan(prepared.sizes, needs(prepared, work, work.sizes[0]), machine, *budgets), work.sizes[0]
+    arenas = _arenas(prepared.sizes)
+    tokens = tokens_at_once(prepared, work, prepared.vram_budget, arenas) or work.sizes[-1]
+    least = needs(prepared, work, tokens)
+    both = least if wished is None else replace(
+        least, kv_cache=max(least.kv_cache, wished.kv_cache), activations=max(least.activations, wished.activations)
+    )  # fmt: skip
+    try:
+        fits = both.total + arenas[0] <= prepared.vram_budget
+        return make_plan(prepared.sizes, both if fits else least, machine, *budgets), tokens
+    except BudgetError as error:
+        if not work.remedy:
+            raise
+        raise BudgetError(f"{error}; {work.remedy}") from None
+
+
+def _arenas(units: Sequence[UnitSize]) -> tuple[int, int]:
+    """Bytes of the arena that keeps a link busy, and of the smallest one: for the units in flight, for the largest."""
+    sizes = [align(unit.nbytes) for unit in units if unit.kind != "embedding"]
+    return window(sizes), max(sizes)

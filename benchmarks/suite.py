@@ -97,7 +97,7 @@ def main() -> None:
         print("\n".join(f"{name}: {case.name}: {case.options}" for name in GROUPS for case in GROUPS[name]))
         return
     given.folder.mkdir(parents=True, exist_ok=True)
-    head = "| case | seconds a sweep | predicted (bound) | achieved | disk, GB/s | link, GB/s | peak VRAM | opened in, s |"
+    head = "| case | seconds a sweep | predicted (bound) | achieved | disk GB/s | link GB/s | peak VRAM | opened in |"
     head += "\n|---|---|---|---|---|---|---|---|"
     for group in given.groups:
         rows = []

@@ -38,7 +38,7 @@ def test_default_budgets_are_what_was_free_when_it_was_opened(tiny_llama, monkey
 
 def test_room_is_made_for_a_generation_config(model):
     before = model.plan.needs.kv_cache
-    model.generate(IDS, generation_config=GenerationConfig(max_new_tokens=2, num_beams=4))
+    model.generate(IDS, generation_config=GenerationConfig(max_new_tokens=61, min_new_tokens=61, num_beams=4))
     assert model.plan.needs.kv_cache >= 4 * before
 
 
@@ -53,30 +53,30 @@ def test_a_failure_while_the_trace_is_completed_leaves_it_free(model, monkeypatc
 
 
 def test_a_failure_while_planning_again_leaves_it_usable(model, monkeypatch):
-    from airllm_nb import engine
+    from airllm_nb import residence
 
-    expected, real = says(model), engine.Executor
+    expected, real = says(model), residence.Executor
 
     def out_of_memory(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine, "Executor", out_of_memory)
+    monkeypatch.setattr(residence, "Executor", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
-        model.generate(IDS.expand(8, 3), attention_mask=torch.ones(8, 3), max_new_tokens=2)
-    monkeypatch.setattr(engine, "Executor", real)
+        model.generate(IDS.expand(32, 3), attention_mask=torch.ones(32, 3), max_new_tokens=2)
+    monkeypatch.setattr(residence, "Executor", real)
     assert not model.closed
     assert says(model) == expected
 
 
 def test_a_stop_while_room_is_made_is_not_lost(model, monkeypatch):
-    making, go_on, real = threading.Event(), threading.Event(), model._make_room
+    making, go_on, real = threading.Event(), threading.Event(), model._residence.make_room
 
     def slow(*args):
         making.set()
         go_on.wait(10)
         return real(*args)
 
-    monkeypatch.setattr(model, "_make_room", slow)
+    monkeypatch.setattr(model._residence, "make_room", slow)
     generation = model.stream("abc", max_new_tokens=50)
     generation.poll(0)
     assert making.wait(10)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airllm_nb import engine, load
 from airllm_nb.config import LoadOptions
+from airllm_nb.decode.prefill import SMALLEST_CHUNK
 from airllm_nb.engine import StreamedModel, open_model
 from airllm_nb.errors import BudgetError
-from airllm_nb.model.plan import Machine, ResidencyPlan, make_plan
+from airllm_nb.model.plan import Machine, ResidencyPlan
 from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE, host_room
 
 ROOM = {"max_seq_len": 256, "batch_size": 5}
@@ -47,14 +48,17 @@ def one_thread() -> Iterator[None]:
 def budgets_for(folder: Path, mix: str, *, ram: str | None = None, **options: Any) -> dict[str, int]:
     """Budgets that give the tiers of ``mix``, each as full as possible: the best of a grid of plans."""
     with open_model(folder, LoadOptions.create(**ROOM, **options)) as model:
-        plan = model.plan
+        plan, prepared = model.plan, model._prepared
+    least = load.needs(prepared, prepared.planned, SMALLEST_CHUNK).total
+    span = plan.needs.total - least
     total, has_device = sum(host_room(unit.nbytes) for unit in plan.units), "gpu" in mix or "device" in mix
     machine = dataclasses.replace(plan.machine, has_device=has_device, ram=ram or plan.machine.ram)
     best: tuple[int, dict[str, int]] = (0, {})
     for vram, host in itertools.product(range(0, 33) if has_device else [0], range(0, 48)):
-        budgets = {"vram_budget": plan.needs.total + total * vram // 32, "ram_budget": total * host // 32}
+        budgets = {"vram_budget": least + (span + total) * vram // 32, "ram_budget": total * host // 32}
         try:
-            tiers = placed(make_plan(plan.units, plan.needs, machine, *budgets.values()))
+            prepared.vram_budget, prepared.ram_budget = budgets.values()
+            tiers = placed(load.plan(prepared, machine, prepared.planned)[0])
         except BudgetError:
             continue
         if set(tiers) == wanted(mix) and min(tiers.values()) > best[0]:

@@ -124,7 +124,7 @@ def test_closing_gives_the_memory_back(checkpoint, ids):
 def test_a_longer_generation_plans_again(checkpoint, ids):
     with AutoModel.from_pretrained(checkpoint, vram_budget="400MiB", max_seq_len=None) as model:
         short = model.plan.needs.kv_cache
-        model.generate(ids.repeat(4, 1), attention_mask=torch.ones(8, 24).cuda(), max_new_tokens=8, do_sample=False)
+        model.generate(ids.repeat(16, 1), attention_mask=torch.ones(32, 24).cuda(), max_new_tokens=8, do_sample=False)
         assert model.plan.needs.kv_cache > short
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from airllm_nb.checkpoint import libc
 from airllm_nb.checkpoint.index import Extent
 from airllm_nb.errors import CheckpointError
-from airllm_nb.stream import libc, trial
+from airllm_nb.stream import trial
 from airllm_nb.stream.page_cache import CachedPieces
 from airllm_nb.stream.pageable import PageableUnits
 from airllm_nb.stream.reader import Reader

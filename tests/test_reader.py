@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from airllm_nb.checkpoint import libc
+from airllm_nb.checkpoint.files import Files
 from airllm_nb.checkpoint.index import Extent
 from airllm_nb.errors import CheckpointError, ClosedError
-from airllm_nb.stream import libc
-from airllm_nb.stream.files import Files
 from airllm_nb.stream.reader import Reader, chunks
 from airllm_nb.stream.unit import Piece
 
@@ -128,7 +128,8 @@ def test_a_file_truncated_while_open_is_named_with_the_offset(tmp_path: Path) ->
     os.truncate(path, 2500)
     _, error = read(reader, piece, 3000)
     assert isinstance(error, CheckpointError)
-    assert str(path) in str(error) and "2,500" in str(error) and "\n" not in str(error)
+    # Two reads fail, beside each other; the first to do so is reported.
+    assert str(path) in str(error) and ("2,500" in str(error) or "3,000" in str(error)) and "\n" not in str(error)
     path.write_bytes(bytes(5000))
     assert read(reader, piece, 3000)[1] is None, "usable afterwards"
     reader.close()
@@ -178,13 +179,13 @@ def test_a_closed_reader_refuses(file: Path) -> None:
 
 def test_closing_while_reading_ends_threads_and_files(file: Path) -> None:
     files = len(list(Path("/proc/self/fd").iterdir()))
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
     reader, outcomes = Reader(threads=3, chunk=100), []
     buffers = [bytearray(SIZE) for _ in range(5)]
     for into in buffers:
         reader.submit([Piece(Extent(file, 0, SIZE), 0)], memoryview(into), outcomes.append)
     reader.close()
-    assert threading.active_count() == threads
+    assert set(threading.enumerate()) <= threads
     assert len(list(Path("/proc/self/fd").iterdir())) == files
     for into in buffers:
         into.append(0)  # no view is left that would still be written to

@@ -121,7 +121,8 @@ class Runs(Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
-    trace: Trace
+    @property
+    def trace(self) -> Trace: ...
 
     def run(self, kwargs: dict[str, Any], cancel: threading.Event) -> Any: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,18 +56,24 @@ def check_length(ids: Any, context: int | None) -> None:
                           "shorten the prompt, or load with a larger max_seq_len if the model allows it")  # fmt: skip
 
 
-def total_length(ids: Any, generation_config: Any, given: Mapping[str, Any]) -> int:
-    """How long the sequence may become, in tokens."""
-    prompt = ids.shape[-1] if isinstance(ids, torch.Tensor) else 1
-    new = given.get("max_new_tokens", getattr(generation_config, "max_new_tokens", None))
+def prompt_shape(given: Mapping[str, Any]) -> tuple[int, int]:
+    """``(batch, tokens)`` of what a call is given: token ids, or embeddings in their place."""
+    for name in ("inputs_embeds", "inputs", "input_ids"):
+        value = given.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1]:
+            return value.shape[0], value.shape[1]
+    return 1, 1
+
+
+def total_length(prompt: int, setting: Callable[[str], Any]) -> int:
+    """How long a sequence may become, in tokens; ``setting`` looks up what ``generate`` will go by."""
+    new, longest = setting("max_new_tokens"), setting("max_length")
     if new is not None:
         return prompt + int(new)
-    return max(int(given.get("max_length") or getattr(generation_config, "max_length", None) or 20), prompt + 1)
+    # Where nothing is said, transformers writes 20 tokens.
+    return prompt + 20 if longest is None else max(int(longest), prompt + 1)
 
 
-def sequences(ids: Any, generation_config: Any, given: Mapping[str, Any]) -> int:
+def sequences(batch: int, setting: Callable[[str], Any]) -> int:
     """How many sequences run at once: batch × beams (or returned sequences)."""
-    batch = ids.shape[0] if isinstance(ids, torch.Tensor) and ids.dim() > 1 else 1
-    beams = given.get("num_beams") or getattr(generation_config, "num_beams", None) or 1
-    returned = given.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
-    return batch * max(int(beams), int(returned))
+    return batch * max(int(setting(name) or 1) for name in ("num_beams", "num_return_sequences"))

@@ -24,8 +24,10 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) ->
     model_type = config.get("model_type", "")
     check_supported(config, trust_remote_code)
     values = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    kind = CONFIG_MAPPING[model_type]
     try:
-        return CONFIG_MAPPING[model_type].from_dict(values)
+        # transformers writes infinity as {"__float__": "Infinity"}.
+        return kind.from_dict(kind._decode_special_floats(values))
     except Exception as error:  # config classes raise whatever their validators do
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

@@ -234,11 +234,11 @@ def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tu
     # The head is the largest unit of many models: resident, it needs no room in the arena.
     for index in streamed:
         rest = [sizes[other] for other in streamed if other != index]
-        if units[index].kind == "head" and rest and sizes[index] + _window(rest) <= left:
+        if units[index].kind == "head" and rest and sizes[index] + window(rest) <= left:
             tiers[index] = "gpu"
             left -= sizes[index]
     rest = [index for index in streamed if not tiers[index]]
-    arena = min(_window([sizes[index] for index in rest]), left)
+    arena = min(window([sizes[index] for index in rest]), left)
     left -= arena
     for index in _choose({index: sizes[index] for index in rest}, left):
         tiers[index] = "gpu"
@@ -251,7 +251,7 @@ def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, cop
     sizes = {index: host_room(units[index].nbytes) for index in rest}
     tables = [index for index in rest if units[index].kind == "embedding"]
     rest = [index for index in rest if index not in tables]
-    ring = _window([sizes[index] for index in rest]) if copies_ram and rest else 0
+    ring = window([sizes[index] for index in rest]) if copies_ram and rest else 0
     if ring + sum(sizes[index] for index in rest) <= budget:
         # Only rows of a table are read, from the mapped file: it takes what is left, or no place at all.
         left = budget - ring - sum(sizes[index] for index in rest)
@@ -264,14 +264,14 @@ def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, cop
     if largest > budget:
         raise BudgetError(f"ram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
                           f"{size_option(largest)}, for the largest unit that passes through it")  # fmt: skip
-    ring = min(_window([sizes[index] for index in rest]), budget)
+    ring = min(window([sizes[index] for index in rest]), budget)
     chosen = _choose({index: sizes[index] for index in rest}, budget - ring)
     for index in rest:
         tiers[index] = "ram" if index in chosen else "disk"
     return ring
 
 
-def _window(sizes: Sequence[int]) -> int:
+def window(sizes: Sequence[int]) -> int:
     """The most bytes that neighbours in the cyclic schedule have together, as many as are in flight."""
     count = min(IN_FLIGHT, len(sizes))
     return max(sum(sizes[(first + step) % len(sizes)] for step in range(count)) for first in range(len(sizes)))

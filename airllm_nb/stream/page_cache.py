@@ -2,7 +2,7 @@
 
 Nothing is copied into memory of our own, what one process has read serves the next, and a copy to a GPU runs as fast as
 from pinned memory. Each piece has a mapping of its own, because neighbours may share a page and a page can be
-registered once for each address only. For platforms that :mod:`~airllm_nb.stream.libc` supports.
+registered once for each address only. For platforms that :mod:`~airllm_nb.checkpoint.libc` supports.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
+from ..checkpoint import libc
 from ..checkpoint.index import Extent
 from ..errors import CheckpointError
-from . import libc, pinning
+from . import pinning
 from .ring import PAGE, align
 from .unit import Piece
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import libc
 from ..checkpoint.journal import write_atomically
 from ..config import cache_dir
-from . import libc
 from .probe import disk_bandwidth
 from .ring import LOCKED, PAGE_CACHE, PAGEABLE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -11,6 +12,8 @@ from typing import Any
 
 # Fault pages in as a read would (Linux 5.14).
 MADV_POPULATE_READ = 22
+# Begin to write dirty pages and do not wait for them.
+SYNC_FILE_RANGE_WRITE = 2
 
 
 def is_supported() -> bool:
@@ -56,6 +59,13 @@ def is_resident(descriptor: int, offset: int, nbytes: int) -> bool:
         unmap(address, pages * mmap.PAGESIZE)
 
 
+def start_writing(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have a file's new bytes go to the disk now, where the system would wait for a sync; does nothing elsewhere."""
+    if is_supported():
+        with contextlib.suppress(AttributeError):  # a C library without the call
+            _libc().sync_file_range(descriptor, offset, nbytes, SYNC_FILE_RANGE_WRITE)
+
+
 @functools.cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -64,4 +74,6 @@ def _libc() -> Any:
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    with contextlib.suppress(AttributeError):
+        libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     return libc

@@ -1,0 +1,199 @@
+"""What one run asks of device memory, and in how many tokens at a time its prompt goes through the model.
+
+Each chunk of a prompt costs a sweep over all weights, so there are as few as fit.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .kv import context_length
+from .prompt import prompt_shape, sequences, total_length
+
+SMALLEST_CHUNK = 32
+# Tokens that an assistant or a lookup proposes at once, at most; transformers starts with 20 and grows with success.
+_CANDIDATES = 64
+# Models whose state, carried from chunk to chunk, gives what the whole prompt gives (others forget it between chunks).
+STATEFUL_IN_CHUNKS = frozenset({
+    "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_next",
+})  # fmt: skip
+# Tensors of a call that transformers cuts together with the prompt.
+_CUT = ("inputs", "input_ids", "attention_mask", "position_ids")
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One generation, or one forward, as far as memory is concerned.
+
+    Attributes
+    ----------
+    length, batch
+        Tokens of the longest sequence, answer included, and sequences at once.
+    prompt
+        New tokens of the largest forward, if the prompt is not cut.
+    logits
+        Positions a sequence that get logits in a forward; ``None``: all of its tokens.
+    loss
+        Whether those get a loss too.
+    masked
+        Attention gets a mask: sequences are padded, or there is a cache in front of several new tokens.
+    states, attentions
+        Whether those of all layers are returned.
+    chunk
+        Tokens at a time that the caller asks for.
+    whole
+        Why the prompt cannot be cut; empty if it can.
+    remedy
+        What else the caller can do if it does not fit.
+    """
+
+    length: int
+    batch: int
+    prompt: int
+    logits: int | None = 1
+    loss: bool = False
+    masked: bool = False
+    states: bool = False
+    attentions: bool = False
+    chunk: int | None = None
+    whole: str = ""
+    remedy: str = ""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens at a time that come into question, the best first: the whole prompt, then powers of two."""
+        if self.chunk:
+            return [min(self.chunk, self.prompt)]
+        powers = [] if self.whole else [1 << bit for bit in reversed(range(self.prompt.bit_length()))]
+        return [self.prompt, *(size for size in powers if SMALLEST_CHUNK <= size < self.prompt)]
+
+
+def choose_chunk(sizes: Sequence[int], cost: Callable[[int], int], room: int, arenas: Sequence[int]) -> int | None:
+    """How many tokens of a prompt go through the model at a time.
+
+    Parameters
+    ----------
+    sizes
+        Tokens at a time, the best first.
+    cost
+        Bytes that so many tokens need, beside streamed weights.
+    room
+        Bytes there are.
+    arenas
+        Bytes to leave for streamed weights, the most comfortable first; a smaller arena comes after smaller chunks.
+
+    Returns
+    -------
+    int or None
+        ``None`` if nothing fits.
+    """
+    return next((size for arena in arenas for size in sizes if cost(size) + arena <= room), None)
+
+
+def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
+    """What ``native.generate(**kwargs)`` asks for."""
+
+    def setting(name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        configs = (kwargs.get("generation_config"), native.generation_config)
+        return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+
+    (batch, prompt), mask = prompt_shape(kwargs), kwargs.get("attention_mask")
+    length = total_length(prompt, setting)
+    assisted = next((name for name in _ASSISTED if setting(name)), "")
+    logits = None if "logits_to_keep" not in _parameters(native) else kwargs.get("logits_to_keep", 1)
+    candidates = max(_CANDIDATES, setting("prompt_lookup_num_tokens") or 0) if assisted else 0
+    past = _cached(kwargs)
+    whole = assisted or _why_whole(native, kwargs, setting, prompt, past)
+    no_cache = setting("use_cache") is False
+    if past and isinstance(mask, torch.Tensor):
+        length += max(mask.shape[-1] - prompt, 0)
+    return Work(
+        length=length,
+        batch=sequences(batch, setting),
+        # Without a cache every forward computes the whole sequence.
+        prompt=length if no_cache else prompt + candidates,
+        logits=candidates + 1 if assisted and logits is not None else _positions(logits),
+        masked=_is_padded(mask) or past > 0 or bool(assisted),
+        states=bool(setting("output_hidden_states")),
+        attentions=bool(setting("output_attentions")),
+        chunk=None if assisted or no_cache or kwargs.get("custom_generate") else setting("prefill_chunk_size"),
+        whole=whole,
+        remedy=f"this prompt runs in one piece because of {whole}; shorten it" if whole else "shorten the prompt",
+    )
+
+
+def of_forward(native: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Work:
+    """What ``native(*args, **kwargs)`` asks for."""
+    given = dict(zip(_parameters(native), args, strict=False)) | dict(kwargs)
+    (batch, tokens), past = prompt_shape(given), _cached(given)
+    logits = given.get("logits_to_keep", 0) if "logits_to_keep" in _parameters(native) else None
+    return Work(
+        length=tokens + past, batch=batch, prompt=tokens, logits=_positions(logits),
+        loss=given.get("labels") is not None, masked=past > 0 or _is_padded(given.get("attention_mask")),
+        states=bool(given.get("output_hidden_states")), attentions=bool(given.get("output_attentions")),
+        whole="the direct call", remedy="a direct call computes logits for all positions; give logits_to_keep=1 for "
+        "the last one alone, or a shorter input",
+    )  # fmt: skip
+
+
+def _why_whole(native: Any, kwargs: Mapping[str, Any], setting: Callable[[str], Any], prompt: int, past: int) -> str:
+    """What keeps transformers from cutting this prompt, or would make the answer another one; empty if nothing."""
+    if setting("use_cache") is False:
+        return "use_cache=False"
+    named = ("custom_generate", "inputs_embeds", "output_hidden_states", "output_attentions")
+    if found := next((name for name in named if setting(name) is not None and setting(name) is not False), ""):
+        return found
+    if past:  # transformers 5.15 takes a cache for empty when it cuts
+        return "past_key_values"
+    for name, value in kwargs.items():
+        if name not in _CUT and isinstance(value, torch.Tensor) and value.dim() > 1:
+            return name
+    return _why_model_is_whole(native, prompt)
+
+
+def _why_model_is_whole(native: Any, prompt: int) -> str:
+    text = native.config.get_text_config()
+    carries = text.model_type in STATEFUL_IN_CHUNKS
+    # The first is what transformers goes by for caches; Doge's own mask is wrong for chunks in transformers 5.15.
+    if (
+        not native._supports_default_dynamic_cache()
+        or (native._is_stateful and not carries)
+        or text.model_type == "doge"
+    ):
+        return f"the architecture {text.model_type}"
+    rope = getattr(text, "rope_parameters", None) or {}
+    layers = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+    for one in layers:
+        # Their angles depend on the longest position seen so far.
+        trained = one.get("original_max_position_embeddings") or context_length(native.config) or 0
+        if one.get("rope_type") in ("dynamic", "longrope") and prompt > trained:
+            return f"rope_type={one['rope_type']}"
+    return ""
+
+
+def _positions(logits_to_keep: Any) -> int | None:
+    if isinstance(logits_to_keep, torch.Tensor):
+        return logits_to_keep.numel()
+    return logits_to_keep or None
+
+
+def _cached(kwargs: Mapping[str, Any]) -> int:
+    past: Any = kwargs.get("past_key_values")
+    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
+
+
+def _is_padded(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and (mask.dim() > 2 or not bool(mask.all()))
+
+
+def _parameters(native: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(native.forward).parameters

@@ -1,0 +1,210 @@
+"""The plan in force and the executor that obeys it: planned again for more room, and for less where others take it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from . import load
+from .config import format_bytes
+from .decode.prefill import Work
+from .errors import BudgetError
+from .model.device import VRAM_MARGIN
+from .model.executor import Executor
+from .model.plan import Machine, ResidencyPlan
+from .trace import Trace
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_REMEDY = "close the other programs that use the GPU, or load with a smaller vram_budget or max_seq_len"
+
+
+class Residence:
+    """Where one model lives.
+
+    Parameters
+    ----------
+    prepared
+        The model; its VRAM budget shrinks where other programs take the memory.
+    machine
+        What its plans are made from.
+
+    Attributes
+    ----------
+    plan, executor
+        What is in force; no executor where building one has failed, the next run builds it again.
+    trace
+        What the last run did.
+    shrunk_from
+        The first VRAM budget, where the one in force is smaller by need.
+
+    Raises
+    ------
+    BudgetError
+        If the model does not fit.
+    """
+
+    def __init__(self, prepared: load.Prepared, machine: Machine):
+        self._prepared, self._machine = prepared, machine
+        self.executor: Executor | None = None
+        self.trace, self.shrunk_from = Trace(), None  # type: Trace, int | None
+        self.plan: ResidencyPlan = load.plan(prepared, machine, prepared.planned)[0]
+        self._wished = self.plan.needs
+        self._surviving(prepared.planned, lambda: self.make_room(prepared.planned))
+
+    def run(self, work: Work, call: Callable[[int], T], cancel: threading.Event, repeatable: bool) -> T:
+        """``call`` with room for ``work``, recorded; once more, under a smaller budget, if device memory runs out.
+
+        Parameters
+        ----------
+        call
+            Takes how many tokens of the prompt go through the model at a time.
+        cancel
+            Ends it before the next unit.
+        repeatable
+            Whether ``call`` can be made again after it has failed half-way.
+
+        Raises
+        ------
+        BudgetError
+            If there is no room, or device memory ran out and it cannot be repeated, or ran out again.
+        """
+        began = False
+
+        def attempt() -> T:
+            nonlocal began
+            tokens = self.make_room(work)
+            executor, self.trace, began = self.executor, Trace(), True
+            assert executor is not None, "there is room"
+            executor.start(self.trace, cancel)
+            try:
+                with torch.inference_mode(), executor.on_device():
+                    return call(tokens)
+            finally:
+                executor.finish()
+
+        return self._surviving(work, attempt, lambda: repeatable or not began)
+
+    def make_room(self, work: Work) -> int:
+        """Plan and build again where ``work`` does not fit; how many tokens of the prompt go through at a time."""
+        tokens = self._fitting(work)
+        if tokens is None:
+            log.info("planning again for %d tokens x %d sequences", work.length, work.batch)
+            before = self.plan
+            self.plan, tokens = load.plan(self._prepared, self._machine, work, self._wished)
+            try:
+                self._build()
+            except BaseException:  # whatever a device runs into, or Ctrl-C: the next run starts as before
+                self.plan = before
+                raise
+        elif self.executor is None:
+            self._build()
+        return tokens
+
+    def close(self) -> None:
+        """Free the executor's memory, threads and files. Safe to call twice."""
+        if self.executor is not None:
+            # Its event is the caller's, and closing sets it: that would stop a repetition.
+            self.executor.cancel = threading.Event()
+            self.executor.close()
+            self.executor = None
+        self._prepared.scratch.close()
+
+    def _fitting(self, work: Work) -> int | None:
+        """Tokens at a time with which ``work`` fits the plan in force.
+
+        What the plan was made for fits in chunks: to plan again costs more than the sweeps that it would save.
+        """
+        if not self._machine.has_device:
+            return work.sizes[0]
+        tokens = load.tokens_at_once(self._prepared, work, self.plan.needs.total)
+        if tokens in (None, work.sizes[0]):
+            return tokens
+        return tokens if load.needs(self._prepared, work, tokens).kv_cache <= self.plan.needs.kv_cache else None
+
+    def _build(self) -> None:
+        self.close()
+        prepared = self._prepared
+        self.executor = Executor(
+            prepared.skeleton, prepared.units, prepared.small, self.plan, prepared.device, prepared.options.depth,
+            profile=prepared.options.profiling_mode,
+        )  # fmt: skip
+
+    # --- when others take the memory
+
+    def _surviving(self, work: Work, attempt: Callable[[], T], repeatable: Callable[[], bool] = lambda: True) -> T:
+        """``attempt``; once more under a smaller budget where device memory runs out."""
+        for again in (False, True):
+            try:
+                return attempt()
+            except Exception as error:
+                if not (self._machine.has_device and _is_out_of_memory(error)):
+                    raise
+                _drop_frames(error)
+            # Out of the except clause: until then the failed frames hold their tensors.
+            if again:
+                break
+            self._shrink(work)
+            if not repeatable():
+                raise BudgetError(
+                    "device memory ran out half-way, and what was given (a cache, processors, criteria) is changed by "
+                    f"now; {_REMEDY}; then generate again with new ones"
+                )
+        budget = format_bytes(self._prepared.vram_budget)
+        raise BudgetError(f"device memory ran out again under vram_budget={budget}; {_REMEDY}")
+
+    def _shrink(self, work: Work) -> None:
+        """Free everything, and plan for what is there, an eighth less than before at least."""
+        prepared, before = self._prepared, self._prepared.vram_budget
+        self.close()
+        gc.collect()
+        budgets = [before - before // 8]
+        if prepared.device.type == "cuda":
+            torch.cuda.empty_cache()
+            budgets.append(available(prepared.device))
+        prepared.vram_budget = min(budgets)
+        try:
+            self.plan = self._planned(work)
+        except BudgetError as error:
+            prepared.vram_budget = before
+            raise BudgetError(
+                f"device memory ran out, and there is no room in what is left; {_REMEDY} ({error})"
+            ) from None
+        self._wished, self.shrunk_from = self.plan.needs, self.shrunk_from or before
+        log.warning("device memory ran out: vram_budget is %s instead of %s from now on",
+                    format_bytes(prepared.vram_budget), format_bytes(before))  # fmt: skip
+
+    def _planned(self, work: Work) -> ResidencyPlan:
+        try:
+            return load.plan(self._prepared, self._machine, self._prepared.planned)[0]
+        except BudgetError:
+            return load.plan(self._prepared, self._machine, work)[0]
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process can still take on a GPU, less a margin; what its allocator holds unused is counted."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int((free + unused) * (1 - VRAM_MARGIN))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Also where a library's own allocation fails, which torch reports as any error of the device."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("CUDA error: out of memory", "ALLOC_FAILED")
+    )
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Let go of the tensors in the frames that an exception holds, and those before it."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
