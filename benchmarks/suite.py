@@ -48,7 +48,7 @@ GROUPS: dict[str, list[Case]] = {
     "ram": [Case("70B, all 80 layers, 4-bit", L70, 80, "4bit", f"{CAP} --ram 100GiB"),
             Case("the same, VRAM 24 GiB", L70, 80, "4bit", "--vram 24GiB --cap --max-seq-len 256 --ram 100GiB")],
     "batch": [Case(f"70B, all 80 layers, 4-bit, batch {size}", L70, 80, "4bit",
-                   f"{CAP} --ram 100GiB --batch {size} --sweeps 4") for size in (8, 32, 128)],
+                   f"{CAP} --ram 100GiB --batch {size} --sweeps 4") for size in (1, 8, 32, 128)],
 }  # fmt: skip
 
 
@@ -59,6 +59,7 @@ def run(case: Case, folder: Path) -> dict[str, Any]:
         packed = ["--packed", case.compression] if case.compression else []
         command = [sys.executable, str(ROOT / "benchmarks" / "synthetic.py"), str(checkpoint), "--shape", case.shape]
         subprocess.run([*command, "--layers", str(case.layers), *packed], check=True)
+        os.sync()  # what is still being written would take its share of the link
     if case.cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")

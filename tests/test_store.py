@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -18,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from airllm_nb.checkpoint import rows
 from airllm_nb.checkpoint import shard as shards
 from airllm_nb.checkpoint import store as stores
 from airllm_nb.checkpoint.codec import get_codec
@@ -102,7 +104,7 @@ def test_shards_open_with_the_reference_library(tmp_path, codec):
 def test_chunks_and_several_extents_give_the_same_bytes(tmp_path, monkeypatch):
     source = make_checkpoint(tmp_path / "source")
     whole = convert(source, tmp_path / "whole", "4bit")
-    monkeypatch.setattr("airllm_nb.checkpoint.convert.HOST_VALUES", 1 << 16)
+    monkeypatch.setattr(rows, "HOST_VALUES", 1 << 16)
     assert sums(convert(source, tmp_path / "chunks", "4bit").folder) == sums(whole.folder)
     index = read_index(source)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -133,7 +135,7 @@ def test_a_source_that_ends_early_is_named(tmp_path):
     index = read_index(source)
     jobs = encode_jobs(index, get_codec("8bit"), [], torch.bfloat16)
     os.truncate(source / "model.safetensors", 5000)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors ends before"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte .*[Dd]ownload it again"):
         write_store(tmp_path / "store", jobs, META)
     assert open_store(tmp_path / "store") is None
     short = plain("a", "F32", (4,), lambda: [b"1234"])
@@ -171,19 +173,22 @@ def test_killed_at_any_moment_it_completes_with_the_same_bytes(tmp_path):
 
 
 def test_finished_shards_are_kept(tmp_path, monkeypatch):
-    source, steps = make_checkpoint(tmp_path / "source"), []
+    source, steps = make_checkpoint(tmp_path / "source", layers=12), []
     stop = lambda: len(list((tmp_path / "store").glob("*.safetensors"))) > 1  # noqa: E731
     with pytest.raises(StoreError, match="start it again"):
         convert(source, tmp_path / "store", should_stop=stop)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.safetensors")}
-    assert len(before) == 2 and open_store(tmp_path / "store") is None
+    # What was being synced then is finished, too.
+    assert 2 <= len(before) <= 2 + 2 * shards.AT_ONCE and open_store(tmp_path / "store") is None
     written = []
-    original = stores.write_shard
-    monkeypatch.setattr(stores, "write_shard", lambda path, *rest: written.append(path.name) or original(path, *rest))
+    original = shards.write_shard
+    monkeypatch.setattr(shards, "write_shard", lambda path, *rest: written.append(path.name) or original(path, *rest))
     store = convert(source, tmp_path / "store", progress=steps.append)
-    assert len(written) == 3 and not set(written) & set(before)
+    assert len(written) == 13 - len(before) and not set(written) & set(before)
+    after = {path.name: path.stat().st_mtime_ns for path in store.files}
+    assert all(after[name] == before[name] for name in before)
     assert steps[-1].done == steps[-1].total == store.nbytes and steps[0].done > 0
-    assert convert(source, tmp_path / "store").meta == store.meta and len(written) == 3
+    assert convert(source, tmp_path / "store").meta == store.meta and len(written) == 13 - len(before)
 
 
 def test_ctrl_c_leaves_no_temporary_file_and_can_go_on(tmp_path):
@@ -220,11 +225,10 @@ def test_a_full_disk(tmp_path, monkeypatch):
         with pytest.raises(StoreError, match=r"needs .*MiB more.*10\.0 MiB free.*layer_shards_saving_path"):
             write_store(tmp_path / "none", jobs_of(a=torch.zeros(3 << 20)), META)
         assert not (tmp_path / "none").exists()
-    original, calls = shards._Sink.put, []
+    original = shards._Sink.put
 
     def put(self, data):
-        calls.append(1)
-        if len(calls) == 25:
+        if any((tmp_path / "store").glob("*.safetensors")):
             raise OSError(errno.ENOSPC, "No space left on device")
         original(self, data)
 
@@ -256,6 +260,172 @@ def test_the_lock_is_waited_for_and_stop_is_heard(tmp_path):
             write_store(tmp_path / "store", jobs, META, progress=seen.append, should_stop=stop.is_set)
     assert seen and seen[0].stage == "wait"
     write_store(tmp_path / "store", jobs, META)
+
+
+def test_a_signal_ends_it_soon(tmp_path):
+    source, target = make_checkpoint(tmp_path / "source", layers=12), tmp_path / "store"
+    process = worker(source, target, "8bit", 0.02)
+    for _ in range(40):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=5)
+    assert "KeyboardInterrupt" in error.splitlines()[-1]
+    assert not list(target.glob("*.tmp")) and list(target.glob("*.safetensors"))
+    recorded = [json.loads(line).get("file") for line in (target / "journal.jsonl").read_text().splitlines()[1:]]
+    assert sorted(recorded) == sorted(path.name for path in target.glob("*.safetensors"))
+
+
+# --- several shards at once
+
+
+def job(name: str, produce, concurrent: bool = True) -> ShardJob:
+    """A shard of four bytes."""
+    return ShardJob(name, (plain(name, "U8", (4,), produce),), concurrent=concurrent)
+
+
+def test_shards_are_written_at_once_and_recorded_in_order(tmp_path, monkeypatch):
+    met, last_is_there, recorded = threading.Barrier(2), threading.Event(), []
+
+    def first():
+        met.wait(10)
+        assert last_is_there.wait(10)
+        yield b"1234"
+
+    def second():
+        met.wait(10)
+        yield b"5678"
+
+    original = shards.write_shard
+
+    def write_shard(path, *rest):
+        result = original(path, *rest)
+        if path.stem == "b":
+            last_is_there.set()
+        return result
+
+    monkeypatch.setattr(shards, "write_shard", write_shard)
+    add = stores.Journal.add
+    monkeypatch.setattr(
+        stores.Journal, "add", lambda self, record: recorded.append(record["file"]) or add(self, record)
+    )
+    store = write_store(tmp_path / "store", [job("a", first), job("b", second)], META)
+    assert recorded == ["a.safetensors", "b.safetensors"]
+    store.verify()
+
+
+def test_sources_of_one_thread_are_asked_one_after_the_other(tmp_path):
+    inside = threading.Lock()
+
+    def alone():
+        assert inside.acquire(blocking=False)
+        time.sleep(0.02)
+        yield b"1234"
+        inside.release()
+
+    jobs = [job("abcd"[n], alone, concurrent=n != 2) for n in range(4)]
+    write_store(tmp_path / "store", jobs, META).verify()
+
+
+def test_an_error_ends_the_others_and_keeps_what_is_finished(tmp_path):
+    target, threads = tmp_path / "store", set(threading.enumerate())
+
+    def endless():
+        while True:
+            time.sleep(0.01)
+            yield b"1"
+
+    def damaged():
+        while not (target / "b.safetensors").exists():
+            time.sleep(0.01)
+        raise CheckpointError("a file is damaged")
+        yield
+
+    long = ShardJob("a", (plain("a", "U8", (1 << 30,), endless),), concurrent=True)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="damaged"):
+        write_store(target, [long, job("b", lambda: [b"1234"]), job("c", damaged), job("d", endless)], META)
+    assert time.monotonic() < began + 5
+    assert set(threading.enumerate()) <= threads
+    assert [path.name for path in target.glob("*.safetensors*")] == ["b.safetensors"]
+    assert '"b.safetensors"' in (target / "journal.jsonl").read_text()
+
+
+@pytest.mark.parametrize("codec", ["none", "4bit"])
+def test_no_thread_is_left_and_torch_keeps_its_number(tmp_path, monkeypatch, codec):
+    monkeypatch.setattr(rows, "HOST_VALUES", 1 << 16)
+    source, threads, before = make_checkpoint(tmp_path / "source"), set(threading.enumerate()), torch.get_num_threads()
+    torch.set_num_threads(2)
+    seen = []
+
+    def interrupt(progress):
+        if progress.done > progress.total // 2:
+            raise KeyboardInterrupt
+
+    try:
+        for progress in (interrupt, lambda _: None):
+            with contextlib.suppress(KeyboardInterrupt):
+                convert(source, tmp_path / "store", codec, progress=progress)
+            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            assert set(threading.enumerate()) <= threads
+            assert torch.get_num_threads() == 2 and seen.pop() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- rows
+
+
+@pytest.mark.parametrize("offset", [0, 8, 13, 4096])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_come_in_order_wherever_they_lie(tmp_path, monkeypatch, offset, device):
+    """The way to read for a GPU needs none: the work here is done on the host."""
+    monkeypatch.setattr(rows, "HOST_VALUES", 30_000)
+    monkeypatch.setattr(rows, "DEVICE_VALUES", 30_000)
+    expected, extents, at = torch.randn(401, 100).bfloat16(), [], offset
+    path = tmp_path / "data"
+    with path.open("wb") as file:
+        for part in expected.split(150):
+            # Holes between the extents, so that their places in a page differ.
+            file.seek(at)
+            file.write(part.view(torch.uint8).numpy().tobytes())
+            extents.append(Extent(path, at, part.nbytes))
+            at += part.nbytes + 1000
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    info = TensorInfo("a", "BF16", (401, 100), tuple(extents))
+    workers = rows.RowWorkers(torch.device(device))
+    for _ in range(2):
+        chunks = list(workers.map(info, 7, lambda chunk: chunk.clone()))
+        assert torch.equal(torch.cat(chunks), expected)
+        assert len(chunks) == 2 and all(chunk.shape[0] % 7 == 0 for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_rows_that_are_not_there(tmp_path, device):
+    path = tmp_path / "data"
+    path.write_bytes(bytes(1000))
+    workers = rows.RowWorkers(torch.device(device))
+    for file, nbytes, message in ((path, 800, "fewer than its shape"), (path, 2000, r"data ends at byte 1,000"),
+                                  (tmp_path / "gone", 2000, "gone cannot be opened")):  # fmt: skip
+        info = TensorInfo("a", "F32", (50, 10), (Extent(file, 0, nbytes),))
+        with pytest.raises(CheckpointError, match=message):
+            list(workers.map(info, 1, lambda chunk: chunk.clone()))
+    assert not list(workers.map(TensorInfo("a", "F32", (0, 10), ()), 1, lambda chunk: chunk.clone()))
+
+
+def test_a_source_that_gives_too_much_leaves_no_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "HOST_VALUES", 1)
+    path, threads = tmp_path / "data", set(threading.enumerate())
+    path.write_bytes(bytes(4000))
+    workers, info = rows.RowWorkers(torch.device("cpu")), TensorInfo("a", "U8", (40, 100), (Extent(path, 0, 4000),))
+    with pytest.raises(StoreError, match="should take 4 bytes") as error:
+        write_store(tmp_path / "store", [job("a", lambda: workers.map(info, 1, torch.clone))], META)
+    # Its traceback holds the frames of the threads that it passed through.
+    assert error.tb is not None and set(threading.enumerate()) <= threads
 
 
 # --- damage

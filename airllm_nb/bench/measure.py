@@ -194,9 +194,13 @@ def _measure(
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (batch, prompt_tokens), generator=generator)
-    # The first generation plans attention anew for every length: on a GPU some tens of milliseconds a token.
-    first, _ = _generate(model, ids, tokens, lambda *at: progress(_report("warming up", 0, tokens, *at)))
-    again, times = _generate(model, ids, tokens, lambda *at: progress(_report("measuring", tokens, tokens, *at)))
+    # The first generation of a thread plans attention anew for every length: on a GPU some tens of milliseconds a
+    # token. Hence one thread for both.
+    with ThreadPoolExecutor(1, "airllm-bench") as pool:
+        first, _ = _generate(pool, model, ids, tokens, lambda *at: progress(_report("warming up", 0, tokens, *at)))
+        again, times = _generate(
+            pool, model, ids, tokens, lambda *at: progress(_report("measuring", tokens, tokens, *at))
+        )
     store = opened_store(model.folder, LoadOptions())
     summary, plan, cuda = model.trace.summary(), model.plan, model.device.type == "cuda"
     return BenchResult(
@@ -225,19 +229,20 @@ class _Clock:
         """Nothing to finish."""
 
 
-def _generate(model: StreamedModel, ids: torch.Tensor, tokens: int, report: Any) -> tuple[torch.Tensor, list[float]]:
-    """One generation in a thread of its own, so that an interrupt, or a report that raises, ends it within a unit."""
+def _generate(
+    pool: ThreadPoolExecutor, model: StreamedModel, ids: torch.Tensor, tokens: int, report: Any
+) -> tuple[torch.Tensor, list[float]]:
+    """One generation in the pool's thread, so that an interrupt, or a report that raises, ends it within a unit."""
     cancel, clock = threading.Event(), _Clock()
     how = {"inputs": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "min_new_tokens": tokens,
            "do_sample": False, "num_beams": 1, "streamer": clock}  # fmt: skip
-    with ThreadPoolExecutor(1, "airllm-bench") as pool:
-        future = pool.submit(model.run, how, cancel)
-        try:
-            while not wait([future], POLL).done:
-                report(len(clock.times) - 1, *model.position)
-            return future.result(), clock.times
-        finally:
-            cancel.set()
+    future = pool.submit(model.run, how, cancel)
+    try:
+        while not wait([future], POLL).done:
+            report(len(clock.times) - 1, *model.position)
+        return future.result(), clock.times
+    finally:
+        cancel.set()
 
 
 def _report(what: str, before: int, tokens: int, done: int, unit: int, units: int) -> Progress:

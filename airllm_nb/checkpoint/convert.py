@@ -1,21 +1,20 @@
-"""Source weights → the jobs that write a store: read in chunks of rows, cast, encode. Memory stays bounded."""
+"""Source weights → the jobs that write a store: read in chunks of rows, cast, encode."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import math
-import os
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
 from .codec import TORCH_DTYPES, Codec
-from .index import ITEMSIZE, TensorInfo
+from .index import TensorInfo
+from .rows import RowWorkers
 from .shard import Chunk, Item, ShardJob
 from .store import Store
 
@@ -24,9 +23,6 @@ log = logging.getLogger(__name__)
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 CASTABLE = ("F64", "F32", "F16", "BF16")
 
-# Values encoded at once; on a CPU bitsandbytes makes about five float32 copies of them in each thread.
-HOST_VALUES, DEVICE_VALUES = 1 << 19, 1 << 24
-MOST_THREADS = 8
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
@@ -55,7 +51,7 @@ def encode_jobs(
     device
         Where to encode.
     """
-    device = torch.device(device)
+    workers = RowWorkers(torch.device(device))
     missing = [name for name in compressed if name not in index]
     if missing:
         raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} of the weights to compress)")
@@ -63,8 +59,8 @@ def encode_jobs(
     for name, info in index.items():
         target = _target(info, dtype) if name not in keep else info.dtype
         encoder = codec if name in compressed else Codec()
-        shards.setdefault(shard_name(name), []).append(_item(info, name, encoder, target, device))
-    return [ShardJob(name, tuple(items)) for name, items in sorted(shards.items())]
+        shards.setdefault(shard_name(name), []).append(_item(info, name, encoder, target, workers))
+    return [ShardJob(name, tuple(items), concurrent=True) for name, items in sorted(shards.items())]
 
 
 def shard_name(parameter: str) -> str:
@@ -137,19 +133,18 @@ def _target(info: TensorInfo, dtype: torch.dtype) -> str:
     return DTYPE_NAMES[dtype] if info.dtype in CASTABLE and len(info.shape) > 1 else info.dtype
 
 
-def _item(info: TensorInfo, name: str, codec: Codec, target: str, device: torch.device) -> Item:
+def _item(info: TensorInfo, name: str, codec: Codec, target: str, workers: RowWorkers) -> Item:
     parts = codec.parts(info.shape, target)
     if codec.name == "none":
-        return Item(name, target, info.shape, parts, lambda: _cast(info, target))
-    return Item(name, target, info.shape, parts, lambda: _encode(info, codec, TORCH_DTYPES[target], device))
+        return Item(name, target, info.shape, parts, lambda: _cast(info, TORCH_DTYPES[target], workers))
+    return Item(name, target, info.shape, parts, lambda: _encode(info, codec, TORCH_DTYPES[target], workers))
 
 
-def _cast(info: TensorInfo, target: str) -> Iterator[Chunk]:
-    for rows in _rows(info, 1, DEVICE_VALUES):
-        yield rows.to(TORCH_DTYPES[target])
+def _cast(info: TensorInfo, dtype: torch.dtype, workers: RowWorkers) -> Iterator[Chunk]:
+    return workers.map(info, 1, lambda rows: rows.to(dtype, copy=True))
 
 
-def _encode(info: TensorInfo, codec: Codec, dtype: torch.dtype, device: torch.device) -> Iterator[Chunk]:
+def _encode(info: TensorInfo, codec: Codec, dtype: torch.dtype, workers: RowWorkers) -> Iterator[Chunk]:
     """The first part goes out chunk by chunk; the others, a few percent of it, wait until it is complete."""
     # In one piece each: many small tensors between large temporaries would fragment the heap.
     waiting = [
@@ -157,94 +152,14 @@ def _encode(info: TensorInfo, codec: Codec, dtype: torch.dtype, device: torch.de
         for part in codec.parts(info.shape, DTYPE_NAMES[dtype])[1:]
     ]
     filled = [0] * len(waiting)
-    for first, *others in _encoded_chunks(info, codec, dtype, device):
-        yield first
-        for number, part in enumerate(others):
-            waiting[number][filled[number] : filled[number] + part.numel()] = part.reshape(-1)
-            filled[number] += part.numel()
-    yield from waiting
-
-
-def _encoded_chunks(
-    info: TensorInfo, codec: Codec, dtype: torch.dtype, device: torch.device
-) -> Iterator[list[torch.Tensor]]:
-    """Chunks in order, encoded a few at a time: reading and writing go on meanwhile.
-
-    Each thread computes alone. Short operations that all cores share spend their time waiting for one another.
-    """
-    on_host = device.type == "cpu"
-    threads = min(os.cpu_count() or 1, MOST_THREADS) if on_host else 2
-    running: deque[Future[list[torch.Tensor]]] = deque()
 
     def encode(rows: torch.Tensor) -> list[torch.Tensor]:
-        return [part.cpu() for part in codec.encode(rows.to(device).to(dtype)).values()]
+        return [part.cpu() for part in codec.encode(rows.to(workers.device).to(dtype)).values()]
 
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, "encode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for rows in _rows(info, codec.row_step(info.shape), HOST_VALUES if on_host else DEVICE_VALUES):
-                running.append(pool.submit(encode, rows))
-                if len(running) > threads:
-                    yield running.popleft().result()
-            while running:
-                yield running.popleft().result()
-    finally:
-        # The number is not of a thread alone: threads that are made later would compute with one.
-        torch.set_num_threads(before)
-
-
-def _rows(info: TensorInfo, step: int, values: int) -> Iterator[torch.Tensor]:
-    """Chunks ``[rows, columns]`` of about ``values`` values and a multiple of ``step`` rows."""
-    rows, columns = (info.shape[0] if info.shape else 1), math.prod(info.shape[1:])
-    if not rows or not columns:
-        return
-    count = max(values // columns // step, 1) * step
-    width = columns * ITEMSIZE[info.dtype]
-    dtype = TORCH_DTYPES[info.dtype]
-    with _Bytes(info) as source:
-        for first in range(0, rows, count):
-            taken = min(count, rows - first)
-            yield source.read(first * width, taken * width).view(dtype).view(taken, columns)
-
-
-class _Bytes:
-    """Positional reads over a tensor's extents; unlike a mapping, a truncated file is an error and no signal."""
-
-    def __init__(self, info: TensorInfo):
-        self._info = info
-        self._files: dict[Path, int] = {}
-
-    def __enter__(self) -> _Bytes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def read(self, start: int, nbytes: int) -> torch.Tensor:
-        """A run of the tensor's bytes, as if its extents were one."""
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
-        target, filled, passed = memoryview(buffer.numpy()), 0, 0
-        for extent in self._info.extents:
-            skip = start + filled - passed
-            passed += extent.nbytes
-            take = min(extent.nbytes - skip, nbytes - filled)
-            if take > 0:
-                self._fill(extent.path, extent.offset + skip, target[filled : filled + take])
-                filled += take
-        if filled < nbytes:
-            raise CheckpointError(f"{self._info.name}: its {self._info.nbytes:,} bytes are fewer than its shape "
-                                  f"{list(self._info.shape)} asks for; download the checkpoint again")  # fmt: skip
-        return buffer
-
-    def _fill(self, path: Path, offset: int, target: memoryview) -> None:
-        try:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY)
-            while target:
-                got = os.preadv(self._files[path], [target], offset)
-                if not got:
-                    raise CheckpointError(f"{path} ends before {self._info.name} does; download the file again")
-                target, offset = target[got:], offset + got
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; check the disk or download it again") from error
+    with closing(workers.map(info, codec.row_step(info.shape), encode)) as chunks:
+        for first, *others in chunks:
+            yield first
+            for number, part in enumerate(others):
+                waiting[number][filled[number] : filled[number] + part.numel()] = part.reshape(-1)
+                filled[number] += part.numel()
+    yield from waiting

@@ -6,13 +6,17 @@ lies. The format forbids holes, so what fills them is a tensor of its own, ``__p
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Union
@@ -20,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Union
 from ..errors import StoreError
 from .encoded import Part
 from .index import ITEMSIZE
+from .libc import start_writing
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +32,12 @@ if TYPE_CHECKING:
 PAGE = 4096
 ALIGNMENT = 256
 PAD = "__pad."
+
+# One shard at a time would leave the disk idle while it is synced, and be no faster than one thread's sha256.
+AT_ONCE = 3
+POLL_SECONDS = 0.1
+# How much is written before the disk is told to begin: a sync that finds everything to do holds up all others.
+WRITE_BACK = 16 << 20
 
 Chunk = Union["torch.Tensor", bytes, bytearray, memoryview]
 
@@ -81,10 +92,19 @@ def plain(name: str, dtype: str, shape: Iterable[int], produce: Callable[[], Ite
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What one file of a store is made of; ``name`` is the file's without ``.safetensors``."""
+    """What one file of a store is made of.
+
+    Parameters
+    ----------
+    name
+        The file's without ``.safetensors``.
+    concurrent
+        Whether it may be produced in one thread while others are in other threads.
+    """
 
     name: str
     items: tuple[Item, ...]
+    concurrent: bool = False
 
     @property
     def file(self) -> str:
@@ -123,6 +143,60 @@ class ShardJob:
         return len(self.header()) + sum(entry.nbytes for entry in self.entries())
 
 
+def write_shards(
+    folder: Path, jobs: list[ShardJob], wrote: Callable[[str, int], None], finished: Callable[[ShardJob, str], None]
+) -> None:
+    """Write ``jobs`` into ``folder``, a few at once where they allow it: while one is synced, others go on.
+
+    Both callbacks run in the calling thread. Whatever ends this, no thread is left and what is finished was told.
+
+    Parameters
+    ----------
+    wrote
+        Told the file and the bytes of every step, which waits for it. It may raise to stop.
+    finished
+        Told each shard and its sha256 once it is on the disk, in the order of ``jobs``.
+    """
+    steps: queue.Queue[tuple[str, int] | None] = queue.Queue(1)
+    stopped, running = threading.Event(), deque[tuple[ShardJob, Future[str]]]()
+
+    def step(file: str, nbytes: int) -> None:
+        while not stopped.is_set():
+            with suppress(queue.Full):
+                return steps.put((file, nbytes), timeout=POLL_SECONDS)
+        raise _Stopped
+
+    def wake(_: object) -> None:
+        with suppress(queue.Full):
+            steps.put_nowait(None)
+
+    with ThreadPoolExecutor(AT_ONCE if all(job.concurrent for job in jobs) else 1, "shard") as pool:
+        try:
+            for job in jobs:
+                future = pool.submit(write_shard, folder / job.file, job, functools.partial(step, job.file))
+                running.append((job, future))
+                future.add_done_callback(wake)
+            while running or not steps.empty():
+                if (one := steps.get()) is not None:
+                    wrote(*one)
+                for _, future in running:
+                    if future.done():
+                        future.result()  # an error ends all
+                while running and running[0][1].done():
+                    job, future = running.popleft()
+                    finished(job, future.result())
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            for job, future in running:
+                if not future.cancelled() and future.exception() is None:
+                    finished(job, future.result())
+
+
+class _Stopped(Exception):
+    """Ends the writing of a shard because another one ended it all."""
+
+
 def write_shard(path: Path, job: ShardJob, wrote: Callable[[int], None]) -> str:
     """Write ``job`` to ``path`` by way of a temporary file that is synced and renamed; returns the sha256.
 
@@ -130,9 +204,9 @@ def write_shard(path: Path, job: ShardJob, wrote: Callable[[int], None]) -> str:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file, _Sink(file, wrote) as sink:
+        with temporary.open("wb") as file, _Sink(file, wrote) as sink, closing(_stream(job)) as stream:
             sink.put(job.header())
-            for data in _stream(job):
+            for data in stream:
                 sink.put(data)
             file.flush()
             os.fsync(file.fileno())
@@ -161,6 +235,7 @@ class _Sink:
     def __init__(self, file: IO[bytes], wrote: Callable[[int], None]):
         self._file, self._wrote, self._hash = file, wrote, hashlib.sha256()
         self._pool = ThreadPoolExecutor(1, "sha256")
+        self._written = self._started = 0
 
     def __enter__(self) -> _Sink:
         return self
@@ -172,6 +247,10 @@ class _Sink:
         hashed = self._pool.submit(self._hash.update, data)
         try:
             self._file.write(data)
+            self._written += len(data)
+            if self._written >= self._started + WRITE_BACK:
+                start_writing(self._file.fileno(), self._started, self._written - self._started)
+                self._started = self._written
         finally:
             hashed.result()
         self._wrote(len(data))
@@ -181,24 +260,33 @@ class _Sink:
         return self._hash.hexdigest()
 
 
-def _stream(job: ShardJob) -> Iterator[bytes | memoryview]:
+def _stream(job: ShardJob) -> Generator[bytes | memoryview, None, None]:
     cursor = 0
     for item in job.items:
         chunks = iter(item.produce())
-        for entry in item.entries:
-            if short := -cursor % ALIGNMENT:
-                yield bytes(short)
-            reached = 0
-            while reached < entry.nbytes:
-                data = _raw(next(chunks, b""))
-                reached += len(data)
-                if not len(data) or reached > entry.nbytes:
-                    raise StoreError(f"{job.file}: {entry.name} should take {entry.nbytes:,} bytes but its source "
-                                     f"gave {reached:,}; the source files may have changed")  # fmt: skip
-                yield data
-            cursor += -cursor % ALIGNMENT + entry.nbytes
-        if any(len(_raw(chunk)) for chunk in chunks):
-            raise StoreError(f"{job.file}: {item.name} got more bytes than it should take; it may be of another model")
+        try:
+            for entry in item.entries:
+                if short := -cursor % ALIGNMENT:
+                    yield bytes(short)
+                yield from _exactly(entry, chunks, job.file)
+                cursor += -cursor % ALIGNMENT + entry.nbytes
+            if any(len(_raw(chunk)) for chunk in chunks):
+                raise StoreError(f"{job.file}: {item.name} got more bytes than it should take; it may be of another "
+                                 "model")  # fmt: skip
+        finally:
+            if isinstance(chunks, Generator):
+                chunks.close()  # the traceback of an error would keep it and its threads
+
+
+def _exactly(entry: Entry, chunks: Iterator[Chunk], file: str) -> Iterator[memoryview]:
+    reached = 0
+    while reached < entry.nbytes:
+        data = _raw(next(chunks, b""))
+        reached += len(data)
+        if not len(data) or reached > entry.nbytes:
+            raise StoreError(f"{file}: {entry.name} should take {entry.nbytes:,} bytes but its source gave "
+                             f"{reached:,}; the source files may have changed")  # fmt: skip
+        yield data
 
 
 def _raw(chunk: Chunk) -> memoryview:

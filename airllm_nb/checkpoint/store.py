@@ -22,7 +22,7 @@ from ..trace import Progress, ProgressCallback, silent
 from .encoded import Part
 from .index import CheckpointIndex, TensorInfo, read_header
 from .journal import Journal, locked, write_atomically
-from .shard import PAD, Item, ShardJob, plain, write_shard
+from .shard import PAD, Item, ShardJob, plain, write_shards
 
 __all__ = ["Item", "ShardJob", "Store", "StoreMeta", "open_store", "plain", "write_store"]
 
@@ -155,7 +155,7 @@ def write_store(
     folder
         Made if it is not there. One process writes at a time; a second one waits and finds the store done.
     jobs
-        The shards; their data is asked for shard by shard.
+        The shards; their data is asked for in order, that of a few at once where they allow it.
     meta
         What the store is of. Shards of an unfinished store with another meta are discarded.
     should_stop
@@ -189,7 +189,7 @@ class _Writing:
         self, folder: Path, jobs: list[ShardJob], meta: StoreMeta, progress: ProgressCallback, stop: Callable[[], bool]
     ):
         self._folder, self._jobs, self._meta, self._progress, self._stop = folder, jobs, meta, progress, stop
-        self._total, self._done, self._file = sum(job.nbytes for job in jobs), 0, ""
+        self._total, self._done = sum(job.nbytes for job in jobs), 0
 
     def run(self) -> Store:
         for leftover in self._folder.glob("*.tmp"):
@@ -198,11 +198,11 @@ class _Writing:
         kept = {job.file: journal.records[job.file] for job in self._jobs if self._is_done(job, journal)}
         _check_space(self._folder, self._jobs, kept)
         self._done = sum(record["bytes"] for record in kept.values())
-        for job in self._jobs:
-            self._file = job.file
-            if job.file not in kept:
-                sha256 = write_shard(self._folder / job.file, job, self._wrote)
-                journal.add({"file": job.file, "key": _job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
+
+        def finished(job: ShardJob, sha256: str) -> None:
+            journal.add({"file": job.file, "key": _job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
+
+        write_shards(self._folder, [job for job in self._jobs if job.file not in kept], self._wrote, finished)
         manifest = self._manifest(journal.records)
         write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
         journal.remove()
@@ -210,9 +210,9 @@ class _Writing:
         assert store is not None
         return store
 
-    def _wrote(self, nbytes: int) -> None:
+    def _wrote(self, file: str, nbytes: int) -> None:
         self._done += nbytes
-        self._progress(Progress("convert", self._done, self._total, detail=self._file))
+        self._progress(Progress("convert", self._done, self._total, detail=file))
         if self._stop():
             raise StoreError(f"the conversion into {self._folder} was stopped; start it again to go on from there")
 

@@ -25,7 +25,7 @@ from .pageable import PageableUnits
 from .reader import Reader
 from .ring import LOCKED, PAGE, PAGE_CACHE, PAGEABLE, Place, align, host_room, place
 from .schedule import Stop
-from .unit import Unit
+from .unit import ALIGNMENT, Unit
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ class StreamMemory:
         self, units: Sequence[Unit], in_ram: Sequence[bool], *, device: torch.device, arena_bytes: int,
         ring_bytes: int, ram: str = LOCKED, direct: bool = False,
     ):  # fmt: skip
-        self._device, self._ram = device, ram if arena_bytes else LOCKED
+        self._device, self._is_copied = device, arena_bytes > 0
+        self._ram = ram if self._is_copied else LOCKED
         self._files = Reader(direct=direct)
         self.reader: Reader | PageableUnits = self._files
         self._arenas: list[HostArena] = []
@@ -138,8 +139,11 @@ class StreamMemory:
             self._lock(ring, 0, ring.nbytes)
         hosts = {}
         for unit, room in zip(units, place([host_room(unit.nbytes) for unit in units], ring_bytes), strict=True):
-            # In a page as in its file, so that direct reads go straight to where the bytes belong.
+            # In a page as in its file, so that direct reads go straight to where the bytes belong. Compute in this
+            # memory needs tensors to begin on their own alignment as well.
             shift = unit.pieces[0].extent.offset % PAGE if unit.pieces else 0
+            if shift % ALIGNMENT and not self._is_copied:
+                shift = 0
             hosts[unit.name] = _Host(ring.view(room.offset + shift, unit.nbytes), room, None, None)
         return hosts
 
