@@ -120,7 +120,6 @@ def run_child(tool: str, given: argparse.Namespace, folder: Path, shards: str) -
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "HF_HUB_OFFLINE": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=given.limit)
     if done.returncode:
@@ -136,12 +135,19 @@ def install_airllm() -> None:
 
 
 def sample_folder() -> Path:
-    """SmolLM2-135M as a plain folder."""
+    """SmolLM2-135M as transformers saves it: AirLLM cannot read other names of shards."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from airllm_nb.checkpoint.sample import sample_model
     from airllm_nb.config import LoadOptions
     from airllm_nb.engine import convert_model
 
-    return convert_model(sample_model(), LoadOptions())
+    folder = ROOT / "build" / "SmolLM2-135M-Instruct"
+    if not (folder / "model.safetensors.index.json").is_file():
+        store = convert_model(sample_model(), LoadOptions())
+        AutoTokenizer.from_pretrained(store).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(store, dtype="auto").save_pretrained(folder, max_shard_size="100MB")
+    return folder
 
 
 def report(rows: list[dict[str, Any]], given: argparse.Namespace, folder: Path) -> str:
