@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import queue
 import random
 import textwrap
@@ -17,6 +18,7 @@ from airllm_nb.checkpoint import libc
 from airllm_nb.checkpoint.index import Extent
 from airllm_nb.errors import CheckpointError
 from airllm_nb.stream import trial
+from airllm_nb.stream.mapped import MappedFiles
 from airllm_nb.stream.page_cache import CachedPieces
 from airllm_nb.stream.pageable import PageableUnits
 from airllm_nb.stream.reader import Reader
@@ -98,6 +100,19 @@ def test_hundreds_of_mappings_keep_no_file_open(file: Path) -> None:
     mapped = [CachedPieces(pieces(file)) for _ in range(100)]
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert len(mapped) == 100
+
+
+def test_a_file_larger_than_ram_can_be_mapped(tmp_path: Path) -> None:
+    """With views of our own too, which Linux would otherwise keep memory for."""
+    size = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size - 3)
+        file.write(b"end")
+    end = Extent(path, size - 3, 3)
+    assert bytes(MappedFiles().view(end).numpy()) == b"end"
+    assert bytes(CachedPieces([Piece(end, 0)]).views[0].numpy()) == b"end"
 
 
 # ---- memory that cannot be locked ------------------------------------------------------------------------------------

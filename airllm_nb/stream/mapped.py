@@ -7,12 +7,19 @@ cost no anonymous memory and the system may drop and re-read them.
 from __future__ import annotations
 
 import mmap
+import sys
 from pathlib import Path
 
 import torch
 
 from ..checkpoint.index import Extent, TensorInfo
 from ..errors import CheckpointError
+
+# Linux keeps memory for every page that could be written, and refuses files larger than RAM, unless told not to.
+_NORESERVE = 0x4000
+_PRIVATE: dict[str, int] = {"access": mmap.ACCESS_COPY}
+if sys.platform == "linux":
+    _PRIVATE = {"flags": mmap.MAP_PRIVATE | _NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
 
 
 class MappedFiles:
@@ -56,7 +63,7 @@ class MappedFiles:
 def _map(path: Path) -> torch.Tensor:
     try:
         with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            mapped = mmap.mmap(file.fileno(), 0, **_PRIVATE)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be mapped ({error}); was it moved or deleted?") from None
     return torch.frombuffer(mapped, dtype=torch.uint8)
