@@ -171,6 +171,8 @@ class LoadOptions:
                 raise OptionError(f"{name}={value!r} must be a whole number of 1 or more")
         if not isinstance(self.prefetching, (bool, int)) or self.prefetching < 0:
             raise OptionError(f"prefetching={self.prefetching!r} must be True, False or a number of units ahead")
+        if self.direct_io not in (None, True, False):
+            raise OptionError(f"direct_io={self.direct_io!r} must be True, False or None")
         if self.delete_original and self.compression is None:
             raise OptionError("delete_original=True needs compression='4bit' or '8bit': uncompressed weights stream "
                               "from the original files")  # fmt: skip

@@ -218,6 +218,8 @@ class StreamedModel:
     def _claimed(self, cancel: threading.Event) -> Iterator[None]:
         """One run at a time; ``cancel`` is what :meth:`stop` sets."""
         if not self._lock.acquire(blocking=False):
+            if self._closed:
+                raise ClosedError(f"{self.name} was closed; load it again")
             raise BusyError(f"{self.name} is generating already; wait for it, or stop it first")
         try:
             # Before it looks whether it was closed: whoever closes meanwhile stops this one or is seen by it.

@@ -7,13 +7,18 @@ import json
 import os
 import queue
 import random
+import shutil
+import subprocess
+import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from airllm_nb import AutoModel
 from airllm_nb.checkpoint import libc
 from airllm_nb.checkpoint.index import Extent
 from airllm_nb.errors import CheckpointError
@@ -174,7 +179,7 @@ def child(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> Path:
     ("body", "kind", "tries"),
     [
         ("print('{\"page_cache\": 50e9}')", PAGE_CACHE, 1),
-        ("print('{\"page_cache\": 2e9}')", LOCKED, 1),
+        ("print('{\"page_cache\": 2e9}')", LOCKED, 2),
         ('print(\'{"refused": "cuMemHostRegister 1", "locked": 1073741824}\')', LOCKED, 1),
         ('print(\'{"refused": "cuMemHostRegister 1", "locked": 67108864}\')', PAGEABLE, 1),
         ('print(\'{"failed": "cuInit 100"}\')', LOCKED, 2),
@@ -227,3 +232,72 @@ def test_a_cached_file_says_nothing_about_direct_reads(gpu: Path, monkeypatch: p
     assert trial.direct_is_faster(gpu)
     rates[True] = 0.5e9
     assert trial.direct_is_faster(gpu), "it is remembered"
+
+
+def test_a_user_without_a_home_gets_an_answer_each_time(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    log = child(monkeypatch, gpu.parent, "print('{\"page_cache\": 50e9}')")
+    monkeypatch.setattr(trial, "cache_dir", homeless)
+    for _ in range(2):
+        assert trial.ram_kind(gpu, torch.device("cuda", 0), link=50e9) == PAGE_CACHE
+    assert len(log.read_text()) == 2
+
+
+def test_where_no_child_can_be_started_memory_is_locked(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial.sys, "executable", None)
+    assert trial.ram_kind(gpu, torch.device("cuda", 0), link=50e9) == LOCKED
+
+
+# ---- what a user may do meanwhile ------------------------------------------------------------------------------------
+
+SMALL = {"vram_budget": "8MiB", "max_seq_len": 64}
+
+
+@pytest.fixture
+def folder(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    wide = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8}
+    return Path(shutil.copytree(tiny_llama(**wide), tmp_path / "model"))
+
+
+def test_a_file_system_that_cannot_map_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENODEV, "No such device")
+
+    ids = torch.tensor([[1, 70, 90, 33]])
+    with AutoModel.from_pretrained(folder, **SMALL) as model:
+        assert "ram" in model.plan.tiers
+        expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    monkeypatch.setattr(libc, "map_file", refuse)
+    for direct in (False, True):
+        with AutoModel.from_pretrained(folder, direct_io=direct, **SMALL) as model:
+            assert model.generate(ids, max_new_tokens=4, do_sample=False).equal(expected)
+
+
+def test_a_rewritten_checkpoint_is_noticed_and_a_deleted_one_is_not_missed(folder: Path) -> None:
+    ids, file = torch.tensor([[1, 70, 90, 33]]), folder / "model.safetensors"
+    with AutoModel.from_pretrained(folder, **SMALL) as model:
+        expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+        content = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="changed while the model was open"):
+            model.generate(ids, max_new_tokens=4, do_sample=False)
+    with AutoModel.from_pretrained(folder, **SMALL) as model:
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+        file.unlink()
+        assert model.generate(ids, max_new_tokens=4, do_sample=False).equal(expected)
+
+
+def test_a_script_that_leaves_a_stream_ends_as_usual(folder: Path) -> None:
+    script = f"""
+from airllm_nb import AutoModel
+model = AutoModel.from_pretrained({str(folder)!r}, device="cpu", **{SMALL!r})
+generation = model.stream("t70 t90", max_new_tokens=50)
+next(generation)
+print("left")
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+        assert done.stdout.splitlines()[-1:] == ["left"], done.stderr
+        assert done.returncode == 0, done.stderr

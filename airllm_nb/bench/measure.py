@@ -166,11 +166,12 @@ def _capped(options: LoadOptions, cap: bool) -> Iterator[None]:
         return
     device = choose_device(options)
     total = torch.cuda.get_device_properties(device).total_memory
+    before = torch.cuda.get_per_process_memory_fraction(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, (options.vram_budget or 0) / total), device)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def _positive(**given: int) -> int:

@@ -11,6 +11,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -102,6 +103,27 @@ class Files:
                     raise CheckpointError(f"{path} cannot be opened while streaming ({error.strerror}); "
                                           "was it moved or deleted? Load the model again") from None  # fmt: skip
             return self._open[path, direct]
+
+
+class Unchanged:
+    """Notices files that were rewritten since: their pages are shared, so a model would compute with the new bytes."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self._stamps = {path: _stamp(path) for path in set(paths)}
+
+    def check(self) -> None:
+        """Raise ``CheckpointError`` if a file is another one by now. One that is gone is not: its pages stay."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) not in (stamp, None):
+                raise CheckpointError(f"{path} was changed while the model was open; load the model again")
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview) -> None:

@@ -17,8 +17,8 @@ SYNC_FILE_RANGE_WRITE = 2
 
 
 def is_supported() -> bool:
-    """Whether the functions below work on this platform."""
-    return sys.platform == "linux" and sys.maxsize > 1 << 32
+    """Whether the functions below work on this platform, with pages of the size that units are laid out in."""
+    return sys.platform == "linux" and sys.maxsize > 1 << 32 and mmap.PAGESIZE == 4096
 
 
 def map_file(descriptor: int, offset: int, nbytes: int) -> int:
@@ -45,11 +45,17 @@ def populate(address: int, nbytes: int) -> int:
 def is_resident(descriptor: int, offset: int, nbytes: int) -> bool:
     """Whether the page cache holds every page of a run of bytes. Asking starts no reading, unlike ``RWF_NOWAIT``.
 
-    Of files that are another user's Linux says yes, whatever holds.
+    Linux does not tell of files that are another user's: then no. Where a file cannot be mapped: yes, read it the
+    usual way.
     """
+    if os.fstat(descriptor).st_uid != os.geteuid() and not os.access(f"/proc/self/fd/{descriptor}", os.W_OK):
+        return False
     first = offset // mmap.PAGESIZE * mmap.PAGESIZE
     pages = -(-(offset + nbytes - first) // mmap.PAGESIZE)
-    address = map_file(descriptor, first, pages * mmap.PAGESIZE)
+    try:
+        address = map_file(descriptor, first, pages * mmap.PAGESIZE)
+    except OSError:
+        return True
     try:
         found = (ctypes.c_ubyte * pages)()
         if _libc().mincore(address, pages * mmap.PAGESIZE, found):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import GenerationStopped
 from ..trace import Trace
+from .text import Detokenizer, StopText
 
 
 @dataclass(frozen=True)
@@ -88,33 +91,6 @@ class GenerationResult:
         return self.text
 
 
-class Detokenizer:
-    """Tokens → text as far as it is final: bytes of an unfinished character are held back."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer, self._shown, self._from = tokenizer, 0, 0
-        self._ids: list[int] = []
-
-    def add(self, ids: list[int]) -> str:
-        """New text after ``ids``."""
-        self._ids.extend(ids)
-        # Decoding from a few tokens back keeps the blanks that depend on the neighbour.
-        before = self._decode(self._ids[self._from : self._shown])
-        after = self._decode(self._ids[self._from :])
-        if after.endswith("\ufffd") or len(after) <= len(before):
-            return ""
-        self._from, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
-
-    def rest(self) -> str:
-        """What was held back, as it is."""
-        before = self._decode(self._ids[self._from : self._shown])
-        return self._decode(self._ids[self._from :])[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-
 class Runs(Protocol):
     """What a generation needs of a model."""
 
@@ -143,7 +119,7 @@ class Generation:
         self._model, self._prompt, self._kwargs = model, prompt, kwargs
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
-        self._text, self._parts = _StopText(Detokenizer(model.tokenizer), stops), [""]
+        self._text, self._parts = StopText(Detokenizer(model.tokenizer), stops), [""]
         self._ids: list[int] = []
         self._cancel, self._start = threading.Event(), time.perf_counter()
         self.result: GenerationResult | None = None
@@ -209,6 +185,7 @@ class Generation:
             daemon=True,
         )  # fmt: skip
         self._worker.start()
+        _workers[self._worker] = self._cancel
 
     def _chunk(self, text: str, ids: list[int]) -> GenerationChunk:
         self._parts.append(text)
@@ -246,6 +223,19 @@ class _End:
     error: BaseException | None = None
 
 
+# Whoever runs when the interpreter ends would be cut off in the middle of native code, which crashes.
+_workers: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _end_workers() -> None:
+    workers = dict(_workers)
+    for cancel in workers.values():
+        cancel.set()
+    for worker in workers:
+        worker.join(10)
+
+
 def _work(model: Runs, kwargs: dict[str, Any], cancel: threading.Event, events: queue.SimpleQueue[Any]) -> None:
     try:
         model.run({**kwargs, "streamer": _Tokens(events.put)}, cancel)
@@ -268,27 +258,3 @@ class _Tokens:
 
     def end(self) -> None:
         """The worker reports the end."""
-
-
-class _StopText:
-    """Holds back text that may be the beginning of a stop string, and drops the stop string itself."""
-
-    def __init__(self, text: Detokenizer, stops: Sequence[str]):
-        self._detokenizer, self._stops, self._held = text, tuple(stops), ""
-
-    def add(self, ids: list[int]) -> str:
-        self._held += self._detokenizer.add(ids)
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        cut = min(found) if found else len(self._held) - self._overlap()
-        ready, self._held = self._held[:cut], self._held[cut:]
-        return ready
-
-    def _overlap(self) -> int:
-        """The longest end of the held text that a stop string begins with."""
-        lengths = [size for stop in self._stops for size in range(1, len(stop)) if self._held.endswith(stop[:size])]
-        return max(lengths, default=0)
-
-    def rest(self) -> str:
-        held = self._held + self._detokenizer.rest()
-        found = [at for at in (held.find(stop) for stop in self._stops) if at >= 0]
-        return held[: min(found)] if found else held

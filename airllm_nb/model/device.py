@@ -103,7 +103,12 @@ def _sysconf() -> int | None:
 def _cgroup() -> int | None:
     base = Path("/sys/fs/cgroup")
     try:
-        limit, used = (base / "memory.max").read_text().strip(), (base / "memory.current").read_text()
-        return None if limit == "max" else max(int(limit) - int(used), 0)
+        limit, used = (base / "memory.max").read_text().strip(), int((base / "memory.current").read_text())
+        if limit == "max":
+            return None
+        stat = dict(line.split() for line in (base / "memory.stat").read_text().splitlines())
+        # The page cache is counted as used, and given back when somebody needs it.
+        cached = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))
+        return max(int(limit) - used + min(cached, used), 0)
     except (OSError, ValueError):
         return None

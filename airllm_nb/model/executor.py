@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.files import Unchanged
 from ..errors import GenerationStopped
 from ..stream.copier import Copier, CudaCopier, Mark, MemoryCopier
 from ..stream.mapped import MappedFiles
@@ -60,6 +61,7 @@ class Executor:
         self._copier: Copier = CudaCopier(device) if device.type == "cuda" else MemoryCopier()
         self._recorder = Recorder(self._copier, device)
         self._files = MappedFiles()
+        self._sources = Unchanged(piece.extent.path for unit in units for piece in unit.stream.pieces)
         self._hooks: list[Any] = []
         self._reached = 0
         self._resident: dict[str, torch.Tensor] = {}
@@ -75,7 +77,14 @@ class Executor:
     # --- while it runs
 
     def start(self, trace: Trace, cancel: threading.Event) -> None:
-        """Record into ``trace`` from now on; ``cancel`` ends the work before the next unit."""
+        """Record into ``trace`` from now on; ``cancel`` ends the work before the next unit.
+
+        Raises
+        ------
+        CheckpointError
+            If a file of the weights was changed since they were opened.
+        """
+        self._sources.check()
         self.cancel = cancel
         trace.predicted_sweep_seconds, trace.bound_by = self._plan.sweep_seconds, self._plan.bound_by
         self._recorder.begin(trace)

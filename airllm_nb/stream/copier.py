@@ -99,7 +99,7 @@ class CudaCopier:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # Called from reading threads too, where neither the device nor the stream is set. Not by ``with``: its
         # bookkeeping would take longer than the rest of this method.
-        before = torch.cuda.current_stream()
+        before = torch.cuda.current_stream(self._device)
         torch.cuda.set_stream(self._stream)
         try:
             if after is not None:
@@ -125,8 +125,7 @@ class CudaCopier:
         mark.synchronize()
 
     def seconds_between(self, start: Mark, end: Mark) -> float | None:
-        # The start is not later than the end.
-        if not end.query():
+        if not (start.query() and end.query()):
             return None
         return start.elapsed_time(end) / 1e3
 

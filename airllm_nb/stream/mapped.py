@@ -51,10 +51,6 @@ class MappedFiles:
             whole = whole.clone()
         return whole.view(dtype).view(info.shape)
 
-    def is_viewable(self, info: TensorInfo, itemsize: int) -> bool:
-        """Whether :meth:`tensor` makes no copy."""
-        return len(info.extents) == 1 and info.extents[0].offset % itemsize == 0
-
     def close(self) -> None:
         """Forget the mappings; each is unmapped when the last view of it is gone."""
         self._maps.clear()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..errors import CheckpointError
 from .arena import HostArena
 from .page_cache import CachedPieces
 from .pageable import PageableUnits
@@ -108,10 +109,15 @@ class StreamMemory:
         return keep(kept) | self._passing(passing, ring_bytes)
 
     def _in_page_cache(self, units: Sequence[Unit]) -> dict[str, _Host]:
+        try:
+            for unit in units:
+                self._cached.append(CachedPieces(unit.pieces))
+        except CheckpointError as error:  # some file systems can be read, but not mapped
+            log.warning("%s; weights are read into memory instead", error)
+            self._ram = LOCKED
+            return self._own(units)
         hosts = {}
-        for unit in units:
-            pages = CachedPieces(unit.pieces)
-            self._cached.append(pages)
+        for unit, pages in zip(units, self._cached, strict=True):
             lock = functools.partial(pages.lock, self._device) if self._is_cuda else None
             hosts[unit.name] = _Host(None, None, pages, lock)
         return hosts

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import libc
+from ..checkpoint.files import read_exactly
 from ..checkpoint.index import Extent
 from ..errors import CheckpointError
 from . import pinning
@@ -52,8 +53,9 @@ class CachedPieces:
 
     def lock(self, device: torch.device) -> None:
         """Keep the pages in memory and let ``device`` copy from them directly, where the system allows it."""
-        for mapping in self._mappings:
-            mapping.lock(device)
+        refused = [mapping.pages.numel() for mapping in self._mappings if not mapping.lock(device)]
+        if refused:
+            log.warning("%d bytes of the page cache could not be locked; they are copied slowly", sum(refused))
 
     def close(self) -> None:
         """Unlock; the mappings go with the last view."""
@@ -66,8 +68,8 @@ class _Mapping:
 
     def __init__(self, extent: Extent):
         self._path, self._first = extent.path, extent.offset // PAGE * PAGE
-        skip = extent.offset - self._first
-        self.pages = _map(extent.path, self._first, align(skip + extent.nbytes), extent.offset + extent.nbytes)
+        self._end, skip = extent.offset + extent.nbytes, extent.offset - self._first
+        self.pages = _map(extent.path, self._first, align(skip + extent.nbytes), self._end)
         self.view = self.pages[skip : skip + extent.nbytes]
         self._locked_for: torch.device | None = None
 
@@ -79,18 +81,17 @@ class _Mapping:
             raise CheckpointError(f"{self._path} cannot be read near byte {self._first + at:,} ({os.strerror(code)}); "
                                   "was it changed while the model was open? Load the model again")  # fmt: skip
         # An older kernel: reading brings the pages in as well.
+        first = self._first + at
         with self._path.open("rb", buffering=0) as file:
-            os.preadv(file.fileno(), [bytearray(nbytes)], self._first + at)
+            read_exactly(file.fileno(), self._path, first, memoryview(bytearray(min(nbytes, self._end - first))))
 
-    def lock(self, device: torch.device) -> None:
+    def lock(self, device: torch.device) -> bool:
         # Pages that are not written back yet are registered slowly. A file system that cannot sync has none.
         with contextlib.suppress(OSError), self._path.open("rb") as file:
             os.fsync(file.fileno())
-        if pinning.register(self.pages, device, pinning.READ_ONLY):
-            self._locked_for = device
-        else:
-            log.warning("%s: %d bytes could not be locked in memory; they are copied slowly", self._path,
-                        self.pages.numel())  # fmt: skip
+        is_locked = pinning.register(self.pages, device, pinning.READ_ONLY)
+        self._locked_for = device if is_locked else None
+        return is_locked
 
     def unlock(self) -> None:
         device, self._locked_for = self._locked_for, None
@@ -108,5 +109,6 @@ def _map(path: Path, first: int, nbytes: int, end: int) -> torch.Tensor:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be mapped ({error}); was it moved or deleted?") from None
     memory = (ctypes.c_uint8 * nbytes).from_address(address)
-    weakref.finalize(memory, libc.unmap, address, nbytes)
+    # Not at the end of the interpreter: a generation that was left alone may still copy from it then.
+    weakref.finalize(memory, libc.unmap, address, nbytes).atexit = False
     return torch.frombuffer(memory, dtype=torch.uint8)

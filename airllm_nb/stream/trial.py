@@ -77,12 +77,15 @@ def _kind(answer: dict[str, Any], link: float) -> str | None:
     """What an answer of the child means; ``None`` where it says nothing for good."""
     if "failed" in answer:
         return None
-    if answer.get("page_cache", 0) >= LEAST_RATE_OF_LINK * link:
-        return PAGE_CACHE
+    if "page_cache" in answer:
+        # Right but slow: something else used the GPU, perhaps; ask again next time.
+        return PAGE_CACHE if answer["page_cache"] >= LEAST_RATE_OF_LINK * link else None
     return LOCKED if answer.get("locked", LEAST_LOCKED) >= LEAST_LOCKED else PAGEABLE
 
 
 def _try(file: Path, index: int) -> dict[str, Any]:
+    if not sys.executable or getattr(sys, "frozen", False):
+        return {"failed": "there is no Python to start"}
     command = [sys.executable, "-I", str(CHILD), str(file), str(index)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -98,7 +101,10 @@ def _try(file: Path, index: int) -> dict[str, Any]:
 
 def _remembered(key: str, what: str, find: Callable[[], Any]) -> Any:
     """The answer of an earlier time, else of ``find``, which is kept unless it is ``None``."""
-    path = cache_dir() / "machine.json"
+    try:
+        path = cache_dir() / "machine.json"
+    except RuntimeError:  # a user without a home: try each time
+        return find()
     known: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError):
         known = json.loads(path.read_text(encoding="utf-8"))
