@@ -8,8 +8,8 @@ reading one overlaps with copying many.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,79 +218,73 @@ def make_plan(
 
 
 def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tuple[list[str], int]:
-    tiers = [""] * len(units)
-    left = budget - needs.total
-    sizes = [align(unit.nbytes) for unit in units]
+    left, sizes = budget - needs.total, [align(unit.nbytes) for unit in units]
     if sum(sizes) <= left:
         return ["gpu"] * len(units), 0
-    streamed = [index for index, unit in enumerate(units) if unit.kind != "embedding"]
-    largest = max(sizes[index] for index in streamed)
+    order = _order(units)
+    largest = max(sizes[index] for index in order)
     if largest > left:
         smallest = needs.total + largest
         raise BudgetError(f"vram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
                           f"{size_option(smallest)} ({format_bytes(needs.total)} for KV cache, activations, scratch "
                           f"and norms, {format_bytes(largest)} for the largest unit); shorten max_seq_len or "
                           "raise the budget")  # fmt: skip
-    # The head is the largest unit of many models: resident, it needs no room in the arena.
-    for index in streamed:
-        rest = [sizes[other] for other in streamed if other != index]
-        if units[index].kind == "head" and rest and sizes[index] + window(rest) <= left:
-            tiers[index] = "gpu"
-            left -= sizes[index]
-    rest = [index for index in streamed if not tiers[index]]
-    arena = min(window([sizes[index] for index in rest]), left)
-    left -= arena
-    for index in _choose({index: sizes[index] for index in rest}, left):
-        tiers[index] = "gpu"
-    return tiers, arena
+    # The head is the largest unit of many models: once it is resident, it needs no room in the arena.
+    heads = [index for index in order if units[index].kind == "head"]
+    blocks = window([sizes[index] for index in sorted(order) if index not in heads])
+    if sum(sizes[index] for index in heads) + blocks <= left:
+        resident = _prefix(order, sizes, left - blocks)
+    else:
+        resident = _prefix(heads, sizes, left - window([sizes[index] for index in sorted(order)]))
+    streamed = [sizes[index] for index in sorted(order) if index not in resident]
+    arena = min(window(streamed), left - sum(sizes[index] for index in resident))
+    return ["gpu" if index in resident else "" for index in range(len(units))], arena
 
 
 def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, copies_ram: bool) -> int:
     """Fill ``tiers`` with ``"ram"`` and ``"disk"`` where they are empty; returns the bytes of the ring."""
-    rest = [index for index, tier in enumerate(tiers) if not tier]
-    sizes = {index: host_room(units[index].nbytes) for index in rest}
-    tables = [index for index in rest if units[index].kind == "embedding"]
-    rest = [index for index in rest if index not in tables]
-    ring = window([sizes[index] for index in rest]) if copies_ram and rest else 0
-    if ring + sum(sizes[index] for index in rest) <= budget:
+    sizes = [align(unit.nbytes) for unit in units]
+    tables = [index for index, tier in enumerate(tiers) if not tier and units[index].kind == "embedding"]
+    rest = [index for index in _order(units) if not tiers[index]]
+    # Of all units, whichever stream: so that more VRAM never makes the ring larger.
+    most = window([host_room(sizes[index]) for index in sorted(_order(units))])
+    ring = most if copies_ram and rest else 0
+    left = budget - ring - sum(sizes[index] for index in rest)
+    for index in [*rest, *tables]:
         # Only rows of a table are read, from the mapped file: it takes what is left, or no place at all.
-        left = budget - ring - sum(sizes[index] for index in rest)
-        for index in [*rest, *tables]:
-            tiers[index] = "ram" if index in rest or sizes[index] <= left else "disk"
+        tiers[index] = "ram" if left >= 0 and (index in rest or sizes[index] <= left) else "disk"
+    if left >= 0:
         return ring
-    for index in tables:
-        tiers[index] = "disk"
-    largest = max(sizes[index] for index in rest)
+    largest = max(host_room(sizes[index]) for index in rest)
     if largest > budget:
         raise BudgetError(f"ram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
                           f"{size_option(largest)}, for the largest unit that passes through it")  # fmt: skip
-    ring = min(window([sizes[index] for index in rest]), budget)
-    chosen = _choose({index: sizes[index] for index in rest}, budget - ring)
-    for index in rest:
-        tiers[index] = "ram" if index in chosen else "disk"
-    return ring
+    for index in _prefix(rest, sizes, budget - most):
+        tiers[index] = "ram"
+    return min(most, budget)
 
 
 def window(sizes: Sequence[int]) -> int:
     """The most bytes that neighbours in the cyclic schedule have together, as many as are in flight."""
+    if not sizes:
+        return 0
     count = min(IN_FLIGHT, len(sizes))
     return max(sum(sizes[(first + step) % len(sizes)] for step in range(count)) for first in range(len(sizes)))
 
 
-def _choose(sizes: Mapping[int, int], room: int) -> set[int]:
-    """Units that fill ``room``, those of one size spread evenly over the schedule.
+def _order(units: Sequence[UnitSize]) -> list[int]:
+    """What streams, first what is best kept: the head, then blocks, each as far from those before it as can be.
 
-    First how many of each size: in a fixed order, taking what fits, so that more room never takes fewer bytes.
+    Every tier takes what comes next in this order, so that more memory never takes fewer bytes, and what is left to the
+    disk is spread evenly over the schedule.
     """
-    bits = max(len(sizes) - 1, 1).bit_length()
-    order = sorted(enumerate(sizes), key=lambda item: int(f"{item[0]:0{bits}b}"[::-1], 2))
-    counts: Counter[int] = Counter()
-    for _, index in order:
-        if sizes[index] <= room:
-            counts[sizes[index]] += 1
-            room -= sizes[index]
-    chosen = set()
-    for size, count in counts.items():
-        same = [index for index in sizes if sizes[index] == size]
-        chosen |= {index for at, index in enumerate(same) if (at + 1) * count // len(same) > at * count // len(same)}
-    return chosen
+    heads = [index for index, unit in enumerate(units) if unit.kind == "head"]
+    blocks = [index for index, unit in enumerate(units) if unit.kind == "block"]
+    bits = max(len(blocks) - 1, 1).bit_length()
+    return heads + [blocks[at] for at in sorted(range(len(blocks)), key=lambda at: int(f"{at:0{bits}b}"[::-1], 2))]
+
+
+def _prefix(order: Sequence[int], sizes: Sequence[int], room: int) -> set[int]:
+    """The first units in ``order`` that fit ``room`` together."""
+    total = itertools.accumulate(sizes[index] for index in order)
+    return {index for index, end in zip(order, total, strict=True) if end <= room}

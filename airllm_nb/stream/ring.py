@@ -39,7 +39,7 @@ def align(size: int, to: int = PAGE) -> int:
 
 
 def host_room(nbytes: int) -> int:
-    """Host memory that a unit of ``nbytes`` is counted with: it lies in its page as its file does, for direct reads."""
+    """What a unit takes of the ring: it lies in its page as its file does, for direct reads."""
     return align(nbytes) + PAGE
 
 
