@@ -118,12 +118,13 @@ class Unchanged:
                 raise CheckpointError(f"{path} was changed while the model was open; load the model again")
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Not the inode: file systems over a network may number a file anew."""
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview) -> None:
