@@ -22,7 +22,7 @@ from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_le
 from .decode.prefill import Work, choose_chunk
 from .errors import BudgetError, UnsupportedModelError
 from .model.architecture import check_supported, native_config
-from .model.device import choose_device, choose_dtype, ram_budget, vram_budget
+from .model.device import choose_device, choose_dtype, has_memory, ram_budget, vram_budget
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units, is_tied
 from .model.slices import slice_limit, slice_linears
@@ -119,9 +119,8 @@ def prepare(
     compress(skeleton, codec, dtype, scratch)
     # Once: what is free later is less by what this model itself takes.
     vram, ram = vram_budget(options, device), ram_budget(options)
-    has_device = device.type != "cpu" or options.vram_budget is not None
     tensors = found.tensors if found else sizes_only(skeleton)
-    tensors = slice_linears(skeleton, tensors, slice_limit(vram, ram, has_device))
+    tensors = slice_linears(skeleton, tensors, slice_limit(vram, ram, has_memory(options, device)))
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
     progress(Progress("build", 1, 1, "models", source.name))
     folder = found.folder if found else source.folder

@@ -9,7 +9,7 @@ import torch
 
 from .config import GiB
 from .load import NOWHERE, Prepared
-from .model.device import available_ram
+from .model.device import available_ram, has_memory
 from .model.plan import Machine
 from .stream.probe import FALLBACK, best_seconds, disk_bandwidth, link_bandwidth
 from .stream.ring import LOCKED
@@ -30,7 +30,7 @@ def measure(prepared: Prepared) -> Machine:
     file = max(files, key=lambda file: file.stat().st_size, default=None)
     direct = file is not None and _reads_directly(prepared, file)
     disk = disk_bandwidth(file, direct) if file else FALLBACK
-    has_device = not is_cpu or prepared.options.vram_budget is not None
+    has_device = has_memory(prepared.options, device)
     link = link_bandwidth(device) if has_device else 1e12
     ram = ram_kind(file, device, link) if file and has_device else LOCKED
     compute = _compute_bandwidth(prepared)

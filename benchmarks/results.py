@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import os
-import platform
 import re
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -14,14 +13,13 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 def machine_line() -> str:
     """Date, machine and versions in one sentence."""
     import torch
-    import transformers
 
-    if torch.cuda.is_available():
-        machine = f"{torch.cuda.get_device_name(0)}, {os.cpu_count()} cores"
-    else:
-        machine = f"{os.cpu_count()} cores, {_processor()}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    return f"{datetime.date.today()}. {machine}; {versions}."
+    sys.path.insert(0, str(RESULTS.parents[1]))
+    from airllm_nb.bench import machine_facts
+
+    facts = machine_facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    versions = f"torch {facts['torch']}, transformers {facts['transformers']}, Python {facts['python']}"
+    return f"{datetime.date.today()}. {facts['device']}, {facts['cores']} cores; {versions}."
 
 
 def write_section(name: str, text: str, path: Path = RESULTS) -> None:
@@ -34,8 +32,3 @@ def write_section(name: str, text: str, path: Path = RESULTS) -> None:
     else:
         content = f"{content.rstrip()}\n\n## {name}\n\n{section}\n"
     path.write_text(content, encoding="utf-8")
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -70,6 +70,17 @@ def _no_browser() -> str | None:
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread: tiny matrices gain nothing from a second, and lose much on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def hub_env(tmp_path: Path) -> Callable[[str], dict[str, str]]:
     """``hub_env("http://127.0.0.1:1234")``: the environment of a subprocess that may ask this one hub, and no other."""

@@ -19,16 +19,9 @@ from airllm_nb.decode.prompt import prompt_shape
 from airllm_nb.engine import StreamedModel, open_model, plan_model
 from airllm_nb.errors import BudgetError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHUNK, LENGTH = 32, 160
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of 64 × 64 gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

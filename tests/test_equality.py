@@ -23,6 +23,8 @@ from airllm_nb.errors import BudgetError
 from airllm_nb.model.plan import Machine, ResidencyPlan
 from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE, host_room
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOM = {"max_seq_len": 256, "batch_size": 5}
 DEPTHS = [0, 1, 2, 3, 4, None]
 MIXES = ["ram", "ram|disk", "disk", "gpu", "gpu|ram", "ram, device", "gpu|disk", "ram|disk, device", "gpu|ram|disk"]
@@ -33,15 +35,6 @@ PROMPTS = [
     "The three laws of motion are",
     "1, 2, 3, 5, 8,",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second thread gains little here, and costs tenfold where another process has the other core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

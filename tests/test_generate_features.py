@@ -20,18 +20,11 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.engine import StreamedModel, open_model
 from airllm_nb.errors import BusyError, ClosedError, PromptError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IDS = torch.tensor([[1, 70, 90, 33, 60, 70, 90]])
 # How the weights get to compute → where they are.
 KINDS = {"in place": "ram", "disk": "disk", "device": "gpu|ram|disk"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of 64 × 64 gain nothing from a second thread, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

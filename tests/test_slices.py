@@ -34,6 +34,8 @@ from airllm_nb.model.slices import (
     slice_linears,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Of float32 matrices 256 wide: two steps of rows.
 LIMIT = 270_000
 SMALL = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 1000, "num_attention_heads": 4}
@@ -52,14 +54,6 @@ FAMILIES = {
 }
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 IDS = torch.tensor([[5, 70, 990, 33, 60]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .measure import bench, bench_model, bench_open, bench_synthetic, synthetic_model
+from .measure import bench, bench_model, bench_open, bench_synthetic, machine_facts, synthetic_model
 from .result import BenchResult
 
-__all__ = ["BenchResult", "bench", "bench_model", "bench_open", "bench_synthetic", "synthetic_model"]
+__all__ = ["BenchResult", "bench", "bench_model", "bench_open", "bench_synthetic", "machine_facts", "synthetic_model"]

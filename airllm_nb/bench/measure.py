@@ -213,7 +213,7 @@ def _measure(
         open_seconds=None, same_tokens=bool(torch.equal(first, again)),
         peak_bytes=torch.cuda.max_memory_reserved(model.device) if cuda else summary["peak_device_bytes"],
         links=_links(plan, summary["sweep_seconds"]), stages=summary["stages"], plan=plan.as_dict(),
-        probed=dataclasses.asdict(plan.machine), machine=_machine(model.device),
+        probed=dataclasses.asdict(plan.machine), machine=machine_facts(model.device),
     )  # fmt: skip
 
 
@@ -261,7 +261,8 @@ def _links(plan: ResidencyPlan, seconds: float) -> dict[str, dict[str, float]]:
     }  # fmt: skip
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions that a figure belongs to, as plain values."""
     import transformers
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()

@@ -61,6 +61,11 @@ def choose_dtype(options: LoadOptions, config: Any, stored: torch.dtype | None, 
     return dtype
 
 
+def has_memory(options: LoadOptions, device: torch.device) -> bool:
+    """Whether weights are copied to a memory of the device; a ``vram_budget`` on a CPU rehearses one."""
+    return device.type != "cpu" or options.vram_budget is not None
+
+
 def vram_budget(options: LoadOptions, device: torch.device) -> int:
     """Bytes of device memory to use: as named, else what is free, less a margin."""
     if options.vram_budget is not None:

@@ -245,9 +245,10 @@ def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, cop
     """Fill ``tiers`` with ``"ram"`` and ``"disk"`` where they are empty; returns the bytes of the ring."""
     sizes = [align(unit.nbytes) for unit in units]
     tables = [index for index, tier in enumerate(tiers) if not tier and units[index].kind == "embedding"]
-    rest = [index for index in _order(units) if not tiers[index]]
+    order = _order(units)
+    rest = [index for index in order if not tiers[index]]
     # Of all units, whichever stream: so that more VRAM never makes the ring larger.
-    most = window([host_room(sizes[index]) for index in sorted(_order(units))])
+    most = window([host_room(sizes[index]) for index in sorted(order)])
     ring = most if copies_ram and rest else 0
     left = budget - ring - sum(sizes[index] for index in rest)
     for index in [*rest, *tables]:
