@@ -12,10 +12,13 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+T = TypeVar("T")
 STAGES = ("read", "copy", "dequantise", "compute", "wait")
 CAPACITY = 65_536
+# Memory samples: seconds between two at first, and how many are kept; when there are as many, every second goes.
+MEMORY_EVERY, MOST_MEMORY = 0.05, 2048
 
 
 class Progress(NamedTuple):
@@ -50,11 +53,19 @@ class Span(NamedTuple):
 
 
 class MemorySample(NamedTuple):
-    """Device memory at one moment, in bytes."""
+    """Device memory at one moment, in bytes; on a CPU the resident set of the process.
+
+    ``allocated`` and ``reserved`` are of this process's allocator. Of what is allocated, ``slots`` holds units that
+    are moving or wait for their turn, and ``kv_cache`` is what earlier forwards have left. ``others`` is what the
+    driver counts beside: other programs, and CUDA itself.
+    """
 
     seconds: float
     allocated: int
     reserved: int
+    slots: int = 0
+    kv_cache: int = 0
+    others: int = 0
 
 
 @dataclass
@@ -72,21 +83,36 @@ class StageTotal:
 
 
 class Trace:
-    """The record of one generation.
+    """The record of one generation. One thread writes it; others may read it meanwhile.
 
     Parameters
     ----------
     clock
         Monotonic seconds; a test gives its own.
+
+    Attributes
+    ----------
+    windows
+        Start and end of each sweep, in seconds since the trace began.
+    began
+        Start of the sweep that runs, or of the last one.
+    plan
+        What was planned for it, see :meth:`~airllm_nb.model.plan.ResidencyPlan.as_dict`; empty until it runs.
+    tiers
+        ``"gpu"``, ``"ram"`` or ``"disk"`` of each unit by name, in the order of the schedule.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock, self._origin = clock, clock()
+        self.windows: deque[tuple[float, float]] = deque(maxlen=CAPACITY // 16)
+        self.began = 0.0
+        self.plan: Mapping[str, Any] = {}
+        self.tiers: Mapping[str, str] = {}
         self.spans: deque[Span] = deque(maxlen=CAPACITY)
-        self.memory: deque[MemorySample] = deque(maxlen=CAPACITY // 16)
+        self.memory: list[MemorySample] = []
+        self._memory_every, self._memory_next = MEMORY_EVERY, 0.0
         self.totals: dict[str, StageTotal] = {stage: StageTotal() for stage in STAGES}
         self.by_unit: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STAGES, 0.0))
-        self.sweep_seconds: deque[float] = deque(maxlen=CAPACITY // 16)
         self.sweeps = 0
         self.tokens = 0
         self.peak_bytes = 0
@@ -107,19 +133,39 @@ class Trace:
         self.by_unit[unit][stage] += end - start
         self.spans.append(Span(stage, unit, start, end, nbytes, self.sweeps))
 
-    def end_sweep(self, seconds: float) -> None:
-        """Close one sweep over all units that took ``seconds``."""
-        self.sweep_seconds.append(seconds)
+    def end_sweep(self, start: float, end: float) -> None:
+        """Close one sweep over all units, from ``start`` to ``end`` in seconds since the trace began."""
+        self.windows.append((start, end))
         self.sweeps += 1
 
-    def sample_memory(self, allocated: int, reserved: int) -> None:
-        """Record device memory in use, in bytes."""
-        self.memory.append(MemorySample(self.now(), allocated, reserved))
-        self.peak_bytes = max(self.peak_bytes, reserved)
+    @property
+    def sweep_seconds(self) -> list[float]:
+        """How long each sweep took."""
+        return [end - start for start, end in _copied(self.windows)]
+
+    @property
+    def wants_memory(self) -> bool:
+        """Whether the next memory sample is due; they become rarer as the trace grows longer."""
+        return self.now() >= self._memory_next
+
+    def add_memory(self, sample: MemorySample) -> None:
+        """Record device memory in use; ``sample.seconds`` is :meth:`now`."""
+        self.peak_bytes = max(self.peak_bytes, sample.reserved)
+        self.memory.append(sample)
+        if len(self.memory) >= MOST_MEMORY:
+            self.memory = self.memory[::2]
+            self._memory_every *= 2
+        self._memory_next = sample.seconds + self._memory_every
+
+    def recent(self, count: int | None = None) -> list[Span]:
+        """The last ``count`` spans that are kept (default: all), safe while the trace grows."""
+        spans = _copied(self.spans)
+        return spans if count is None else spans[-count:]
 
     def median_sweep(self) -> float | None:
         """The median sweep in seconds, the first left out when there are others (it is the prefill)."""
-        sweeps = sorted(list(self.sweep_seconds)[1:] or self.sweep_seconds)
+        every = self.sweep_seconds
+        sweeps = sorted(every[1:] or every)
         return sweeps[len(sweeps) // 2] if sweeps else None
 
     def summary(self) -> dict[str, Any]:
@@ -155,7 +201,7 @@ class Trace:
         """The spans in the Trace Event Format, microseconds, one row per stage."""
         for row, stage in enumerate(STAGES):
             yield {"ph": "M", "name": "thread_name", "pid": 1, "tid": row, "args": {"name": stage}}
-        for span in self.spans:
+        for span in self.recent():
             yield {
                 "ph": "X", "name": span.unit, "cat": span.stage, "pid": 1, "tid": STAGES.index(span.stage),
                 "ts": span.start * 1e6, "dur": (span.end - span.start) * 1e6,
@@ -163,13 +209,22 @@ class Trace:
             }  # fmt: skip
         for sample in self.memory:
             yield {"ph": "C", "name": "device memory", "pid": 1, "ts": sample.seconds * 1e6,
-                   "args": {"allocated": sample.allocated, "reserved": sample.reserved}}  # fmt: skip
+                   "args": {name: value for name, value in sample._asdict().items() if name != "seconds"}}  # fmt: skip
 
     def to_chrome(self, path: str | Path) -> Path:
         """Write a JSON file that Perfetto and ``chrome://tracing`` open; returns its path."""
         path = Path(path)
         path.write_text(json.dumps({"traceEvents": list(self.chrome_events())}), encoding="utf-8")
         return path
+
+
+def _copied(changing: deque[T]) -> list[T]:
+    """A list of what another thread appends to."""
+    while True:
+        try:
+            return list(changing)
+        except RuntimeError:  # it grew meanwhile
+            continue
 
 
 def prediction(seconds: float, bound_by: str | None = None) -> str:

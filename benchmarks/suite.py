@@ -46,7 +46,9 @@ GROUPS: dict[str, list[Case]] = {
                   "--vram 1500MiB --cap --max-seq-len 256 --ram 2200MiB --direct-io --sweeps 3", True)],
     "small": [Case("small, 4 layers", "small", 4, None, "--max-seq-len 256 --vram 40MiB")],
     "full": [Case("70B, all 80 layers, 4-bit, batch 1", L70, 80, "4bit", f"{CAP} --ram 100GiB --sweeps 4"),
-             Case("the same, VRAM 24 GiB", L70, 80, "4bit", "--vram 24GiB --cap --max-seq-len 256 --ram 100GiB")],
+             Case("the same, VRAM 24 GiB", L70, 80, "4bit", "--vram 24GiB --cap --max-seq-len 256 --ram 100GiB"),
+             *(Case(f"48 tokens, batch {size}", L70, 80, "4bit",
+                    f"--vram 4GiB --cap --max-seq-len 48 --ram 100GiB --batch {size} --sweeps 3") for size in (1, 32))],
     "batch": [Case(f"70B, 24 layers, 4-bit, batch {size}", L70, 24, "4bit",
                    f"--vram 4GiB --cap --max-seq-len 48 --ram 100GiB --batch {size}") for size in (1, 8, 32, 128)],
 }  # fmt: skip

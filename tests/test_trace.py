@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from fakes import FakeClock
 
-from airllm_nb.trace import CAPACITY, STAGES, Trace, speed_line, stage_rows
+from airllm_nb.trace import CAPACITY, MOST_MEMORY, STAGES, MemorySample, Trace, speed_line, stage_rows
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def trace(clock: FakeClock) -> Trace:
             trace.add("copy", unit, start + 1, start + 1.5, 1000)
             trace.add("compute", unit, start + 2, start + 4)
         clock.advance(10)
-        trace.sample_memory(500 + sweep, 1000 - sweep)
-        trace.end_sweep(4.0 + sweep)
+        trace.add_memory(MemorySample(trace.now(), 500 + sweep, 1000 - sweep))
+        trace.end_sweep(10.0, 14.0 + sweep)
     return trace
 
 
@@ -57,7 +58,7 @@ def test_seconds_count_from_the_beginning(trace: Trace) -> None:
 def test_the_median_sweep_leaves_the_prefill_out(sweeps: list[float], median: float | None) -> None:
     trace = Trace()
     for seconds in sweeps:
-        trace.end_sweep(seconds)
+        trace.end_sweep(0.0, seconds)
     assert trace.median_sweep() == median
 
 
@@ -120,12 +121,24 @@ def test_memory_is_bounded_and_totals_stay_exact() -> None:
     trace = Trace()
     for number in range(CAPACITY + 1000):
         trace.add("read", f"unit {number % 7}", 0.0, 1.0, 1)
-        trace.sample_memory(1, 1)
-        trace.end_sweep(1.0)
+        trace.add_memory(MemorySample(trace.now(), 1, 1))
+        trace.end_sweep(0.0, 1.0)
     assert trace.summary()["stages"]["read"]["count"] == trace.sweeps == CAPACITY + 1000
     assert len(trace.spans) == CAPACITY
-    assert len(trace.memory) < CAPACITY and len(trace.sweep_seconds) < CAPACITY
+    assert len(trace.memory) < MOST_MEMORY and len(trace.sweep_seconds) < CAPACITY
     assert sys.getsizeof(trace.spans) < 1 << 20
+
+
+def test_memory_samples_become_rarer_and_span_the_whole_trace(clock: FakeClock) -> None:
+    trace = Trace(clock)
+    for step in range(40_000):
+        clock.advance(0.01)
+        if trace.wants_memory:
+            trace.add_memory(MemorySample(trace.now(), step, step))
+    times = [sample.seconds for sample in trace.memory]
+    assert MOST_MEMORY / 2 <= len(times) < MOST_MEMORY
+    assert times[0] < 1 and times[-1] > 399 and times == sorted(times)
+    assert max(later - earlier for earlier, later in itertools.pairwise(times)) < 1
 
 
 def test_recording_is_cheap() -> None:

@@ -62,6 +62,7 @@ class Executor:
         self._recorder = Recorder(self._copier, device)
         self._files = MappedFiles()
         self._sources = Unchanged(piece.extent.path for unit in units for piece in unit.stream.pieces)
+        self._tiers = {unit.name: tier for unit, tier in zip(units, plan.tiers, strict=True)}
         self._hooks: list[Any] = []
         self._reached = 0
         self._resident: dict[str, torch.Tensor] = {}
@@ -87,11 +88,12 @@ class Executor:
         self._sources.check()
         self.cancel = cancel
         trace.predicted_sweep_seconds, trace.bound_by = self._plan.sweep_seconds, self._plan.bound_by
+        trace.plan, trace.tiers = self._plan.as_dict(), self._tiers
         self._recorder.begin(trace)
 
     def finish(self) -> None:
         """Complete the trace: resolve what the device has finished since."""
-        self._recorder.resolve(self._prefetcher, wait=True)
+        self._recorder.finish(self._prefetcher)
 
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device the current one of this thread."""
@@ -193,10 +195,9 @@ class Executor:
     def _stream(self, units: list[ModelUnit]) -> None:
         if not units:
             return
-        tiers = {unit.name: tier for unit, tier in zip(self._units, self._plan.tiers, strict=True)}
         machine = self._plan.machine
         self._memory = StreamMemory(
-            [unit.stream for unit in units], [tiers[unit.name] == "ram" for unit in units], device=self._device,
+            [unit.stream for unit in units], [self._tiers[unit.name] == "ram" for unit in units], device=self._device,
             arena_bytes=self._plan.arena_bytes, ring_bytes=self._plan.ring_bytes, ram=machine.ram,
             direct=machine.direct,
         )  # fmt: skip
@@ -224,6 +225,7 @@ class Executor:
 
         def leave(*_: Any) -> None:
             after(recorder.end_compute(name))
+            recorder.look(self._prefetcher)
 
         self._hooks.append(unit.module.register_forward_pre_hook(enter))
         self._hooks.append(unit.module.register_forward_hook(leave))

@@ -14,7 +14,7 @@ import torch
 
 from ..stream.copier import Copier, Mark
 from ..stream.prefetcher import Moved, Prefetcher
-from ..trace import Trace
+from ..trace import MemorySample, Trace
 
 
 class Recorder:
@@ -38,6 +38,7 @@ class Recorder:
         self._marks: deque[tuple[str, str, Mark, Mark]] = deque(maxlen=65_536)
         self._dequantised: list[tuple[Mark, Mark]] = []
         self._moved: deque[Moved] = deque(maxlen=65_536)
+        self._before, self._kv_cache = 0, 0
 
     def begin(self, trace: Trace) -> None:
         """Record into ``trace`` from now on; work of an earlier trace that is not resolved yet is dropped."""
@@ -45,10 +46,11 @@ class Recorder:
         self._marks.clear()
         self._moved.clear()
         self._copier.begin()
+        self._before, self._kv_cache = _memory(self._device)[0], 0
         self._origin, self._origin_seconds, self._origin_clock = self._copier.mark(), trace.now(), self.clock()
 
     def begin_sweep(self) -> None:
-        self._sweep = self._copier.mark()
+        self._sweep, self._trace.began = self._copier.mark(), self._trace.now()
 
     def begin_compute(self) -> None:
         self._start = self._copier.mark()
@@ -75,11 +77,33 @@ class Recorder:
             now = self._trace.now()
             self._trace.add("wait", unit, now - seconds, now)
 
+    def look(self, prefetcher: Prefetcher | None) -> None:
+        """Between two units: bring the trace up to date if it is time to."""
+        if self._trace.wants_memory:
+            self._sample(prefetcher)
+            self.resolve(prefetcher)
+
     def end_sweep(self, prefetcher: Prefetcher | None) -> None:
         """One forward is over (on the host)."""
         self._marks.append(("sweep", "", self._sweep, self._copier.mark()))
-        self._trace.sample_memory(*_memory(self._device))
+        if self._trace.wants_memory:
+            self._sample(prefetcher, between=True)
         self.resolve(prefetcher)
+
+    def finish(self, prefetcher: Prefetcher | None) -> None:
+        """The generation is over: wait for the device, and complete the trace."""
+        if self._origin is not None:
+            self.resolve(prefetcher, wait=True)
+            self._sample(prefetcher)
+
+    def _sample(self, prefetcher: Prefetcher | None, between: bool = False) -> None:
+        """``between`` two forwards no activations are left: what is more than at the beginning is the cache."""
+        allocated, reserved = _memory(self._device)
+        if between and self._device.type == "cuda":
+            self._kv_cache = max(allocated - self._before, 0)
+        slots = prefetcher.bytes_ahead if prefetcher else 0
+        now, others = self._trace.now(), _others(self._device)
+        self._trace.add_memory(MemorySample(now, allocated, reserved, slots, self._kv_cache, others))
 
     def resolve(self, prefetcher: Prefetcher | None, wait: bool = False) -> None:
         """Move what is finished into the trace; with ``wait``, all of it."""
@@ -112,7 +136,7 @@ class Recorder:
         if begin is None or finish is None:
             return False
         if stage == "sweep":
-            self._trace.end_sweep(finish - begin)
+            self._trace.end_sweep(self._origin_seconds + begin, self._origin_seconds + finish)
         # What was already moving before the trace began belongs to no trace.
         elif finish > 0:
             self._trace.add(stage, unit, self._origin_seconds + begin, self._origin_seconds + finish, nbytes)
@@ -129,3 +153,11 @@ def _memory(device: torch.device) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return resident, resident
+
+
+def _others(device: torch.device) -> int:
+    """Bytes of device memory that are not this process's allocator's, as the driver counts them."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(total - free - torch.cuda.memory_reserved(device), 0)

@@ -119,6 +119,11 @@ class Prefetcher:
             self._done = step + 1
             self._advance()
 
+    @property
+    def bytes_ahead(self) -> int:
+        """Device memory that holds or receives units now; looked at without the lock, so it may be a unit off."""
+        return sum(self._stops[step].unit.nbytes for step in range(self._done, self._next_copy))
+
     def close(self) -> None:
         """Refuse further use and wake whoever waits; the reader and the memory have their own owners."""
         with self._changed:
