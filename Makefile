@@ -24,7 +24,18 @@ FLOOR := build/floor-5.15.0
 FLOOR_PACKAGES := transformers==5.15.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 FLOOR_TESTS := $(addprefix tests/test_,import.py mapping.py auto_model.py engine.py other_models.py)
 
-.PHONY: help demo test test-floor test-gpu lint bench venv clean
+# Kernels as notebooks elsewhere have them, laid over .venv for the kernel's process alone (tests/kernels.py).
+# Colab and Kaggle: what their images bring. The numbers: ipykernel's own ways of reading messages; .venv has the newest.
+KERNELS := colab kaggle 6.31 7.0 7.1 7.3
+COLAB_BASE := ipython==7.34.0 ipykernel==6.17.1 backcall==0.2.0 decorator==5.2.1 nest-asyncio==1.6.0 pickleshare==0.7.5
+KERNEL_colab := $(COLAB_BASE) ipywidgets==7.7.1 ipython-genutils==0.2.0
+KERNEL_kaggle := $(COLAB_BASE) ipywidgets==8.1.5
+KERNEL_6.31 := ipykernel==6.31.0 nest-asyncio==1.6.0
+KERNEL_7.0 := ipykernel==7.0.1 nest-asyncio==1.6.0
+KERNEL_7.1 := ipykernel==7.1.0 nest-asyncio==1.6.0
+KERNEL_7.3 := ipykernel==7.3.0 nest-asyncio2==1.7.4
+
+.PHONY: help demo test test-floor test-gpu lint browser kernels bench venv clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -32,7 +43,7 @@ help: ## this list
 demo: $(STAMP) ## run notebooks/quickstart.ipynb on a real model; leaves it and its HTML in build/
 	@$(BIN)/python tools/demo.py
 
-test: lint test-floor ## lint, the core tests on the oldest transformers, then the whole suite
+test: lint browser test-floor kernels ## lint, the core tests on the oldest transformers, then the whole suite
 	@echo "== the whole suite"
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
 
@@ -43,6 +54,19 @@ test-floor: $(STAMP) $(FLOOR)/installed ## the core tests on transformers 5.15.0
 	@echo "== core tests on transformers 5.15.0"
 	@CUDA_VISIBLE_DEVICES= PYTHONPATH=$(CURDIR)/$(FLOOR) AIRLLM_NB_EXPECT_TRANSFORMERS=5.15.0 \
 	  $(BIN)/python -m pytest -q -p no:cacheprovider $(FLOOR_TESTS)
+
+browser: ## Chromium for the tests marked `browser`: where there is none, by apt-get as root; else they are skipped
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name >/dev/null && exit 0; \
+	done; \
+	[ -z "$$AIRLLM_NB_CHROMIUM" ] || exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "== installing chromium (a minute)"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium \
+	    fonts-dejavu-core >/dev/null || echo "make: apt-get cannot install chromium; the tests in a browser are skipped" >&2; \
+	else \
+	  echo "make: no chromium, and installing it takes root and apt-get; the tests in a browser are skipped" >&2; \
+	fi
 
 lint: $(STAMP) ## ruff and mypy
 	@echo "== lint"
@@ -76,10 +100,17 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  rm -rf $(VENV) && $$python -m venv $(VENV); \
 	fi
 	@echo "== installing into $(VENV) (the first time takes minutes: torch is large)"
-	@$(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[test,lint]'
+	@$(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[test,lint,browser]'
 	@touch $@
 
 $(FLOOR)/installed: $(STAMP) Makefile
 	@echo "== installing transformers 5.15.0 into $(FLOOR)"
 	@rm -rf $(FLOOR) && $(PIP_INSTALL) --no-deps --target $(FLOOR) $(FLOOR_PACKAGES)
+	@touch $@
+
+kernels: $(KERNELS:%=build/kernel-%/installed) ## the kernels of Colab, Kaggle and older Jupyters, for the tests
+
+build/kernel-%/installed: $(STAMP) Makefile
+	@echo "== installing the kernel of $* into $(@D)"
+	@rm -rf $(@D) && $(PIP_INSTALL) --no-deps --target $(@D) $(KERNEL_$*)
 	@touch $@

@@ -51,13 +51,13 @@ def __dir__() -> list[str]:
 
 def load_ipython_extension(ipython: Any) -> None:
     """``%load_ext airllm_nb``: register the magics."""
-    from .notebook.magics import load
+    from .notebook.extension import load
 
     load(ipython)
 
 
 def unload_ipython_extension(ipython: Any) -> None:
     """``%unload_ext airllm_nb``: remove the magics, stop workers, close models."""
-    from .notebook.magics import unload
+    from .notebook.extension import unload
 
     unload(ipython)

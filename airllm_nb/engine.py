@@ -19,9 +19,11 @@ from .decode.generate import Generation, GenerationResult
 from .decode.prefill import of_forward
 from .decode.prompt import Prompt, check_length, encode
 from .decode.replay import Replay
+from .decode.tokenizer import load_tokenizer
 from .errors import BusyError, ClosedError, OptionError
 from .machine import measure
 from .model.plan import ResidencyPlan
+from .preview import Preview
 from .residence import Residence
 from .trace import ProgressCallback, Trace, silent
 
@@ -50,8 +52,7 @@ def plan_model(
     model: str | Path, options: LoadOptions | None = None, *, progress: ProgressCallback = silent
 ) -> ResidencyPlan:
     """What would go where, and how fast, without downloading, converting or reading any weight."""
-    prepared = load.prepare(model, options or LoadOptions(), progress=progress, weights=False)
-    return load.plan(prepared, measure(prepared), prepared.planned)[0]
+    return Preview(model, options or LoadOptions(), progress=progress).plan()
 
 
 def convert_model(model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent) -> Path:
@@ -88,9 +89,7 @@ class StreamedModel:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded on first use."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        return load_tokenizer(self.folder)
 
     # --- transformers' face
 

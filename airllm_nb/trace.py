@@ -157,6 +157,11 @@ class Trace:
             self._memory_every *= 2
         self._memory_next = sample.seconds + self._memory_every
 
+    @property
+    def of_device(self) -> bool:
+        """Whether the memory samples are a GPU's: beside the allocator's, its driver always counts something."""
+        return any(sample.others for sample in list(self.memory))
+
     def recent(self, count: int | None = None) -> list[Span]:
         """The last ``count`` spans that are kept (default: all), safe while the trace grows."""
         spans = _copied(self.spans)

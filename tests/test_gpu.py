@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from airllm_nb.errors import BudgetError
 from airllm_nb.stream import trial
 from airllm_nb.stream.arena import HostArena
 from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE
+from airllm_nb.timeline import last_sweep
 
 pytestmark = pytest.mark.gpu
 MiB = 1 << 20
@@ -210,3 +212,21 @@ def test_float16_weights_from_a_bfloat16_file(checkpoint, ids):
         logits = model(ids[:1]).logits
     assert logits.dtype == torch.float16
     assert torch.isfinite(logits).all()
+
+
+def test_the_trace_says_what_the_memory_holds_and_when_things_moved(checkpoint, ids):
+    with AutoModel.from_pretrained(checkpoint, max_seq_len=64, batch_size=2, **CASES["every tier"]) as model:
+        greedy(model, ids)
+        greedy(model, ids)
+        trace, plan = model.trace, model.plan
+    samples = trace.memory
+    assert len(samples) > 2 and all(s.allocated <= s.reserved <= plan.vram_budget for s in samples)
+    assert 0 < max(s.slots for s in samples) <= plan.arena_bytes
+    assert 0 < samples[-1].kv_cache < plan.vram_budget // 4
+    assert all(s.others > 0 for s in samples), "CUDA itself takes memory"
+    assert len(trace.windows) == trace.sweeps == 24
+    assert all(start < end for start, end in trace.windows)
+    assert all(end <= start + 1e-6 for (_, end), (start, _) in itertools.pairwise(trace.windows))
+    view = last_sweep(trace)
+    assert set(view.lanes) >= {"read", "copy", "compute"}
+    assert 0 < view.efficiency <= 1 and view.nbytes["copy"] == plan.streamed_bytes

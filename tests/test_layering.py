@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "airllm_nb"
 
-BASE = {"config", "errors", "trace"}
+BASE = {"config", "errors", "trace", "timeline"}
 ROOMS = {"checkpoint", "stream", "model", "decode"}
 ENGINE = {"engine", "auto_model", "bench"}
 # room or top-level module: what it may import of ours, besides itself
@@ -19,6 +19,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "trace": {"errors"},
+    "timeline": {"trace", "config", "errors"},
     "checkpoint": BASE,
     "stream": BASE | {"checkpoint"},
     "model": BASE | {"checkpoint", "stream"},
@@ -27,10 +28,11 @@ ALLOWED = {
     "load": BASE | ROOMS | {"stores"},
     "machine": BASE | ROOMS | {"load"},
     "residence": BASE | ROOMS | {"load"},
-    "engine": BASE | ROOMS | {"stores", "load", "machine", "residence"},
+    "preview": BASE | ROOMS | {"load", "machine"},
+    "engine": BASE | ROOMS | {"stores", "load", "machine", "residence", "preview"},
     "auto_model": BASE | ROOMS | {"stores", "load", "engine"},
     "bench": BASE | ROOMS | {"stores", "load", "machine", "engine"},
-    "notebook": BASE | ENGINE,
+    "notebook": BASE | ENGINE | {"preview"},
     "cli": BASE | ENGINE,
     "__main__": {"cli"},
     "__init__": BASE | ENGINE | {"notebook", "checkpoint"},  # lazily; what it costs is measured in test_import.py

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
-from ..trace import speed_line, stage_rows
+from ..timeline import last_sweep, verdict
+from ..trace import Trace, speed_line, stage_rows
 
 if TYPE_CHECKING:
     from ..bench import BenchResult
@@ -96,13 +97,25 @@ def _last(summary: dict[str, Any]) -> str:
     return f"last      {summary['tokens']} tokens, {speed_line(summary)}"
 
 
-def trace_card(summary: dict[str, Any]) -> Card:
-    """Totals of each stage of one generation."""
+def trace_card(trace: Trace, title: str = "") -> Card:
+    """Totals of each stage of one generation, and what bounded its last sweep."""
+    summary = trace.summary()
     rows = [("speed", f"{summary['tokens']} tokens in {summary['sweeps']} sweeps, {speed_line(summary)}")]
+    return Card(title or "the last generation, stage by stage (stages overlap)", [*rows, *_trace_rows(trace)])
+
+
+def generation_card(line: str, trace: Trace) -> Card:
+    """A generation that is over: the summary, then the figures of its links."""
+    return Card(line, _trace_rows(trace))
+
+
+def _trace_rows(trace: Trace) -> list[tuple[str, str]]:
+    summary, view = trace.summary(), last_sweep(trace)
+    rows = stage_rows(summary["stages"])
     if summary["peak_device_bytes"]:
-        rows.append(("peak", format_bytes(summary["peak_device_bytes"])))
-    rows += stage_rows(summary["stages"])
-    return Card("the last generation, stage by stage (stages overlap)", rows)
+        budget = f" of {format_bytes(trace.plan['vram_budget'])}" if trace.of_device else ""
+        rows.append(("peak", format_bytes(summary["peak_device_bytes"]) + budget))
+    return [*rows, ("last sweep", verdict(view, trace.plan))] if view else rows
 
 
 def bench_card(result: BenchResult) -> Card:

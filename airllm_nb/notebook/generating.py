@@ -1,10 +1,10 @@
-"""One generation in a cell: text as it comes, a line while nothing comes, a partial answer when it is interrupted."""
+"""One generation in a cell: shown as it comes, and a partial answer when it is stopped or interrupted."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..trace import speed_line
 from .progress_line import ProgressLine
@@ -20,7 +20,26 @@ PATIENCE = 2.0
 SLOW_SWEEP = 1.0
 
 
-def generate(entry: Entry, generation: Any, line: ProgressLine) -> Any:
+class View(Protocol):
+    """What shows a generation; all of it is called in the cell's thread."""
+
+    def begin(self) -> None:
+        """It is about to start."""
+
+    def got(self, chunk: Any) -> None:
+        """Text or tokens arrived."""
+
+    def waited(self) -> None:
+        """A moment passed without any."""
+
+    def stopping(self) -> None:
+        """It was asked to end, and will."""
+
+    def end(self, result: Any) -> None:
+        """It is over; ``result`` is ``None`` where it failed, or was left to end by itself."""
+
+
+def generate(entry: Entry, generation: Any, view: View) -> Any:
     """Stream a generation to the cell; main thread only.
 
     Returns
@@ -29,30 +48,29 @@ def generate(entry: Entry, generation: Any, line: ProgressLine) -> Any:
         Also of an interrupted generation. ``None`` where a second interrupt left it to end by itself.
     """
     entry.unfinished = generation
-    waiting, shown = Waiting(entry.model), 0
     try:
+        view.begin()
         try:
             while True:
-                shown += _step(generation, line, waiting)
+                chunk = generation.poll(POLL)
+                view.waited() if chunk is None else view.got(chunk)
         except StopIteration:
             pass
         except KeyboardInterrupt:
-            # In a terminal the line would be drawn over the last line of the answer.
-            if line.in_place or not shown:
-                line.show("stopping after the unit that runs …")
+            view.stopping()
             _end(generation)
     except KeyboardInterrupt:
-        line.clear()
+        view.end(None)
         return None
+    except BaseException:
+        view.end(None)
+        raise
     finally:
         if generation.result is not None:
             entry.unfinished = None
         else:
             generation.stop()
-    line.clear()
-    text = generation.result.text
-    # Closing brings what was held back: the bytes of a character that an interrupt cut.
-    _write(text[shown:] + "\n" * bool(text and not text.endswith("\n")))
+    view.end(generation.result)
     return generation.result
 
 
@@ -66,18 +84,36 @@ def _end(generation: Any) -> None:
         pass
 
 
-def _step(generation: Any, line: ProgressLine, waiting: Waiting) -> int:
-    """Wait a moment; returns how many characters came."""
-    chunk = generation.poll(POLL)
-    if chunk is None:
-        if text := waiting.text(line.in_place):
-            line.show(text)
-        return 0
-    waiting.got(chunk.tokens, bool(chunk.text))
-    if chunk.text:
-        line.clear()
-        _write(chunk.text)
-    return len(chunk.text)
+class TextView:
+    """The text as plain output, and a line while nothing comes."""
+
+    def __init__(self, model: StreamedModel, line: ProgressLine):
+        self._line, self._waiting, self._shown = line, Waiting(model), 0
+
+    def begin(self) -> None: ...
+
+    def got(self, chunk: Any) -> None:
+        self._waiting.got(chunk.tokens, bool(chunk.text))
+        if chunk.text:
+            self._line.clear()
+            _write(chunk.text)
+            self._shown += len(chunk.text)
+
+    def waited(self) -> None:
+        if text := self._waiting.text(self._line.in_place):
+            self._line.show(text)
+
+    def stopping(self) -> None:
+        # In a terminal the line would be drawn over the last line of the answer.
+        if self._line.in_place or not self._shown:
+            self._line.show("stopping after the unit that runs …")
+
+    def end(self, result: Any) -> None:
+        self._line.clear()
+        if result is not None:
+            text = result.text
+            # Closing brings what was held back: the bytes of a character that an interrupt cut.
+            _write(text[self._shown :] + "\n" * bool(text and not text.endswith("\n")))
 
 
 def _write(text: str) -> None:

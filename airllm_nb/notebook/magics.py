@@ -11,22 +11,21 @@ from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_
 from IPython.display import display
 from traitlets import Enum, Float, Int, Unicode
 
-from ..errors import AirLLMError, BudgetError, OptionError
-from . import cards, options
-from .completion import FlagCompletion
-from .generating import generate, summary_line
+from ..errors import OptionError
+from . import cards, opening, options, tracing
+from .environment import output_of
+from .generating import TextView, View, generate, summary_line
 from .loading import Loading
 from .mistakes import one_line
-from .progress_line import progress_line
+from .progress_line import ProgressLine, progress_line
 from .prompt_variables import expand, visible
-from .registry import DEFAULT_NAME, NOTHING, Entry, Registry
+from .registry import DEFAULT_NAME, NOTHING, Entry, Registry, Run
 
 if TYPE_CHECKING:
     import argparse
 
     from ..config import LoadOptions
 
-CHROME = "ui.perfetto.dev and chrome://tracing open it"
 DETACHED = "interrupted twice: no result is stored; the model stops by itself and can then be used again"
 
 
@@ -38,7 +37,7 @@ class AirLLM(Magics):
     temperature = Float(0.0, help="Temperature; 0 is greedy (-t).").tag(config=True)
     vram = Unicode("", help="Memory budget on the GPU (--vram); empty: what is free.").tag(config=True)
     ram = Unicode("", help="Budget for weights in RAM (--ram); empty: what is free.").tag(config=True)
-    dashboard = Enum(options.DASHBOARDS, "bar", help="How much to show while it works (--dashboard).").tag(config=True)
+    dashboard = Enum(options.DASHBOARDS, "full", help="How much to show while it works (--dashboard).").tag(config=True)
 
     def __init__(self, shell: Any):
         super().__init__(shell)
@@ -56,27 +55,12 @@ class AirLLM(Magics):
         given = self._parsed(self.airllm_load, line)
         if given is None:
             return
-        name = given.name or DEFAULT_NAME
-        wanted = self._load_options(given)
-        bar = progress_line(self.shell, given.dashboard or self.dashboard)
-        closed = name in self.models
-        try:
-            if closed:
-                self._check(given.model, wanted, bar)
-                self.models.remove(name)
-            model = Loading(lambda report: _open(given.model, wanted, report)).result(bar)
-        except KeyboardInterrupt:
-            kept = name in self.models
-            raise OptionError("interrupted; " + (f"{name!r} is as it was" if kept else
-                              "nothing is loaded, and what was downloaded or converted is kept")) from None  # fmt: skip
-        except AirLLMError as error:
-            if closed and name not in self.models:
-                raise type(error)(f"{error} (the model that was {name!r} is closed already)") from None
-            raise
-        self.models.add(Entry(name, model, given.dashboard or self.dashboard))
+        dashboard = given.dashboard or self.dashboard
+        wanted, bar = self._load_options(given), progress_line(self.shell, dashboard)
+        entry = opening.open_into(self.models, given.name or DEFAULT_NAME, given.model, wanted, dashboard, bar)
         if given.output:
-            self.shell.user_ns[given.output] = model
-        bar.replace(cards.model_card(name, model))
+            self.shell.user_ns[given.output] = entry.model
+        self._show_plan(cards.model_card(entry.name, entry.model), entry.model.plan, bar, dashboard)
 
     @no_var_expand
     @cell_magic
@@ -97,13 +81,15 @@ class AirLLM(Magics):
         if given.seed is not None:
             _seed(given.seed)
         generation = entry.model.stream(_prompt(given, text), **how)
-        result = generate(entry, generation, progress_line(self.shell, entry.dashboard))
+        result = generate(entry, generation, self._view(entry, generation, given.max_new_tokens))
         if result is None:
             display(cards.Line(DETACHED))
             return
+        self.models.runs.append(Run.of(entry, result))
         if given.output:
             self.shell.user_ns[given.output] = result
-        display(cards.Line(summary_line(result)))
+        display(cards.generation_card(summary_line(result), result.trace) if entry.dashboard == "full" else
+                cards.Line(summary_line(result)))  # fmt: skip
         if entry.model.options.profiling_mode:
             _write(result.trace.table())
 
@@ -116,12 +102,34 @@ class AirLLM(Magics):
         if given is None:
             return
         wanted = self._load_options(given)
-        plan = Loading(lambda report: _plan(given.model, wanted, report)).result(progress_line(self.shell))
+        bar = progress_line(self.shell)
+        plan = Loading(lambda report: opening.plan(given.model, wanted, report)).result(bar)
         if given.output:
             self.shell.user_ns[given.output] = plan
-        display(cards.plan_card(given.model, plan))
+        self._show_plan(cards.plan_card(given.model, plan), plan, bar, self.dashboard)
         if given.units:
             _write(plan.table())
+
+    @line_magic
+    @options.arguments(options.PANEL)
+    @one_line
+    def airllm_panel(self, line: str) -> None:
+        """Pick a model, a compression and budgets with the mouse, and see the plan of each choice; then load it.
+
+        Below the controls stands the %airllm_load line that does the same.
+        """
+        given = self._parsed(self.airllm_panel, line)
+        if given is None:
+            return
+        if output_of(self.shell) != "kernel":
+            raise OptionError("a panel needs a notebook; here use %airllm_plan MODEL and %airllm_load MODEL")
+        from .panel import Panel
+
+        def load(model: str, wanted: LoadOptions, bar: ProgressLine) -> None:
+            entry = opening.open_into(self.models, given.name or DEFAULT_NAME, model, wanted, self.dashboard, bar)
+            self._show_plan(cards.model_card(entry.name, entry.model), entry.model.plan, bar, self.dashboard)
+
+        Panel(given.model or "", load).show()
 
     @line_magic
     @options.arguments(options.BENCH)
@@ -164,20 +172,11 @@ class AirLLM(Magics):
         given = self._parsed(self.airllm_trace, line)
         if given is None:
             return
-        trace = self.models.get(given.name).model.trace
-        if not trace.sweeps:
-            raise OptionError("nothing was generated yet; run a %%airllm_generate cell first")
+        runs = tracing.chosen(given, self.models, self.shell.user_ns)
         if given.file is None:
-            display(cards.trace_card(trace.summary()))
-            return
-        path = Path(given.file).expanduser()
-        if path.suffix != ".json":
-            raise OptionError(f"{given.file}: name a file that ends in .json")
-        try:
-            trace.to_chrome(path)
-        except OSError as error:
-            raise OptionError(f"{path} cannot be written ({error.strerror}); name another place") from None
-        display(cards.Line(f"wrote {path}; {CHROME}"))
+            tracing.show(runs)
+        else:
+            display(cards.Line(tracing.save(runs, Path(given.file).expanduser())))
 
     @line_magic
     @options.arguments(options.UNLOAD)
@@ -191,6 +190,27 @@ class AirLLM(Magics):
         for name in names:
             self.models.remove(name)
         display(cards.Line(f"closed {', '.join(names)}" if names else NOTHING))
+
+    def _show_plan(self, card: cards.Card, plan: Any, bar: ProgressLine, dashboard: str) -> None:
+        """The card in the place of ``bar``, after a picture where pictures are shown."""
+        if self._draws(dashboard):
+            from .still import Still, plan_picture
+
+            bar.replace(Still(plan_picture(plan)))
+            display(card)
+        else:
+            bar.replace(card)
+
+    def _draws(self, dashboard: str) -> bool:
+        return dashboard == "full" and output_of(self.shell) == "kernel"
+
+    def _view(self, entry: Entry, generation: Any, limit: int) -> View:
+        """What fits where this cell's output goes."""
+        if self._draws(entry.dashboard):
+            from .dashboard import Dashboard
+
+            return Dashboard(entry.model, generation, limit)
+        return TextView(entry.model, progress_line(self.shell, entry.dashboard))
 
     def _parsed(self, magic: Any, line: str, change: Any = str) -> argparse.Namespace | None:
         given = options.parse(magic, line, change)
@@ -211,30 +231,6 @@ class AirLLM(Magics):
         entry = self.models.get(given.name)
         entry.settle()
         return entry
-
-    def _check(self, model: str, wanted: LoadOptions, bar: Any) -> None:
-        """Refuse what cannot be loaded while the old model is still there."""
-        # A GGUF file on the Hub has its config inside: looking at it is downloading it.
-        if "gguf" in model.lower() and not Path(model).expanduser().exists():
-            return
-        try:
-            Loading(lambda report: _plan(model, wanted, report)).result(bar)
-        except BudgetError as error:
-            # A budget that was not given is what the old model leaves free: the new one will have more.
-            if getattr(wanted, str(error).partition("=")[0], None) is not None:
-                raise
-
-
-def _open(model: str, wanted: LoadOptions, report: Any) -> Any:
-    from ..engine import open_model
-
-    return open_model(model, wanted, progress=report)
-
-
-def _plan(model: str, wanted: LoadOptions, report: Any) -> Any:
-    from ..engine import plan_model
-
-    return plan_model(model, wanted, progress=report)
 
 
 def _bench(given: argparse.Namespace, wanted: LoadOptions, entry: Entry | None, report: Any) -> Any:
@@ -262,34 +258,3 @@ def _seed(seed: int) -> None:
 def _write(text: str) -> None:
     sys.stdout.write(text.rstrip("\n") + "\n")
     sys.stdout.flush()
-
-
-def load(shell: Any) -> None:
-    """Register the magics in this IPython; a second time is harmless and says so."""
-    if AirLLM.__name__ in shell.magics_manager.registry:
-        _write("airllm_nb is loaded already; %reload_ext airllm_nb loads it anew")
-        return
-    magics = AirLLM(shell)
-    shell.register_magics(magics)
-    FlagCompletion(shell).add({name: functools.partial(options.flags, magic) for name, magic in _named(magics).items()})
-
-
-def unload(shell: Any) -> None:
-    """Close the models and take everything out that :func:`load` put in."""
-    magics = shell.magics_manager.registry.pop(AirLLM.__name__, None)
-    if magics is None:
-        return
-    magics.models.close()
-    FlagCompletion(shell).remove(_named(magics))
-    for kind, names in magics.magics.items():
-        for name, function in names.items():
-            if shell.magics_manager.magics[kind].get(name) == function:
-                del shell.magics_manager.magics[kind][name]
-    if magics in shell.configurables:
-        shell.configurables.remove(magics)
-
-
-def _named(magics: AirLLM) -> dict[str, Any]:
-    """``{"%airllm_load": method, "%%airllm_generate": method, …}``"""
-    marks = {"line": "%", "cell": "%%"}
-    return {marks[kind] + name: function for kind, names in magics.magics.items() for name, function in names.items()}

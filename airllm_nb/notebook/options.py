@@ -52,13 +52,23 @@ LOAD = (
     *_LOADING[:-1],
     argument("--name", help="Keep several under names; a name that is taken is replaced. Default: model."),
     argument("-o", "--output", metavar="VAR", help="Put the model object into this variable."),
-    argument("--dashboard", choices=DASHBOARDS, metavar="full|bar|none", help="Show progress; full is bar for now."),
+    argument(
+        "--dashboard",
+        choices=DASHBOARDS,
+        metavar="full|bar|none",
+        help="Live pictures and a Stop button (default), one line of progress, or text alone.",
+    ),
     _HELP,
 )
 PLAN = (
     *_LOADING[:-1],
     argument("--units", action="store_true", help="Show the place of every unit."),
     argument("-o", "--output", metavar="VAR", help="Put the plan object into this variable."),
+    _HELP,
+)
+PANEL = (
+    argument("model", metavar="MODEL", nargs="?", help="Picked to begin with; default: choose in the panel."),
+    argument("--name", help="The name that Load gives it; default: model."),
     _HELP,
 )
 BENCH = (
@@ -92,7 +102,15 @@ GENERATE = (
 )
 STATUS = (_HELP,)
 TRACE = (
-    argument("file", metavar="FILE.json", nargs="?", help="Write a file that Perfetto (ui.perfetto.dev) opens."),
+    argument(
+        "file", metavar="FILE", nargs="?", help=".json for Perfetto (ui.perfetto.dev), .png or .svg: the picture."
+    ),
+    argument(
+        "--compare",
+        nargs="*",
+        metavar="VAR",
+        help="Two or more results stored with -o, one above the other; without names the last two generations.",
+    ),
     _NAME,
     _HELP,
 )

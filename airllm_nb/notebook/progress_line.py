@@ -135,7 +135,7 @@ class Meter:
         self._clock, self._stage, self._done, self._since = clock, "", 0, 0.0
 
     def text(self, progress: Progress | None) -> str:
-        """``"download 1.2 GiB of 4.0 GiB · 95.0 MiB/s · 0:30 left"``"""
+        """``"download · ███░░░░░░░ · 1.2 GiB of 4.0 GiB · 95.0 MiB/s · 0:30 left"``"""
         now = self._clock()
         if progress is None:
             return "loading …"
@@ -145,6 +145,8 @@ class Meter:
         amount = format_bytes if is_bytes else "{:,.0f}".format
         of = f" of {amount(progress.total)}" if progress.total else ""
         parts = [f"{progress.stage} {progress.detail}".strip()]
+        if progress.total > 1:
+            parts.append(drawn_bar(progress.done / progress.total))
         if is_bytes or progress.total > 1:
             parts.append(f"{amount(progress.done)}{of}{'' if is_bytes else ' ' + progress.unit}")
         moved, seconds = progress.done - self._done, now - self._since
@@ -154,6 +156,12 @@ class Meter:
             if progress.total:
                 parts.append(f"{clock_time((progress.total - progress.done) / rate)} left")
         return " · ".join(parts)
+
+
+def drawn_bar(share: float, width: int = 20) -> str:
+    """``"███░░░░░░░"``"""
+    full = round(min(max(share, 0.0), 1.0) * width)
+    return "█" * full + "░" * (width - full)
 
 
 def clock_time(seconds: float) -> str:

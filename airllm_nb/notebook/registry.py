@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
+from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import OptionError
+from ..trace import Trace
 
 if TYPE_CHECKING:
     from ..engine import StreamedModel
@@ -29,7 +31,7 @@ class Entry:
 
     name: str
     model: StreamedModel
-    dashboard: str = "bar"
+    dashboard: str = "full"
     unfinished: Any = None
 
     def settle(self) -> None:
@@ -40,11 +42,34 @@ class Entry:
             self.unfinished = None
 
 
+class Run(NamedTuple):
+    """A generation that is over, and what it ran on."""
+
+    model: str
+    title: str
+    trace: Trace
+
+    @classmethod
+    def of(cls, entry: Entry, result: Any) -> Run:
+        options = entry.model.options
+        parts = [entry.model.name, options.compression or "not compressed"]
+        parts += ["no prefetching"] if options.prefetching is False else []
+        return cls(entry.name, " · ".join(parts), result.trace)
+
+
 class Registry:
-    """Named models; the last one loaded is the default."""
+    """Named models; the last one loaded is the default.
+
+    Attributes
+    ----------
+    runs
+        The last generations, newest last; they outlive their models.
+    """
 
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
+        # Few: a trace is some megabytes.
+        self.runs: deque[Run] = deque(maxlen=4)
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries

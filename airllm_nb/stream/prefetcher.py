@@ -219,6 +219,12 @@ class Prefetcher:
     def _submit(self, step: int, stop: Stop, before: Callable[[], None] | None) -> None:
         epoch, started = self._epoch, self._clock()
 
+        def begin() -> None:
+            nonlocal started
+            assert before is not None
+            before()
+            started = self._clock()  # waiting for room is not reading
+
         def done(error: BaseException | None) -> None:
             if error is None and stop.keep:
                 error = _lock(stop)
@@ -231,7 +237,7 @@ class Prefetcher:
         if stop.keep:
             self._loading.add(step % len(self._stops))
         try:
-            self._reader.submit(stop.unit.pieces, stop.into, done, before)
+            self._reader.submit(stop.unit.pieces, stop.into, done, begin if before else None)
         except BaseException:
             self._reading -= 1
             raise

@@ -1,0 +1,176 @@
+"""The live view of one generation: where it is, a Stop button, two pictures, the text; static once it is over.
+
+Widgets while the cell runs, because only they can be clicked; when it ends, also by an error, what is left in the
+notebook is Markdown, PNG and a table, which every viewer shows.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as widgets
+from IPython.display import display
+
+from ..timeline import last_sweep
+from . import figures
+from .live import Facts, facts
+from .pump import pump_widget_events
+from .still import Still
+from .throttle import Throttle
+
+log = logging.getLogger(__name__)
+
+# Seconds between two updates of text and of pictures at least, and the part of the time that pictures may take.
+TEXT_EVERY, PICTURE_EVERY, PICTURE_SHARE = 0.25, 1.0, 0.02
+PICTURE_WIDTH = "800px"
+# A generation that is over before that is not worth a live picture.
+FIRST_PICTURE = 0.5
+STOP_HINT = "Stop the generation after the unit that runs; the notebook's interrupt button does the same"
+
+
+class Dashboard:
+    """Shows one generation; implements :class:`~airllm_nb.notebook.generating.View`.
+
+    Parameters
+    ----------
+    model, generation
+        What runs.
+    limit
+        How many tokens were asked for.
+    clock
+        Monotonic seconds.
+    """
+
+    def __init__(self, model: Any, generation: Any, limit: int, clock: Callable[[], float] = time.monotonic):
+        self._model, self._generation, self._limit, self._clock = model, generation, limit, clock
+        self._tokens, self._parts, self._start = 0, [], clock()  # type: int, list[str], float
+        self._text_due = Throttle(TEXT_EVERY, clock=clock)
+        self._pictures_due = Throttle(PICTURE_EVERY, PICTURE_SHARE, FIRST_PICTURE, clock)
+        self._drawn: dict[str, Any] = {}
+        self._stopped = False
+
+    # --- a generation's view
+
+    def begin(self) -> None:
+        self._start = self._clock()
+        self._build()
+        self._top = display(view_of(self._root, "generating …"), raw=True, display_id=True)
+        self._below = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def got(self, chunk: Any) -> None:
+        self._tokens = chunk.tokens
+        if chunk.text:
+            self._parts.append(chunk.text)
+        self.waited()
+
+    def waited(self) -> None:
+        self._text_due.run(self._refresh)
+        self._pictures_due.run(self._draw)
+        pump_widget_events()
+
+    def stopping(self) -> None:
+        self._stopped = True
+        self._stop.disabled, self._stop.description = True, "Stopping …"
+        self._refresh()
+
+    def end(self, result: Any) -> None:
+        """Leave the answer, the picture of the last sweep and the numbers, and nothing that lives."""
+        text, trace = (result.text, result.trace) if result else ("".join(self._parts), self._model.trace)
+        try:
+            self._top.update({"text/plain": text, "text/markdown": text} if text else {"text/plain": ""}, raw=True)
+            still = Still.of(trace, self._model.name)
+            data, metadata = still.bundle() if still else ({"text/plain": ""}, {})
+            self._below.update(data, metadata=metadata, raw=True)
+            if memory := Still.of_memory(trace):
+                display(memory)
+        finally:
+            for widget in self._all:
+                close(widget)
+            self._drawn.clear()
+
+    # --- drawing
+
+    def _build(self) -> None:
+        self._status = widgets.HTML()
+        self._stop = widgets.Button(description="Stop", icon="stop", tooltip=STOP_HINT)
+        self._stop.layout.width, self._stop.layout.flex = "110px", "0 0 auto"
+        self._stop.on_click(self._clicked)
+        self._vram, self._overlap = widgets.HTML(), widgets.HTML()
+        self._status.layout.flex = "1 1 auto"
+        row = widgets.HBox([self._status, self._stop], layout={"align_items": "center"})
+        self._vram.add_class("airllm-vram")
+        self._overlap.add_class("airllm-overlap")
+        # One above the other: side by side the labels would be too small to read.
+        self._root = widgets.VBox([row, self._overlap, self._vram], layout={"max_width": PICTURE_WIDTH})
+        self._root.add_class("airllm-dashboard")
+        self._stop.add_class("airllm-stop")
+        self._all = [self._status, self._stop, self._vram, self._overlap, row, self._root]
+        self._refresh()
+
+    def _clicked(self, _: Any) -> None:
+        self._generation.stop()
+        self.stopping()
+
+    def _refresh(self) -> None:
+        now = facts(self._model, self._tokens, self._limit, self._clock() - self._start)
+        self._status.value = status_html(now, self._stopped)
+        if self._parts:
+            self._below.update({"text/plain": "".join(self._parts)}, raw=True)
+
+    def _draw(self) -> None:
+        try:
+            self._draw_pictures()
+        except Exception:  # no picture is worth a generation
+            log.exception("the pictures of this generation are left out")
+            self._pictures_due = Throttle(float("inf"), first=float("inf"))
+
+    def _draw_pictures(self) -> None:
+        trace = self._model.trace
+        # An interrupt in the middle leaves a figure half drawn: it is not used again.
+        vram, overlap = self._drawn.pop("vram", None), self._drawn.pop("overlap", None)
+        if trace.memory:
+            self._show(self._vram, "vram", figures.vram_timeline(trace, figure=vram))
+        if (view := last_sweep(trace)) is not None:
+            self._show(self._overlap, "overlap", figures.overlap(view, plan=trace.plan, figure=overlap))
+
+    def _show(self, widget: Any, name: str, picture: Any) -> None:
+        widget.value = image_html(picture.png(), picture.alt)
+        self._drawn[name] = picture.figure
+
+
+def status_html(now: Facts, stopped: bool = False) -> str:
+    """The header, the bar of the sweep and the numbers."""
+    where = "stopping after the unit that runs …" if stopped else now.where
+    return (
+        f'<div class="airllm-header"><b>{html.escape(now.title)}</b> · {html.escape(where)}</div>'
+        f'<progress class="airllm-sweep" style="width:100%;height:14px" max="100" value="{now.share * 100:.0f}" '
+        f'aria-label="{html.escape(now.this_sweep)}" title="{html.escape(now.this_sweep)}"></progress>'
+        f'<div class="airllm-numbers">{html.escape(now.this_sweep)}'
+        f"{' · ' * bool(now.numbers)}{html.escape(now.numbers)}</div>"
+    )
+
+
+def image_html(png: bytes, alt: str) -> str:
+    """A picture that screen readers can read; for widgets, whose HTML is not sanitised as an output's is."""
+    data = base64.b64encode(png).decode()
+    style = "width:100%;height:auto;background:#fff"
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">'
+
+
+def view_of(widget: Any, text: str) -> dict[str, Any]:
+    """What shows a widget, ``text`` elsewhere; to be sent raw: ``display(widget, display_id=True)`` drops the id with
+    ipywidgets 7."""
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    return {"text/plain": text, "application/vnd.jupyter.widget-view+json": view}
+
+
+def close(widget: Any) -> None:
+    """Free a widget with its layout and style, which are widgets of their own and would stay for ever."""
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+        if part is not None:
+            part.close()

@@ -1,0 +1,127 @@
+"""What there is to say of a generation while it runs: numbers from the model, the trace and the clock, then words."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..trace import Trace
+
+if TYPE_CHECKING:
+    from ..engine import StreamedModel
+
+_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One moment of a generation.
+
+    Attributes
+    ----------
+    unit, units
+        What computes, counted from 1; 0 before the first and where units are not followed (all resident on a GPU).
+    layer, layers
+        The decoder block that it belongs to, counted from 1; 0 where it belongs to none.
+    sweep, expected
+        Seconds since this sweep began, and what one takes: measured, or predicted before the first has ended.
+    left
+        Seconds until the last token that was asked for; it may end before.
+    """
+
+    title: str
+    unit: int
+    units: int
+    layer: int
+    layers: int
+    tokens: int
+    limit: int
+    sweep: float
+    expected: float
+    left: float
+    tokens_per_second: float
+    rates: dict[str, float]
+    achieved: float | None
+
+    @property
+    def share(self) -> float:
+        """How much of the sweep is over, 0 to 1."""
+        if self.units and self.unit:
+            return min(self.unit / self.units, 1.0)
+        return min(self.sweep / self.expected, 1.0) if self.expected else 0.0
+
+    @property
+    def where(self) -> str:
+        """``"layer 37 of 80 · token 12 of at most 128 · about 6 min left"``"""
+        parts = [f"layer {self.layer} of {self.layers}"] if self.layer else []
+        if self.units and not self.layer:
+            parts.append(f"unit {self.unit} of {self.units}")
+        parts.append(f"token {self.tokens + 1} of at most {self.limit}" if self.tokens else "reading the prompt")
+        if self.left > 1:
+            parts.append(f"about {rough_time(self.left)} left at most")
+        return " · ".join(parts)
+
+    @property
+    def this_sweep(self) -> str:
+        """``"sweep 12 s of about 41 s"``"""
+        return f"sweep {self.sweep:.3g} s of about {self.expected:.3g} s"
+
+    @property
+    def numbers(self) -> str:
+        """``"0.31 tok/s · disk 1.90 GB/s · link 9.80 GB/s · 94% of predicted"``"""
+        parts = [f"{self.tokens_per_second:.3g} tok/s"] if self.tokens else []
+        parts += [f"{name} {rate:.2f} GB/s" for name, rate in self.rates.items()]
+        if self.achieved:
+            parts.append(f"{self.achieved:.0%} of the predicted speed")
+        return " · ".join(parts)
+
+
+def facts(model: StreamedModel, tokens: int, limit: int, seconds: float) -> Facts:
+    """Look at a model that generates; safe from another thread.
+
+    Parameters
+    ----------
+    tokens, limit
+        That came, and that were asked for.
+    seconds
+        Since the generation began.
+    """
+    trace = model.trace
+    unit, units = model.position
+    names = list(trace.tiers)
+    layers = [layer_of(name) for name in names]
+    expected = trace.median_sweep() or model.plan.sweep_seconds
+    status = [model.name, f"{model.options.compression or 'not compressed'}", str(model.device)]
+    return Facts(
+        title=" · ".join(status), unit=min(unit, units), units=units,
+        layer=layers[unit - 1] if 0 < unit <= len(layers) else 0, layers=max(layers, default=0),
+        tokens=tokens, limit=limit, sweep=max(trace.now() - trace.began, 0.0), expected=expected,
+        left=max(limit - tokens, 0) * expected, tokens_per_second=tokens / seconds if seconds else 0.0,
+        rates=rates(trace), achieved=trace.summary()["achieved_of_predicted"],
+    )  # fmt: skip
+
+
+def rates(trace: Trace) -> dict[str, float]:
+    """GB/s of the disk and of the link since the trace began, those that carried anything."""
+    seconds = trace.now()
+    moved = {"disk": trace.totals["read"].nbytes, "link": trace.totals["copy"].nbytes}
+    return {name: nbytes / seconds / 1e9 for name, nbytes in moved.items() if nbytes and seconds}
+
+
+def layer_of(unit: str) -> int:
+    """The decoder block in a unit's name, counted from 1; 0 if there is none: ``"model.layers.3.mlp"`` → 4"""
+    found = _LAYER.search(unit)
+    return int(found[1]) + 1 if found else 0
+
+
+def rough_time(seconds: float) -> str:
+    """``"40 s"``, ``"6 min"``, ``"2.5 h"``"""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def finished(result: Any) -> bool:
+    """Whether a generation has anything to show: at least one sweep."""
+    return bool(result is not None and result.trace.sweeps)

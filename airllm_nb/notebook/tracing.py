@@ -1,0 +1,96 @@
+"""``%airllm_trace``: which generations, shown or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from IPython.display import display
+
+from ..errors import OptionError
+from ..timeline import last_sweep
+from ..trace import Trace
+from . import cards
+from .registry import Registry, Run
+
+if TYPE_CHECKING:
+    import argparse
+
+CHROME = "ui.perfetto.dev and chrome://tracing open it"
+PICTURES = (".png", ".svg")
+NOTHING_YET = "nothing was generated yet; run a %%airllm_generate cell first"
+
+
+def chosen(given: argparse.Namespace, models: Registry, variables: Mapping[str, Any]) -> list[Run]:
+    """The generations that the arguments mean.
+
+    Raises
+    ------
+    OptionError
+        If there are none, or too few to compare, or a variable holds none.
+    """
+    if given.compare is None:
+        entry = models.get(given.name)
+        if not entry.model.trace.sweeps:
+            raise OptionError(NOTHING_YET)
+        last = [run for run in models.runs if run.trace is entry.model.trace]
+        return last or [Run(entry.name, entry.model.name, entry.model.trace)]
+    names = list(given.compare)
+    if names and given.file is None and Path(names[-1]).suffix in (".json", *PICTURES):
+        given.file = names.pop()
+    runs = [_of_variable(name, variables, models) for name in names] or list(models.runs)[-2:]
+    if len(runs) < 2:
+        raise OptionError("--compare needs two generations; store each with %%airllm_generate -o NAME and name both, "
+                          "or generate twice and name none")  # fmt: skip
+    return runs
+
+
+def _of_variable(name: str, variables: Mapping[str, Any], models: Registry) -> Run:
+    trace = getattr(variables.get(name), "trace", None)
+    if not isinstance(trace, Trace) or not trace.sweeps:
+        raise OptionError(f"--compare {name}: no generation's result is in this variable (%%airllm_generate -o {name})")
+    titles = [run.title for run in models.runs if run.trace is trace]
+    return Run(name, " · ".join([name, *titles[-1:]]), trace)
+
+
+def show(runs: Sequence[Run]) -> None:
+    """The picture and the figures."""
+    from .still import Still
+
+    display(Still(_picture(runs)))
+    for run in runs:
+        if memory := Still.of_memory(run.trace):
+            display(memory)
+        display(cards.trace_card(run.trace, run.title if len(runs) > 1 else ""))
+
+
+def save(runs: Sequence[Run], path: Path) -> str:
+    """Write the record (``.json``) or the picture; returns what to say.
+
+    Raises
+    ------
+    OptionError
+        If the name says no format, or the file cannot be written.
+    """
+    try:
+        if path.suffix == ".json":
+            if len(runs) > 1:
+                raise OptionError("a .json file holds one generation; leave out --compare, or name a .png or .svg file")
+            runs[0].trace.to_chrome(path)
+            return f"wrote {path}; {CHROME}"
+        if path.suffix in PICTURES:
+            _picture(runs).save(path)
+            return f"wrote {path}"
+    except OSError as error:
+        raise OptionError(f"{path} cannot be written ({error.strerror}); name another place") from None
+    raise OptionError(f"{path}: name a file that ends in .json, {' or '.join(PICTURES)}")
+
+
+def _picture(runs: Sequence[Run]) -> Any:
+    from . import figures
+
+    views = [last_sweep(run.trace) for run in runs]
+    if len(runs) == 1:
+        return figures.overlap(views[0], runs[0].title, runs[0].trace.plan)
+    return figures.compare(views, [run.title for run in runs])

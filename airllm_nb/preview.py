@@ -1,0 +1,60 @@
+"""Plans of a model that is not loaded: found and measured once, planned under any budgets at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from . import load
+from .config import LoadOptions
+from .machine import measure
+from .model.plan import ResidencyPlan
+from .model.slices import slice_limit
+from .trace import ProgressCallback, silent
+
+
+class Preview:
+    """Nothing of the weights is downloaded, converted or read.
+
+    Parameters
+    ----------
+    model, options, progress
+        As for :func:`~airllm_nb.engine.open_model`.
+    """
+
+    def __init__(self, model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent):
+        self._model, self._options = model, options
+        self._prepared = load.prepare(model, options, progress=progress, weights=False)
+        self._machine = measure(self._prepared)
+        self._limit = self._slice_limit()
+
+    @property
+    def has_device(self) -> bool:
+        """Whether there is a VRAM budget: a GPU, or a CPU that rehearses one."""
+        return self._machine.has_device
+
+    @property
+    def budgets(self) -> tuple[int, int]:
+        """VRAM and RAM budget in bytes of the last plan."""
+        return self._prepared.vram_budget, self._prepared.ram_budget
+
+    def plan(self, vram: int | None = None, ram: int | None = None) -> ResidencyPlan:
+        """What would go where under these budgets in bytes; ``None`` leaves one as it was.
+
+        Raises
+        ------
+        BudgetError
+            If it does not fit.
+        """
+        prepared = self._prepared
+        prepared.vram_budget, prepared.ram_budget = vram or prepared.vram_budget, ram or prepared.ram_budget
+        if self._slice_limit() != self._limit:
+            # Large matrices are cut by the budgets.
+            budgets = self.budgets
+            options = replace(self._options, vram_budget=budgets[0] or None, ram_budget=budgets[1])
+            self._prepared = load.prepare(self._model, options, weights=False)
+            self._limit = self._slice_limit()
+        return load.plan(self._prepared, self._machine, self._prepared.planned)[0]
+
+    def _slice_limit(self) -> int:
+        return slice_limit(*self.budgets, self.has_device)
