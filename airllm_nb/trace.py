@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 STAGES = ("read", "copy", "dequantise", "compute", "wait")
+COUNTED = {"read": "reads", "copy": "copies", "dequantise": "matrices", "compute": "units", "wait": "waits"}
 CAPACITY = 65_536
 # Memory samples: seconds between two at first, and how many are kept; when there are as many, every second goes.
 MEMORY_EVERY, MOST_MEMORY = 0.05, 2048
@@ -247,10 +248,10 @@ def speed_line(summary: Mapping[str, Any]) -> str:
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """``("read", "1.204 s in 80, 3.22 GB at 2.7 GB/s")`` for each stage of a summary that had anything to do."""
+    """``("read", "1.204 s in 80 reads, 3.22 GB at 2.7 GB/s")`` for each stage of a summary that had anything to do."""
     rows = []
     for stage, total in stages.items():
         moved = f", {total['bytes'] / 1e9:.3g} GB at {total['gb_per_second']:.1f} GB/s" if total["bytes"] else ""
         if total["count"]:
-            rows.append((stage, f"{total['seconds']:.3f} s in {total['count']:,}{moved}"))
+            rows.append((stage, f"{total['seconds']:.3f} s in {total['count']:,} {COUNTED[stage]}{moved}"))
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -66,8 +65,10 @@ def _no_gpu() -> str | None:
 
 
 def _no_browser() -> str | None:
-    absent = [name for name in ("playwright", "jupyterlab") if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(absent)}" if absent else None
+    import lab
+
+    # In CI the tests run, and fail with the reason.
+    return None if os.environ.get("CI") == "true" else lab.missing()
 
 
 @pytest.fixture(scope="module")

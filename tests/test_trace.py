@@ -83,8 +83,8 @@ def test_the_speed_in_a_line(trace: Trace) -> None:
 def test_stages_that_did_something_are_rows(trace: Trace) -> None:
     trace.add("copy", "mlp", 0.0, 1.0, 5 * 10**9)
     rows = dict(stage_rows(trace.summary()["stages"]))
-    assert rows == {"read": "4.000 s in 4, 4e-06 GB at 0.0 GB/s", "copy": "3.000 s in 5, 5 GB at 1.7 GB/s",
-                    "compute": "8.000 s in 4"}  # fmt: skip
+    assert rows == {"read": "4.000 s in 4 reads, 4e-06 GB at 0.0 GB/s", "copy": "3.000 s in 5 copies, 5 GB at 1.7 GB/s",
+                    "compute": "8.000 s in 4 units"}  # fmt: skip
 
 
 def test_an_empty_trace_has_a_summary_and_a_table(tmp_path: Path) -> None:

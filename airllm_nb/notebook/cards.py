@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 class Card:
-    """A title and rows of a label and a value, as text/plain and text/html."""
+    """A title and rows of a label and a value, as text/plain and text/html.
 
-    def __init__(self, title: str, rows: Sequence[tuple[str, str]]):
-        self.title, self.rows = title, list(rows)
+    ``details`` is a label and a long text that HTML folds away, and plain text leaves out.
+    """
+
+    def __init__(self, title: str, rows: Sequence[tuple[str, str]], details: tuple[str, str] | None = None):
+        self.title, self.rows, self.details = title, list(rows), details
 
     def __repr__(self) -> str:
         width = max([len(label) for label, _ in self.rows] + [0])
@@ -34,7 +37,11 @@ class Card:
             f'<td style="text-align:left;white-space:pre-wrap">{html.escape(value)}</td></tr>'
             for label, value in self.rows
         )
-        return f'<table><caption style="text-align:left"><b>{html.escape(self.title)}</b></caption>{rows}</table>'
+        table = f'<table><caption style="text-align:left"><b>{html.escape(self.title)}</b></caption>{rows}</table>'
+        if self.details is None:
+            return table
+        label, text = self.details
+        return f"{table}<details><summary>{html.escape(label)}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 class Line:
@@ -62,7 +69,7 @@ def model_card(name: str, model: StreamedModel) -> Card:
         ("runs on", f"{status['device']}, {status['dtype']}"),
         *_plan_rows(str(plan)),
     ]
-    return Card(f"{status['name']} is loaded as {name!r}", rows)
+    return Card(f"{status['name']} is loaded as {name!r}", rows, _units(plan))
 
 
 def _parameters(model: StreamedModel) -> int:
@@ -73,7 +80,11 @@ def _parameters(model: StreamedModel) -> int:
 
 def plan_card(model: str, plan: Any) -> Card:
     """What would go where."""
-    return Card(f"{model}: the plan", _plan_rows(str(plan)))
+    return Card(f"{model}: the plan", _plan_rows(str(plan)), _units(plan))
+
+
+def _units(plan: Any) -> tuple[str, str]:
+    return f"where each of the {len(plan.units)} units is", plan.table()
 
 
 def status_card(entries: Sequence[Entry]) -> Card:
@@ -104,9 +115,9 @@ def trace_card(trace: Trace, title: str = "") -> Card:
     return Card(title or "the last generation, stage by stage (stages overlap)", [*rows, *_trace_rows(trace)])
 
 
-def generation_card(line: str, trace: Trace) -> Card:
-    """A generation that is over: the summary, then the figures of its links."""
-    return Card(line, _trace_rows(trace))
+def generation_card(trace: Trace, words: str) -> Card:
+    """Where the time of a generation went, with its picture in words."""
+    return Card("where the time went (stages overlap)", _trace_rows(trace), ("the picture in words", words))
 
 
 def _trace_rows(trace: Trace) -> list[tuple[str, str]]:
@@ -115,7 +126,7 @@ def _trace_rows(trace: Trace) -> list[tuple[str, str]]:
     if summary["peak_device_bytes"]:
         budget = f" of {format_bytes(trace.plan['vram_budget'])}" if trace.of_device else ""
         rows.append(("peak", format_bytes(summary["peak_device_bytes"]) + budget))
-    return [*rows, ("last sweep", verdict(view, trace.plan))] if view else rows
+    return [*rows, ("verdict", verdict(view, trace.plan))] if view else rows
 
 
 def bench_card(result: BenchResult) -> Card:

@@ -18,6 +18,8 @@ from IPython.display import display
 
 from ..timeline import last_sweep
 from . import figures
+from .cards import Line
+from .generating import summary_line
 from .live import Facts, facts
 from .pump import pump_widget_events
 from .still import Still
@@ -27,7 +29,7 @@ log = logging.getLogger(__name__)
 
 # Seconds between two updates of text and of pictures at least, and the part of the time that pictures may take.
 TEXT_EVERY, PICTURE_EVERY, PICTURE_SHARE = 0.25, 1.0, 0.02
-PICTURE_WIDTH = "800px"
+WIDTH = "900px"
 # A generation that is over before that is not worth a live picture.
 FIRST_PICTURE = 0.5
 STOP_HINT = "Stop the generation after the unit that runs; the notebook's interrupt button does the same"
@@ -57,10 +59,12 @@ class Dashboard:
     # --- a generation's view
 
     def begin(self) -> None:
+        """Three places below each other: progress and Stop, the text, the pictures."""
         self._start = self._clock()
         self._build()
-        self._top = display(view_of(self._root, "generating …"), raw=True, display_id=True)
-        self._below = display({"text/plain": ""}, raw=True, display_id=True)
+        self._top = display(view_of(self._bar, "generating …"), raw=True, display_id=True)
+        self._middle = display({"text/plain": ""}, raw=True, display_id=True)
+        self._below = display(view_of(self._pictures, ""), raw=True, display_id=True)
 
     def got(self, chunk: Any) -> None:
         self._tokens = chunk.tokens
@@ -79,10 +83,11 @@ class Dashboard:
         self._refresh()
 
     def end(self, result: Any) -> None:
-        """Leave the answer, the picture of the last sweep and the numbers, and nothing that lives."""
+        """Leave a line, the answer and the picture of the last sweep, and nothing that lives."""
         text, trace = (result.text, result.trace) if result else ("".join(self._parts), self._model.trace)
         try:
-            self._top.update({"text/plain": text, "text/markdown": text} if text else {"text/plain": ""}, raw=True)
+            self._top.update(Line(summary_line(result) if result else "no result"))
+            self._middle.update({"text/plain": text, "text/markdown": text} if text else {"text/plain": ""}, raw=True)
             still = Still.of(trace, self._model.name)
             data, metadata = still.bundle() if still else ({"text/plain": ""}, {})
             self._below.update(data, metadata=metadata, raw=True)
@@ -96,20 +101,27 @@ class Dashboard:
     # --- drawing
 
     def _build(self) -> None:
-        self._status = widgets.HTML()
+        self._header, self._progress, self._vram, self._overlap = (widgets.HTML() for _ in range(4))
         self._stop = widgets.Button(description="Stop", icon="stop", tooltip=STOP_HINT)
-        self._stop.layout.width, self._stop.layout.flex = "110px", "0 0 auto"
+        self._stop.layout.width, self._stop.layout.flex, self._progress.layout.flex = "110px", "0 0 auto", "1 1 auto"
         self._stop.on_click(self._clicked)
-        self._vram, self._overlap = widgets.HTML(), widgets.HTML()
-        self._status.layout.flex = "1 1 auto"
-        row = widgets.HBox([self._status, self._stop], layout={"align_items": "center"})
-        self._vram.add_class("airllm-vram")
-        self._overlap.add_class("airllm-overlap")
-        # One above the other: side by side the labels would be too small to read.
-        self._root = widgets.VBox([row, self._overlap, self._vram], layout={"max_width": PICTURE_WIDTH})
-        self._root.add_class("airllm-dashboard")
-        self._stop.add_class("airllm-stop")
-        self._all = [self._status, self._stop, self._vram, self._overlap, row, self._root]
+        row = widgets.HBox([self._progress, self._stop], layout={"align_items": "center"})
+        self._bar = widgets.VBox([self._header, row], layout={"max_width": WIDTH})
+        self._pictures = widgets.VBox([self._overlap, self._vram], layout={"max_width": WIDTH})
+        names = {"dashboard": self._bar, "stop": self._stop, "pictures": self._pictures, "vram": self._vram,
+                 "overlap": self._overlap}  # fmt: skip
+        for name, widget in names.items():
+            widget.add_class(f"airllm-{name}")
+        self._all = [
+            self._header,
+            self._progress,
+            self._vram,
+            self._overlap,
+            self._stop,
+            row,
+            self._bar,
+            self._pictures,
+        ]
         self._refresh()
 
     def _clicked(self, _: Any) -> None:
@@ -118,9 +130,12 @@ class Dashboard:
 
     def _refresh(self) -> None:
         now = facts(self._model, self._tokens, self._limit, self._clock() - self._start)
-        self._status.value = status_html(now, self._stopped)
+        self._header.value = header_html(now, self._stopped)
+        self._progress.value = progress_html(now)
         if self._parts:
-            self._below.update({"text/plain": "".join(self._parts)}, raw=True)
+            text = "".join(self._parts)
+            shown = f'<div class="airllm-text" style="white-space:pre-wrap">{html.escape(text)}</div>'
+            self._middle.update({"text/plain": text, "text/html": shown}, raw=True)
 
     def _draw(self) -> None:
         try:
@@ -143,22 +158,27 @@ class Dashboard:
         self._drawn[name] = picture.figure
 
 
-def status_html(now: Facts, stopped: bool = False) -> str:
-    """The header, the bar of the sweep and the numbers."""
+def header_html(now: Facts, stopped: bool = False) -> str:
+    """What runs, and where it is: two lines, so that nothing below them jumps."""
     where = "stopping after the unit that runs …" if stopped else now.where
+    lines = f"<b>{html.escape(now.title)}</b><br>{html.escape(where)}"
+    return f'<div class="airllm-header" style="line-height:1.4">{lines}</div>'
+
+
+def progress_html(now: Facts) -> str:
+    """The bar and the numbers."""
+    what = html.escape(now.this_sweep if now.is_slow else now.where)
     return (
-        f'<div class="airllm-header"><b>{html.escape(now.title)}</b> · {html.escape(where)}</div>'
         f'<progress class="airllm-sweep" style="width:100%;height:14px" max="100" value="{now.share * 100:.0f}" '
-        f'aria-label="{html.escape(now.this_sweep)}" title="{html.escape(now.this_sweep)}"></progress>'
-        f'<div class="airllm-numbers">{html.escape(now.this_sweep)}'
-        f"{' · ' * bool(now.numbers)}{html.escape(now.numbers)}</div>"
+        f'aria-label="{what}" title="{what}"></progress>'
+        f'<div class="airllm-numbers" style="line-height:1.4">{html.escape(now.numbers)}</div>'
     )
 
 
 def image_html(png: bytes, alt: str) -> str:
     """A picture that screen readers can read; for widgets, whose HTML is not sanitised as an output's is."""
     data = base64.b64encode(png).decode()
-    style = "width:100%;height:auto;background:#fff"
+    style = "width:100%;height:auto;background:#fff;border-radius:4px"
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="{style}">'
 
 

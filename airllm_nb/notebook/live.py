@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..trace import Trace
 
 if TYPE_CHECKING:
     from ..engine import StreamedModel
 
+# Seconds a sweep above which one is watched.
+SLOW = 1.0
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -45,32 +47,41 @@ class Facts:
     achieved: float | None
 
     @property
+    def is_slow(self) -> bool:
+        """Whether a sweep takes long enough to be watched; else the tokens are."""
+        return self.expected > SLOW
+
+    @property
     def share(self) -> float:
-        """How much of the sweep is over, 0 to 1."""
+        """How much is over, 0 to 1: of the sweep if that is slow, else of the tokens."""
+        if not self.is_slow:
+            return min(self.tokens / self.limit, 1.0) if self.limit else 0.0
         if self.units and self.unit:
             return min(self.unit / self.units, 1.0)
-        return min(self.sweep / self.expected, 1.0) if self.expected else 0.0
+        return min(self.sweep / self.expected, 1.0)
 
     @property
     def where(self) -> str:
-        """``"layer 37 of 80 · token 12 of at most 128 · about 6 min left"``"""
-        parts = [f"layer {self.layer} of {self.layers}"] if self.layer else []
-        if self.units and not self.layer:
+        """``"layer 37 of 80 · token 12 of 128 · up to 6 min left"``"""
+        parts = [f"layer {self.layer} of {self.layers}"] if self.layer and self.is_slow else []
+        if self.units and not self.layer and self.is_slow:
             parts.append(f"unit {self.unit} of {self.units}")
-        parts.append(f"token {self.tokens + 1} of at most {self.limit}" if self.tokens else "reading the prompt")
+        parts.append(f"token {self.tokens + 1} of {self.limit}" if self.tokens else "reading the prompt")
         if self.left > 1:
-            parts.append(f"about {rough_time(self.left)} left at most")
+            parts.append(f"up to {rough_time(self.left)} left")
         return " · ".join(parts)
 
     @property
     def this_sweep(self) -> str:
-        """``"sweep 12 s of about 41 s"``"""
-        return f"sweep {self.sweep:.3g} s of about {self.expected:.3g} s"
+        """``"sweep: 12 s of about 41 s"``, or only what one takes where that is quick."""
+        if not self.is_slow:
+            return f"{self.expected:.2g} s a sweep"
+        return f"sweep: {self.sweep:.3g} s of about {self.expected:.3g} s"
 
     @property
     def numbers(self) -> str:
-        """``"0.31 tok/s · disk 1.90 GB/s · link 9.80 GB/s · 94% of predicted"``"""
-        parts = [f"{self.tokens_per_second:.3g} tok/s"] if self.tokens else []
+        """``"0.31 tok/s · disk 1.90 GB/s · link 9.80 GB/s · 94% of the predicted speed"``"""
+        parts = [self.this_sweep] + ([f"{self.tokens_per_second:.3g} tok/s"] if self.tokens else [])
         parts += [f"{name} {rate:.2f} GB/s" for name, rate in self.rates.items()]
         if self.achieved:
             parts.append(f"{self.achieved:.0%} of the predicted speed")
@@ -120,8 +131,3 @@ def rough_time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def finished(result: Any) -> bool:
-    """Whether a generation has anything to show: at least one sweep."""
-    return bool(result is not None and result.trace.sweeps)

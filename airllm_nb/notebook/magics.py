@@ -88,8 +88,12 @@ class AirLLM(Magics):
         self.models.runs.append(Run.of(entry, result))
         if given.output:
             self.shell.user_ns[given.output] = result
-        display(cards.generation_card(summary_line(result), result.trace) if entry.dashboard == "full" else
-                cards.Line(summary_line(result)))  # fmt: skip
+        if self._draws(entry.dashboard):
+            from .still import words
+
+            display(cards.generation_card(result.trace, words(result.trace, entry.model.name)))
+        else:
+            display(cards.Line(summary_line(result)))
         if entry.model.options.profiling_mode:
             _write(result.trace.table())
 

@@ -157,7 +157,7 @@ def _bytes_axis(axes: Axes, largest: float) -> tuple[float, str]:
 
 
 def _scale(largest: float) -> tuple[float, str]:
-    power = 3 if largest >= 1 << 30 else 2 if largest >= 1 << 20 else 1
+    power = 3 if largest >= 1000 << 20 else 2 if largest >= 1 << 20 else 1
     return 1 / (1 << 10 * power), ("KiB", "MiB", "GiB")[power - 1]
 
 
@@ -184,10 +184,11 @@ def vram_timeline(trace: Trace, figure: Figure | None = None) -> Picture:
     shown = _every(samples, peak)
     names = [name for name in parts[0] if any(part[name] for part in parts)] or list(parts[0])[:1]
     with matplotlib.rc_context(STYLE):
-        figure = sheet(330, figure)
+        tall = 238 if device else 110
+        figure = sheet(92 + tall, figure)
         title = "VRAM" if device else "Resident set of the process (no GPU memory)"
         write(figure, 14, 12, title, fontsize=LARGE, weight="bold")
-        axes = panel(figure, 62, 44, 548, 238)
+        axes = panel(figure, 62, 44, 548, tall)
         top = max([peak.reserved + (peak.others if device else 0), budget or 0]
                   + [sum(part.values()) for part in parts])  # fmt: skip
         factor, unit = _scale(top)
@@ -198,7 +199,7 @@ def vram_timeline(trace: Trace, figure: Figure | None = None) -> Picture:
         axes.set_ylabel(unit)
         axes.set_xlabel("seconds")
         ticks(axes.xaxis, 7)
-        ticks(axes.yaxis, 6)
+        ticks(axes.yaxis, 6 if device else 3)
         if budget:
             axes.axhline(budget * factor, color=INK, linewidth=1.4, linestyle=(0, (5, 3)))
         _mark_peak(axes, peak, factor)

@@ -43,3 +43,12 @@ class Still:
 def plan_picture(plan: Any) -> Any:
     """What goes where."""
     return figures.plan_bar(plan)
+
+
+def words(trace: Trace, title: str = "") -> str:
+    """What the pictures of a generation show, for whoever cannot see them."""
+    view = last_sweep(trace)
+    texts = [figures.overlap_text(view, title, trace.plan)] if view else []
+    if trace.of_device:
+        texts.append(figures.memory_text(list(trace.memory), trace.plan))
+    return "\n".join(texts)

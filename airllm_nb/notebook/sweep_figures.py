@@ -159,8 +159,7 @@ def lanes(view: SweepView) -> list[Lane]:
         rows.append(Lane(LANE_NAMES[stage], bars, view.busy[stage] / view.seconds, rate))
     if view.streams and "compute" in view.lanes:
         bars = thin(view.gaps, window, lambda gap: WAITS[gap.stage])
-        waited = sum(seconds for cause, seconds in view.waited.items() if cause != "host")
-        rows.append(Lane(LANE_NAMES["wait"], bars, waited / view.seconds, 0.0))
+        rows.append(Lane(LANE_NAMES["wait"], bars, sum(view.waited.values()) / view.seconds, 0.0))
     return rows
 
 
@@ -195,7 +194,7 @@ def _looks(stage: str, tiers: Mapping[str, str]) -> Callable[[Span], Look]:
 def _legend(view: SweepView) -> list[Entry]:
     """What the colours say that the names of the rows do not."""
     entries = []
-    for stage, text, tiers in (("copy", "copy from {}", ("disk", "ram")), ("read", "read, then kept in {}", ("ram",))):
+    for stage, text, tiers in (("copy", "from {}", ("disk", "ram")), ("read", "read, then kept in {}", ("ram",))):
         moving = {view.tiers.get(span.unit) for span in view.lanes.get(stage, ())}
         entries += [Entry(moved(stage, tier), text.format(TIER_NAMES[tier])) for tier in tiers if tier in moving]
     if view.streams:
@@ -208,7 +207,9 @@ def _legend(view: SweepView) -> list[Entry]:
 def _headline(view: SweepView) -> str:
     so_far = " so far" if view.running else " a sweep"
     overlapped = f", overlap {view.efficiency:.0%}" if view.streams else ""
-    return f"{view.seconds:.3g} s{so_far}{overlapped}, {view.bound_by}-bound"
+    # Where nothing is busy most of the time, nothing bounds the sweep.
+    bound = f", {view.bound_by}-bound" if view.efficiency >= 0.7 or not view.streams else ""
+    return f"{view.seconds:.3g} s{so_far}{overlapped}{bound}"
 
 
 def _rate(rate: float) -> str:

@@ -14,17 +14,20 @@ class Throttle:
     every
         Seconds between two at least.
     share
-        Part of the time that drawing may take: drawing holds the interpreter, which compute needs too.
+        Part of the time that drawing may take: it holds the interpreter, which compute needs too.
     first
         Seconds until the first.
     clock
         Monotonic seconds.
+    cost
+        Seconds that this thread has computed; waiting for others costs nobody anything.
     """
 
     def __init__(
-        self, every: float, share: float = 1.0, first: float = 0.0, clock: Callable[[], float] = time.monotonic
-    ):
-        self._every, self._share, self._clock = every, share, clock
+        self, every: float, share: float = 1.0, first: float = 0.0, clock: Callable[[], float] = time.monotonic,
+        cost: Callable[[], float] = time.thread_time,
+    ):  # fmt: skip
+        self._every, self._share, self._clock, self._cost = every, share, clock, cost
         self._next = clock() + first
 
     def run(self, draw: Callable[[], object]) -> bool:
@@ -32,7 +35,7 @@ class Throttle:
         start = self._clock()
         if start < self._next:
             return False
+        before = self._cost()
         draw()
-        end = self._clock()
-        self._next = max(start + self._every, end + (end - start) * (1 / self._share - 1))
+        self._next = start + max(self._every, (self._cost() - before) / self._share)
         return True
