@@ -88,7 +88,7 @@ def test_quickstart_runs_from_top_to_bottom(
         timeout=SECONDS,
         resources={"metadata": {"path": str(tmp_path)}},
     )
-    client.execute()
+    client.execute(cleanup_kc=True)
     assert "tokens/s" in text_of(notebook.cells[-1].outputs)
     assert not [o for cell in notebook.cells for o in cell.get("outputs", []) if o.get("name") == "stderr"]
 

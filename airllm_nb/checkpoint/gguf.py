@@ -6,6 +6,8 @@ Names, permutations and merges come from transformers' own GGUF tables, so that 
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -134,19 +136,27 @@ def gguf_config(file: GGUFFile) -> Any:
     UnsupportedModelError
         If transformers has no GGUF table for the architecture, or it is not a causal language model.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
     known = supported_architectures()
     if file.architecture not in known:
         raise _unsupported(file, known)
+    stat = file.path.stat()
     with _guard(file):
-        config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        config = copy.deepcopy(_parsed_config(file.path, stat.st_size, stat.st_mtime_ns))
     if config.model_type not in CAUSAL:
         raise _unsupported(file, known)
     names = CAUSAL[config.model_type]
     config.architectures = [names if isinstance(names, str) else names[0]]
     return config
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed_config(path: Path, nbytes: int, changed: int) -> Any:
+    """As transformers reads it, which takes seconds: a plan and a load after it ask for the same."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def supported_architectures() -> tuple[str, ...]:
@@ -168,6 +178,8 @@ def save_companions(file: GGUFFile, config: Any, folder: Path, dtype: str) -> No
     with _guard(file):
         tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     _set_special_tokens(tokenizer, file)
+    # True in transformers 5.15, for which 5.23 warns whoever loads it and ignores it.
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(folder)
 
 
