@@ -22,6 +22,7 @@ from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_le
 from .decode.prefill import Work, choose_chunk
 from .errors import BudgetError, UnsupportedModelError
 from .model.architecture import check_supported, native_config
+from .model.attention import ALIBI, NTK
 from .model.device import choose_device, choose_dtype, has_memory, ram_budget, vram_budget
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units, is_tied
@@ -161,12 +162,15 @@ def needs(prepared: Prepared, work: Work, tokens: int) -> Needs:
     """Device memory beside streamed weights, where ``tokens`` of the prompt go through the model at a time."""
     config, itemsize = prepared.skeleton.config, prepared.dtype.itemsize
     text = config.get_text_config()
+    attention = getattr(config, "_attn_implementation", None)
     window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or work.length
+    if attention == NTK:  # past it, turned queries and keys are kept beside the plain ones
+        window = min(window, config.airllm_attention["trained"])
     activations = activation_bytes(
         config, tokens, work.batch, itemsize, length=work.length,
         logits=tokens if work.logits is None else min(work.logits, tokens), loss=work.loss,
         masked=work.masked or tokens < work.prompt or work.length > window,
-        eager=getattr(config, "_attn_implementation", None) == "eager",
+        eager=attention in ("eager", ALIBI),
     )  # fmt: skip
     activations += returned_bytes(
         config, work.length, work.batch, itemsize, states=work.states, attentions=work.attentions

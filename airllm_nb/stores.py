@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.codec import Codec, compressible
+from .checkpoint.codec import Codec, compressible, get_codec
 from .checkpoint.convert import delete_original, encode_jobs
 from .checkpoint.encoded import TORCH_DTYPES
 from .checkpoint.gguf import convert_gguf
 from .checkpoint.index import TensorInfo, read_header, read_index
 from .checkpoint.journal import write_atomically
 from .checkpoint.layout import Choice, companions
+from .checkpoint.legacy.families import native_tensors, normalised
+from .checkpoint.legacy.normalised import write_normalised
 from .checkpoint.mapping import map_checkpoint
 from .checkpoint.pickles import convert_pickles, load_pickle
-from .checkpoint.source import Source, store_folder
+from .checkpoint.source import Source, read_config, store_folder
 from .checkpoint.store import MANIFEST, Store, StoreMeta, open_store, write_store
 from .config import LoadOptions
 from .errors import OptionError
@@ -33,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Left in a local folder whose weights were deleted after compression; says where the store is.
 POINTER = "airllm_nb_store.json"
+# In the name of the folder where the weights are that are written once beside a checkpoint that is read in place.
+NORMALISED = "normalised"
 
 
 @dataclass(frozen=True)
@@ -78,22 +82,31 @@ def stored_dtype(source: Source) -> torch.dtype | None:
 def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
     """What is here already and needs nothing written; ``None`` when there is work to do."""
     if codec.name == "none" and source.format == "safetensors":
-        return Weights(source.folder, map_checkpoint(read_index(source.folder), skeleton)) if source.files else None
-    folder = _folder(source, codec.name, dtype, options)
-    store = open_store(folder)
-    if store is None or not (folder / "config.json").is_file():
+        index, folder = read_index(source.folder) if source.files else None, source.folder
+    else:
+        folder = _folder(source, codec.name, dtype, options)
+        store = open_store(folder)
+        index = store.index if store is not None and (folder / "config.json").is_file() else None
+    if index is None or codec.name != "none":
+        return None if index is None else Weights(folder, index)
+    names = _normalised(source)
+    extra = open_store(_folder(source, NORMALISED, dtype, options)) if names else None
+    if names and extra is None:
         return None
-    return Weights(folder, store.index if codec.name != "none" else map_checkpoint(store.index, skeleton))
+    return Weights(folder, {**_mapped(index, source, skeleton), **(extra.index if extra else {})})
 
 
 def write(
     source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
 ) -> Weights:
     """Write the store that is missing, from what an earlier start left; the source's files must be here."""
-    was_there = _is_store(_folder(source, "none", dtype, options))
+    once = _folder(source, NORMALISED, dtype, options)
+    was_there, once_was_there = _is_store(_folder(source, "none", dtype, options)), _is_store(once)
     plain = _plain(source, dtype, options, progress)
     index = open_store(plain).index if plain != source.folder else read_index(plain)  # type: ignore[union-attr]
-    tensors = map_checkpoint(index, skeleton)
+    tensors = _mapped(index, source, skeleton)
+    if rows := _normalised(source):
+        tensors |= write_normalised(once, tensors, rows, dtype, _meta(source, get_codec(None), dtype), progress).index
     if codec.name == "none":
         return Weights(plain, tensors)
     folder = _folder(source, codec.name, dtype, options)
@@ -102,10 +115,23 @@ def write(
     jobs = encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)
     store = write_store(folder, jobs, _meta(source, codec, dtype), progress=progress)
     _copy_companions(plain, folder)
+    # Written a moment ago, as a step on the way: what it held is in the store now.
     if plain != source.folder and not was_there:
-        # Written a moment ago, as a step on the way: what it held is in the store now.
         shutil.rmtree(plain)
+    if once.is_dir() and not once_was_there:
+        shutil.rmtree(once)
     return Weights(folder, store.index)
+
+
+def _mapped(index: Mapping[str, TensorInfo], source: Source, skeleton: Any) -> dict[str, TensorInfo]:
+    """The parameters by native name, whatever names and layout the checkpoint has."""
+    native = index if source.gguf_file is not None else native_tensors(index, read_config(source))
+    return map_checkpoint(native, skeleton)
+
+
+def _normalised(source: Source) -> tuple[str, ...]:
+    """Weights that are written once with rows of length 1, whatever the checkpoint's format."""
+    return () if source.gguf_file is not None else normalised(read_config(source))
 
 
 def _is_store(folder: Path) -> bool:

@@ -147,8 +147,8 @@ def test_a_model_without_linear_matrices_is_not_compressed(tmp_path):
 
 
 def test_an_unknown_architecture_is_named_before_missing_weights(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "chatglm", "architectures": ["ChatGLMModel"]}')
-    with pytest.raises(UnsupportedModelError, match=r"ChatGLMModel.*glm"):
+    (tmp_path / "config.json").write_text('{"model_type": "orionglm", "architectures": ["OrionGLMModel"]}')
+    with pytest.raises(UnsupportedModelError, match=r"OrionGLMModel.*glm"):
         open_model(tmp_path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,18 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return sum(extent.nbytes for extent in self.extents)
+
+    def rows(self, name: str, ranges: Iterable[tuple[int, int]]) -> TensorInfo:
+        """The rows ``[first, last)`` of each range, one range after the other, as a tensor that lies where they lie."""
+        width, count, extents = self.nbytes // max(self.shape[0], 1), 0, []
+        for first, last in ranges:
+            at, count = 0, count + last - first
+            for extent in self.extents:
+                low, high = max(first * width, at), min(last * width, at + extent.nbytes)
+                if low < high:
+                    extents.append(Extent(extent.path, extent.offset + low - at, high - low))
+                at += extent.nbytes
+        return TensorInfo(name, self.dtype, (count, *self.shape[1:]), tuple(extents))
 
 
 class CheckpointIndex(Mapping[str, TensorInfo]):

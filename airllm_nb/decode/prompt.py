@@ -12,8 +12,10 @@ from ..errors import PromptError
 Prompt = str | Sequence[Mapping[str, str]]
 
 
-def encode(tokenizer: Any, prompt: Prompt) -> tuple[str, dict[str, torch.Tensor]]:
+def encode(tokenizer: Any, prompt: Prompt) -> tuple[str, dict[str, Any]]:
     """The prompt as the model sees it, and its ``input_ids`` and ``attention_mask``, ``[1, tokens]``.
+
+    Where the tokenizer knows tokens that end an answer in a chat (``chat_stop_ids``), messages bring ``eos_token_id``.
 
     Raises
     ------
@@ -30,7 +32,9 @@ def encode(tokenizer: Any, prompt: Prompt) -> tuple[str, dict[str, torch.Tensor]
     text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
     # The template has written the special tokens already.
     encoded = tokenizer(text, return_tensors="pt", add_special_tokens=False)
-    return text, {key: encoded[key] for key in ("input_ids", "attention_mask")}
+    stops = getattr(tokenizer, "chat_stop_ids", None)
+    ends = {"eos_token_id": stops} if stops else {}
+    return text, {key: encoded[key] for key in ("input_ids", "attention_mask")} | ends
 
 
 def check_length(ids: Any, context: int | None) -> None:

@@ -6,11 +6,13 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ..checkpoint.legacy.families import ATTENTION, native_dict
 from ..errors import CheckpointError, UnsupportedModelError
+from .attention import attend_by
 
 
 def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
-    """The native config object for a checkpoint's ``config.json``.
+    """The native config object for a checkpoint's ``config.json``, those of the mapped families included.
 
     Raises
     ------
@@ -21,18 +23,22 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) ->
     """
     from transformers import CONFIG_MAPPING
 
-    model_type = config.get("model_type", "")
     check_supported(config, trust_remote_code)
-    values = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
+    native = native_dict(config)
+    model_type = native.get("model_type", "")
+    values = {key: value for key, value in native.items() if key not in ("auto_map", "quantization_config", ATTENTION)}
     kind = CONFIG_MAPPING[model_type]
     try:
         # transformers writes infinity as {"__float__": "Infinity"}.
-        return kind.from_dict(kind._decode_special_floats(values))
+        made = kind.from_dict(kind._decode_special_floats(values))
     except Exception as error:  # config classes raise whatever their validators do
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"config.json is not one that {model_type} accepts ({reason}); download it again"
         ) from None
+    if native is not config and ATTENTION in native:
+        attend_by(made, native[ATTENTION])
+    return made
 
 
 def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) -> None:
@@ -40,6 +46,7 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
+    config = native_dict(config)
     model_type = config.get("model_type", "")
     name = next(iter(config.get("architectures") or []), model_type or "unknown")
     foreign = (
