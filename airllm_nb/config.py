@@ -61,6 +61,15 @@ def format_bytes(size: float) -> str:
     return f"{size:.2f} TiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """Seconds as people read them: ``"0.07 ms"``, ``"0.712 s"``, ``"12.3 s"``, ``"21 min"``, ``"2.5 h"``."""
+    if 0 < seconds < 0.001:
+        return f"{float(f'{seconds * 1e3:.2g}'):g} ms"
+    if seconds < 120:
+        return f"{float(f'{seconds:.3g}'):g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def size_option(nbytes: int) -> str:
     """Bytes, rounded up, the way they are written in an option: ``"55MiB"``."""
     return f"{-(-nbytes // MiB)}MiB"

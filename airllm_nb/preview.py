@@ -26,7 +26,7 @@ class Preview:
         self._model, self._options = model, options
         self._prepared = load.prepare(model, options, progress=progress, weights=False)
         self._machine = measure(self._prepared)
-        self._limit = self._slice_limit()
+        self._limit, self._free = self._slice_limit(), self.budgets
 
     @property
     def has_device(self) -> bool:
@@ -39,7 +39,7 @@ class Preview:
         return self._prepared.vram_budget, self._prepared.ram_budget
 
     def plan(self, vram: int | None = None, ram: int | None = None) -> ResidencyPlan:
-        """What would go where under these budgets in bytes; ``None`` leaves one as it was.
+        """What would go where under these budgets in bytes; ``None`` is that of the options, or what is free.
 
         Raises
         ------
@@ -47,7 +47,7 @@ class Preview:
             If it does not fit.
         """
         prepared = self._prepared
-        prepared.vram_budget, prepared.ram_budget = vram or prepared.vram_budget, ram or prepared.ram_budget
+        prepared.vram_budget, prepared.ram_budget = vram or self._free[0], ram or self._free[1]
         if self._slice_limit() != self._limit:
             # Large matrices are cut by the budgets.
             budgets = self.budgets

@@ -94,7 +94,7 @@ def last_sweep(trace: Trace) -> SweepView | None:
 
     ``None`` before anything is recorded. Spans count by their time: they are added late, after their sweep.
     """
-    window, spans = next(iter(list(trace.windows)[-1:]), None), trace.recent()
+    window, spans = trace.last_window, trace.recent()
     if window is not None:
         return _view(window, False, spans, trace.tiers)
     start = trace.began

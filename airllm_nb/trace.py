@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from .config import format_seconds
+
 T = TypeVar("T")
 STAGES = ("read", "copy", "dequantise", "compute", "wait")
 COUNTED = {"read": "reads", "copy": "copies", "dequantise": "matrices", "compute": "units", "wait": "waits"}
@@ -145,6 +147,14 @@ class Trace:
         return [end - start for start, end in _copied(self.windows)]
 
     @property
+    def last_window(self) -> tuple[float, float] | None:
+        """Start and end of the last sweep that has ended."""
+        try:
+            return self.windows[-1]
+        except IndexError:
+            return None
+
+    @property
     def wants_memory(self) -> bool:
         """Whether the next memory sample is due; they become rarer as the trace grows longer."""
         return self.now() >= self._memory_next
@@ -235,16 +245,16 @@ def _copied(changing: deque[T]) -> list[T]:
 
 def prediction(seconds: float, bound_by: str | None = None) -> str:
     """``"predicted 0.71 s a token (link-bound)"``"""
-    return f"predicted {seconds:.3g} s a token" + (f" ({bound_by}-bound)" if bound_by else "")
+    return f"predicted {format_seconds(seconds)} a token" + (f" ({bound_by}-bound)" if bound_by else "")
 
 
 def speed_line(summary: Mapping[str, Any]) -> str:
     """``"predicted 0.71 s a token (link-bound), achieved 0.74 s (96%)"``, as far as :meth:`Trace.summary` knows it."""
     predicted, achieved = summary["predicted_sweep_seconds"], summary["sweep_seconds"]
     if not predicted:
-        return f"{achieved:.3g} s a token" if achieved else "no sweep finished"
+        return f"{format_seconds(achieved)} a token" if achieved else "no sweep finished"
     text = prediction(predicted, summary["bound_by"])
-    return f"{text}, achieved {achieved:.3g} s ({predicted / achieved:.0%})" if achieved else text
+    return f"{text}, achieved {format_seconds(achieved)} ({predicted / achieved:.0%})" if achieved else text
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

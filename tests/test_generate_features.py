@@ -555,3 +555,20 @@ def wait_until(condition: Callable[[], bool], seconds: float = 15) -> None:
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_a_stop_is_heard_where_no_unit_is_followed(tiny_llama, monkeypatch):
+    """On a GPU that holds the whole model no unit has a hook; the sweep itself has."""
+    from airllm_nb import AutoModel
+    from airllm_nb.model.executor import Executor
+
+    monkeypatch.setattr(Executor, "_time", lambda self, unit: None)
+    path = tiny_llama(eos_token_id=None, max_position_embeddings=20_000)
+    with AutoModel.from_pretrained(path, vram_budget="1GiB") as model:
+        assert set(model.plan.tiers) == {"gpu"}
+        generation = model.stream("hello", max_new_tokens=10_000)
+        for chunk in generation:
+            assert model.position[0] == 0
+            if chunk.tokens >= 5:
+                generation.stop()
+        assert 5 <= len(generation.result.token_ids) < 500 and generation.result.stopped_by == "user"

@@ -18,7 +18,7 @@ ENGINE = {"engine", "auto_model", "bench"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
-    "trace": {"errors"},
+    "trace": {"config", "errors"},
     "timeline": {"trace", "config", "errors"},
     "checkpoint": BASE,
     "stream": BASE | {"checkpoint"},

@@ -59,7 +59,8 @@ def run(client: NotebookClient, tiny_llama: Callable[..., Path]) -> Callable[[st
         return client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1)["outputs"]
 
     execute("%load_ext airllm_nb")
-    outputs = execute(f'%airllm_load "{tiny_llama(eos_token_id=None, max_position_embeddings=120_000)}" --dashboard bar')
+    model = tiny_llama(eos_token_id=None, max_position_embeddings=120_000)
+    outputs = execute(f'%airllm_load "{model}" --dashboard bar')
     assert [output["output_type"] for output in outputs] == ["display_data"], "the card is in the place of the line"
     assert "is loaded as" in outputs[0]["data"]["text/plain"] and "<table>" in outputs[0]["data"]["text/html"]
     return execute

@@ -37,7 +37,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture
 def panel(model: str, loaded: Loaded) -> Iterator[Panel]:
-    made = Panel(model, lambda name, options, bar: loaded.append((name, options)))
+    made = Panel(lambda name, options, bar: loaded.append((name, options)) or [], model)
     made.show()
     yield made
     made.close()
@@ -54,13 +54,28 @@ def test_it_shows_the_plan_of_what_is_picked(panel: Panel, model: str) -> None:
 
 def test_load_hands_over_what_is_picked_and_leaves_the_line(panel: Panel, loaded: Loaded, model: str) -> None:
     panel._compression.value = "8bit"
-    panel._ram.value = panel._ram.max - 0.5
-    asked, line = panel._ram.value, panel.line
-    assert f"--ram {asked:g}GiB" in line
+    panel._ram.value = 1.5
+    assert "--ram 1.5GiB" in panel.line and "--vram" not in panel.line
     panel._button.click()
     ((name, options),) = loaded
-    assert (name, options.compression, options.ram_budget) == (model, "8bit", int(asked * 2**30))
+    assert (name, options.compression, options.ram_budget) == (model, "8bit", 3 << 29)
     assert options.vram_budget is None, "what was not touched is what is free"
+
+
+def test_it_begins_with_the_defaults_of_the_session(model: str) -> None:
+    panel = Panel(lambda *_: [], model, vram="", ram="512MiB", name="big")
+    assert panel.line == f"%airllm_load {model} --ram 0.5GiB --name big"
+    assert panel.options.ram_budget == 512 << 20
+    panel.close()
+
+
+def test_an_interrupt_is_said(panel: Panel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("airllm_nb.notebook.panel.Preview.plan", interrupt)
+    panel._compression.value = "4bit"
+    assert panel._said.value == "interrupted" and panel._picture.value == ""
 
 
 def test_a_wrong_name_is_said_and_repaired(panel: Panel, model: str) -> None:
@@ -72,11 +87,12 @@ def test_a_wrong_name_is_said_and_repaired(panel: Panel, model: str) -> None:
     assert "predicted" in panel._said.value and not panel._button.disabled
 
 
-def test_an_error_while_loading_is_said_and_the_panel_stays(model: str) -> None:
+@pytest.mark.parametrize("error", [SourceError("the disk is full"), RuntimeError("the disk is full")], ids=str)
+def test_an_error_while_loading_is_said_and_the_panel_stays(model: str, error: Exception) -> None:
     def refuse(*_: Any) -> None:
-        raise SourceError("the disk is full; free 3 GiB")
+        raise error
 
-    panel = Panel(model, refuse)
+    panel = Panel(refuse, model)
     panel.show()
     panel._button.click()
     assert "the disk is full" in panel._said.value and not panel._button.disabled
@@ -88,7 +104,7 @@ def test_it_leaves_no_widgets(model: str) -> None:
     if registry is None:
         registry = ipywidgets.Widget.widgets
     before = len(registry)
-    panel = Panel(model, lambda *_: None)
+    panel = Panel(lambda *_: [], model)
     panel.show()
     assert len(registry) > before
     panel._button.click()
@@ -103,7 +119,7 @@ def test_a_preview_plans_as_loading_would(model: str) -> None:
         assert preview.plan(vram).tiers == there.tiers
     with pytest.raises(BudgetError):
         preview.plan(1 << 16)
-    assert preview.plan(40 << 20).tier_bytes("gpu") > 0, "usable after a refusal"
+    assert preview.plan().tiers == plan_model(model, options).tiers, "usable after a refusal"
 
 
 def test_models_of_the_hubs_cache(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import format_bytes
+from ..config import format_bytes, format_seconds
 from ..trace import speed_line, stage_rows
 
 
@@ -76,9 +76,10 @@ class BenchResult:
     def rows(self) -> list[tuple[str, str]]:
         """Labels and values, for people."""
         asked = f"{self.sweeps} sweeps after a prompt of {self.prompt_tokens} tokens, batch {self.batch}"
+        first = format_seconds(self.first_token_seconds)
         rows = [
             ("speed", speed_line(self.as_dict())),
-            ("tokens", f"{self.tokens_per_second:.3g} a second, the first after {self.first_token_seconds:.3g} s"),
+            ("tokens", f"{self.tokens_per_second:.3g} a second, the first after {first}"),
             ("measured", asked + ("" if self.same_tokens else "; the two generations gave different tokens")),
             *((name, _link_text(link)) for name, link in self.links.items() if link["bytes"]),
             ("weights", " | ".join(f"{tier} {format_bytes(has['bytes'])} ({has['units']} units)"
@@ -86,7 +87,7 @@ class BenchResult:
             ("memory peak", self._peak_text()),
         ]  # fmt: skip
         if self.open_seconds is not None:
-            rows.append(("opened in", f"{self.open_seconds:.3g} s"))
+            rows.append(("opened in", format_seconds(self.open_seconds)))
         rows += stage_rows(self.stages)
         if self.synthetic:
             rows.append(("checkpoint", _synthetic_text(self.synthetic)))

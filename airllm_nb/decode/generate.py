@@ -124,6 +124,11 @@ class Generation:
         self._cancel, self._start = threading.Event(), time.perf_counter()
         self.result: GenerationResult | None = None
 
+    @property
+    def limit(self) -> int | None:
+        """How many tokens it may make: what was asked for, as far as the context has room."""
+        return self._kwargs.get("max_new_tokens")
+
     def __iter__(self) -> Generation:
         return self
 

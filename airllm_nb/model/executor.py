@@ -64,7 +64,7 @@ class Executor:
         self._sources = Unchanged(piece.extent.path for unit in units for piece in unit.stream.pieces)
         self._tiers = {unit.name: tier for unit, tier in zip(units, plan.tiers, strict=True)}
         self._hooks: list[Any] = []
-        self._reached = 0
+        self._reached = -1
         self._resident: dict[str, torch.Tensor] = {}
         self._memory: StreamMemory | None = None
         self._prefetcher: Prefetcher | None = None
@@ -86,7 +86,7 @@ class Executor:
             If a file of the weights was changed since they were opened.
         """
         self._sources.check()
-        self.cancel = cancel
+        self.cancel, self._reached = cancel, -1
         trace.predicted_sweep_seconds, trace.bound_by = self._plan.sweep_seconds, self._plan.bound_by
         trace.plan, trace.tiers = self._plan.as_dict(), self._tiers
         self._recorder.begin(trace)
@@ -101,7 +101,7 @@ class Executor:
 
     @property
     def position(self) -> tuple[int, int]:
-        """The unit that computes, counted from 1, and how many there are in a sweep."""
+        """The unit that computes, counted from 1, and how many there are in a sweep; 0 where units are not followed."""
         return self._reached + 1, len(self._units)
 
     @property
@@ -151,7 +151,7 @@ class Executor:
         self._stream(streamed)
         for module in self._timed:
             module.timer = self._recorder.dequantising  # type: ignore[assignment]
-        self._hooks.append(self._model.register_forward_pre_hook(lambda *_: self._recorder.begin_sweep()))
+        self._hooks.append(self._model.register_forward_pre_hook(lambda *_: self._begin_sweep()))
         self._hooks.append(self._model.register_forward_hook(lambda *_: self._end_sweep()))
 
     def _make_resident(self, unit: ModelUnit) -> None:
@@ -253,6 +253,12 @@ class Executor:
             self._prefetcher.release(index, mark)
 
         return release
+
+    def _begin_sweep(self) -> None:
+        # Where everything is resident on a GPU no unit has a hook: a sweep is short there, and this is the stop.
+        if self.cancel.is_set():
+            raise GenerationStopped("stopped before a sweep")
+        self._recorder.begin_sweep()
 
     def _end_sweep(self) -> None:
         self._recorder.end_sweep(self._prefetcher)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import format_bytes, size_option
+from ..config import format_bytes, format_seconds, size_option
 from ..errors import BudgetError
 from ..stream.ring import LOCKED, PAGEABLE, align, host_room
 
@@ -187,7 +187,7 @@ class ResidencyPlan:
             )
         host = self.tier_bytes("ram") + self.ring_bytes
         lines.append(f"RAM       {format_bytes(host)} of {format_bytes(self.ram_budget)}")
-        lines.append(f"predicted {self.sweep_seconds:.3g} s a token ({self.bound_by}-bound)")
+        lines.append(f"predicted {format_seconds(self.sweep_seconds)} a token ({self.bound_by}-bound)")
         return "\n".join(lines)
 
 

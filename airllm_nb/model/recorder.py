@@ -86,8 +86,11 @@ class Recorder:
     def end_sweep(self, prefetcher: Prefetcher | None) -> None:
         """One forward is over (on the host)."""
         self._marks.append(("sweep", "", self._sweep, self._copier.mark()))
+        if self._device.type == "cuda":
+            # Between two forwards no activations are left: what is more than at the beginning is the cache.
+            self._kv_cache = max(_memory(self._device)[0] - self._before, 0)
         if self._trace.wants_memory:
-            self._sample(prefetcher, between=True)
+            self._sample(prefetcher)
         self.resolve(prefetcher)
 
     def finish(self, prefetcher: Prefetcher | None) -> None:
@@ -96,11 +99,8 @@ class Recorder:
             self.resolve(prefetcher, wait=True)
             self._sample(prefetcher)
 
-    def _sample(self, prefetcher: Prefetcher | None, between: bool = False) -> None:
-        """``between`` two forwards no activations are left: what is more than at the beginning is the cache."""
+    def _sample(self, prefetcher: Prefetcher | None) -> None:
         allocated, reserved = _memory(self._device)
-        if between and self._device.type == "cuda":
-            self._kv_cache = max(allocated - self._before, 0)
         slots = prefetcher.bytes_ahead if prefetcher else 0
         now, others = self._trace.now(), _others(self._device)
         self._trace.add_memory(MemorySample(now, allocated, reserved, slots, self._kv_cache, others))
@@ -144,10 +144,13 @@ class Recorder:
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes allocated and reserved on the device; of the process where the device is this CPU."""
+    """Bytes allocated and reserved on the device; of the process where the device is this CPU.
+
+    What is reserved now, not its peak: that would be the process's, and what is reserved is hardly ever given back.
+    """
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
-        return stats["allocated_bytes.all.current"], stats["reserved_bytes.all.peak"]
+        return stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
     try:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:

@@ -17,18 +17,20 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from ..timeline import last_sweep
+from ..trace import Trace
 from . import figures
 from .cards import Line
 from .generating import summary_line
 from .live import Facts, facts
+from .markdown import safe_markdown
 from .pump import pump_widget_events
 from .still import Still
 from .throttle import Throttle
 
 log = logging.getLogger(__name__)
 
-# Seconds between two updates of text and of pictures at least, and the part of the time that pictures may take.
-TEXT_EVERY, PICTURE_EVERY, PICTURE_SHARE = 0.25, 1.0, 0.02
+# Seconds between two updates of text and of pictures at least, and the part of the time that each may take.
+TEXT_EVERY, TEXT_SHARE, PICTURE_EVERY, PICTURE_SHARE = 0.25, 0.02, 1.0, 0.02
 WIDTH = "900px"
 # A generation that is over before that is not worth a live picture.
 FIRST_PICTURE = 0.5
@@ -42,19 +44,21 @@ class Dashboard:
     ----------
     model, generation
         What runs.
-    limit
-        How many tokens were asked for.
     clock
         Monotonic seconds.
     """
 
-    def __init__(self, model: Any, generation: Any, limit: int, clock: Callable[[], float] = time.monotonic):
-        self._model, self._generation, self._limit, self._clock = model, generation, limit, clock
+    def __init__(self, model: Any, generation: Any, clock: Callable[[], float] = time.monotonic):
+        self._model, self._generation, self._clock = model, generation, clock
+        # Until this generation has begun, the model's trace is that of the one before.
+        self._before = model.trace
         self._tokens, self._parts, self._start = 0, [], clock()  # type: int, list[str], float
-        self._text_due = Throttle(TEXT_EVERY, clock=clock)
+        self._text_due = Throttle(TEXT_EVERY, TEXT_SHARE, clock=clock)
         self._pictures_due = Throttle(PICTURE_EVERY, PICTURE_SHARE, FIRST_PICTURE, clock)
         self._drawn: dict[str, Any] = {}
-        self._stopped = False
+        self._places: list[Any] = []
+        self._all: list[Any] = []
+        self._shown, self._stopped = 0, False
 
     # --- a generation's view
 
@@ -62,9 +66,8 @@ class Dashboard:
         """Three places below each other: progress and Stop, the text, the pictures."""
         self._start = self._clock()
         self._build()
-        self._top = display(view_of(self._bar, "generating …"), raw=True, display_id=True)
-        self._middle = display({"text/plain": ""}, raw=True, display_id=True)
-        self._below = display(view_of(self._pictures, ""), raw=True, display_id=True)
+        for shown in (view_of(self._bar, "generating …"), {"text/plain": ""}, view_of(self._pictures, "")):
+            self._places.append(display(shown, raw=True, display_id=True))
 
     def got(self, chunk: Any) -> None:
         self._tokens = chunk.tokens
@@ -73,35 +76,48 @@ class Dashboard:
         self.waited()
 
     def waited(self) -> None:
+        if self._stopped:
+            self._stop.disabled, self._stop.description = True, "Stopping …"
         self._text_due.run(self._refresh)
         self._pictures_due.run(self._draw)
         pump_widget_events()
 
     def stopping(self) -> None:
         self._stopped = True
-        self._stop.disabled, self._stop.description = True, "Stopping …"
-        self._refresh()
+        self.waited()
 
     def end(self, result: Any) -> None:
         """Leave a line, the answer and the picture of the last sweep, and nothing that lives."""
-        text, trace = (result.text, result.trace) if result else ("".join(self._parts), self._model.trace)
+        text, trace = (result.text, result.trace) if result else ("".join(self._parts), self._trace)
+        static = [(Line(summary_line(result) if result else "no result"), {}), (_answer(text), {"raw": True})]
         try:
-            self._top.update(Line(summary_line(result) if result else "no result"))
-            self._middle.update({"text/plain": text, "text/markdown": text} if text else {"text/plain": ""}, raw=True)
-            still = Still.of(trace, self._model.name)
-            data, metadata = still.bundle() if still else ({"text/plain": ""}, {})
-            self._below.update(data, metadata=metadata, raw=True)
-            if memory := Still.of_memory(trace):
-                display(memory)
+            for place, (shown, how) in zip(self._places, static, strict=False):
+                place.update(shown, **how)
+            if len(self._places) > len(static):
+                self._leave_pictures(trace)
         finally:
             for widget in self._all:
                 close(widget)
             self._drawn.clear()
 
+    def _leave_pictures(self, trace: Trace) -> None:
+        data, metadata = {"text/plain": ""}, {}  # type: dict[str, Any], dict[str, Any]
+        try:
+            if still := Still.of(trace, self._model.name):
+                data, metadata = still.bundle()
+            memory = Still.of_memory(trace)
+        except (Exception, KeyboardInterrupt):  # no picture is worth an answer
+            log.debug("no picture of this generation", exc_info=True)
+            memory = None
+        self._places[-1].update(data, metadata=metadata, raw=True)
+        if memory:
+            display(memory)
+
     # --- drawing
 
     def _build(self) -> None:
-        self._header, self._progress, self._vram, self._overlap = (widgets.HTML() for _ in range(4))
+        self._all = htmls = [widgets.HTML() for _ in range(4)]
+        self._header, self._progress, self._vram, self._overlap = htmls
         self._stop = widgets.Button(description="Stop", icon="stop", tooltip=STOP_HINT)
         self._stop.layout.width, self._stop.layout.flex, self._progress.layout.flex = "110px", "0 0 auto", "1 1 auto"
         self._stop.on_click(self._clicked)
@@ -125,27 +141,33 @@ class Dashboard:
         self._refresh()
 
     def _clicked(self, _: Any) -> None:
+        # On some kernels in a thread of its own: the cell's thread draws.
+        self._stopped = True
         self._generation.stop()
-        self.stopping()
+
+    @property
+    def _trace(self) -> Trace:
+        return Trace() if self._model.trace is self._before else self._model.trace
 
     def _refresh(self) -> None:
-        now = facts(self._model, self._tokens, self._limit, self._clock() - self._start)
+        limit = self._generation.limit or 0
+        now = facts(self._model, self._trace, self._tokens, limit, self._clock() - self._start)
         self._header.value = header_html(now, self._stopped)
         self._progress.value = progress_html(now)
-        if self._parts:
-            text = "".join(self._parts)
+        if len(self._parts) > self._shown:
+            self._shown, text = len(self._parts), "".join(self._parts)
             shown = f'<div class="airllm-text" style="white-space:pre-wrap">{html.escape(text)}</div>'
-            self._middle.update({"text/plain": text, "text/html": shown}, raw=True)
+            self._places[1].update({"text/plain": text, "text/html": shown}, raw=True)
 
     def _draw(self) -> None:
         try:
             self._draw_pictures()
         except Exception:  # no picture is worth a generation
-            log.exception("the pictures of this generation are left out")
+            log.debug("this generation goes on without pictures", exc_info=True)
             self._pictures_due = Throttle(float("inf"), first=float("inf"))
 
     def _draw_pictures(self) -> None:
-        trace = self._model.trace
+        trace = self._trace
         # An interrupt in the middle leaves a figure half drawn: it is not used again.
         vram, overlap = self._drawn.pop("vram", None), self._drawn.pop("overlap", None)
         if trace.memory:
@@ -175,6 +197,10 @@ def progress_html(now: Facts) -> str:
     )
 
 
+def _answer(text: str) -> dict[str, Any]:
+    return {"text/plain": text} | ({"text/markdown": safe_markdown(text)} if text else {})
+
+
 def image_html(png: bytes, alt: str) -> str:
     """A picture that screen readers can read; for widgets, whose HTML is not sanitised as an output's is."""
     data = base64.b64encode(png).decode()
@@ -190,7 +216,12 @@ def view_of(widget: Any, text: str) -> dict[str, Any]:
 
 
 def close(widget: Any) -> None:
-    """Free a widget with its layout and style, which are widgets of their own and would stay for ever."""
+    """Free a widget with its layout and style, which are widgets of their own and would stay for ever.
+
+    Programs that execute notebooks save the last state of closed widgets too: pictures are emptied first.
+    """
+    if isinstance(widget, widgets.HTML):
+        widget.value = ""
     for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
         if part is not None:
             part.close()

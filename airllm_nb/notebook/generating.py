@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,15 +63,19 @@ def generate(entry: Entry, generation: Any, view: View) -> Any:
     except KeyboardInterrupt:
         view.end(None)
         return None
-    except BaseException:
-        view.end(None)
+    except BaseException as error:
+        try:
+            view.end(None)
+        except Exception as another:
+            raise error from another
         raise
     finally:
         if generation.result is not None:
             entry.unfinished = None
         else:
             generation.stop()
-    view.end(generation.result)
+    with contextlib.suppress(KeyboardInterrupt):  # it is over: an interrupt now would only lose the answer
+        view.end(generation.result)
     return generation.result
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..config import format_seconds
 from ..trace import Trace
 
 if TYPE_CHECKING:
@@ -66,17 +67,21 @@ class Facts:
         parts = [f"layer {self.layer} of {self.layers}"] if self.layer and self.is_slow else []
         if self.units and not self.layer and self.is_slow:
             parts.append(f"unit {self.unit} of {self.units}")
-        parts.append(f"token {self.tokens + 1} of {self.limit}" if self.tokens else "reading the prompt")
-        if self.left > 1:
-            parts.append(f"up to {rough_time(self.left)} left")
+        parts.append(
+            f"token {min(self.tokens + 1, self.limit)} of {self.limit}" if self.tokens else "reading the prompt"
+        )
+        if self.left > 2:
+            parts.append(f"up to {format_seconds(self.left)} left")
         return " · ".join(parts)
 
     @property
     def this_sweep(self) -> str:
-        """``"sweep: 12 s of about 41 s"``, or only what one takes where that is quick."""
+        """``"this sweep: 12 s, about 29 s left"``, or only what one takes where that is quick."""
         if not self.is_slow:
-            return f"{self.expected:.2g} s a sweep"
-        return f"sweep: {self.sweep:.3g} s of about {self.expected:.3g} s"
+            return f"{format_seconds(self.expected)} a sweep"
+        if self.sweep >= self.expected:
+            return f"this sweep: {format_seconds(self.sweep)}, longer than the {format_seconds(self.expected)} expected"
+        return f"this sweep: {format_seconds(self.sweep)}, about {format_seconds(self.expected - self.sweep)} left"
 
     @property
     def numbers(self) -> str:
@@ -88,26 +93,28 @@ class Facts:
         return " · ".join(parts)
 
 
-def facts(model: StreamedModel, tokens: int, limit: int, seconds: float) -> Facts:
+def facts(model: StreamedModel, trace: Trace, tokens: int, limit: int, seconds: float) -> Facts:
     """Look at a model that generates; safe from another thread.
 
     Parameters
     ----------
+    trace
+        Of this generation; an empty one until it has begun.
     tokens, limit
         That came, and that were asked for.
     seconds
         Since the generation began.
     """
-    trace = model.trace
-    unit, units = model.position
+    unit, units = model.position if trace.plan else (0, 0)
     names = list(trace.tiers)
     layers = [layer_of(name) for name in names]
-    expected = trace.median_sweep() or model.plan.sweep_seconds
+    # The first sweep is the prompt's, and says little of the others.
+    expected = (trace.median_sweep() if trace.sweeps > 1 else None) or model.plan.sweep_seconds
     status = [model.name, f"{model.options.compression or 'not compressed'}", str(model.device)]
     return Facts(
         title=" · ".join(status), unit=min(unit, units), units=units,
         layer=layers[unit - 1] if 0 < unit <= len(layers) else 0, layers=max(layers, default=0),
-        tokens=tokens, limit=limit, sweep=max(trace.now() - trace.began, 0.0), expected=expected,
+        tokens=tokens, limit=limit, sweep=max(trace.now() - trace.began, 0.0) if trace.plan else 0.0, expected=expected,
         left=max(limit - tokens, 0) * expected, tokens_per_second=tokens / seconds if seconds else 0.0,
         rates=rates(trace), achieved=trace.summary()["achieved_of_predicted"],
     )  # fmt: skip
@@ -124,10 +131,3 @@ def layer_of(unit: str) -> int:
     """The decoder block in a unit's name, counted from 1; 0 if there is none: ``"model.layers.3.mlp"`` → 4"""
     found = _LAYER.search(unit)
     return int(found[1]) + 1 if found else 0
-
-
-def rough_time(seconds: float) -> str:
-    """``"40 s"``, ``"6 min"``, ``"2.5 h"``"""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

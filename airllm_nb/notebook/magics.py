@@ -81,7 +81,7 @@ class AirLLM(Magics):
         if given.seed is not None:
             _seed(given.seed)
         generation = entry.model.stream(_prompt(given, text), **how)
-        result = generate(entry, generation, self._view(entry, generation, given.max_new_tokens))
+        result = generate(entry, generation, self._view(entry, generation))
         if result is None:
             display(cards.Line(DETACHED))
             return
@@ -128,12 +128,13 @@ class AirLLM(Magics):
         if output_of(self.shell) != "kernel":
             raise OptionError("a panel needs a notebook; here use %airllm_plan MODEL and %airllm_load MODEL")
         from .panel import Panel
+        from .still import Still, plan_picture
 
-        def load(model: str, wanted: LoadOptions, bar: ProgressLine) -> None:
+        def load(model: str, wanted: LoadOptions, bar: ProgressLine) -> list[Any]:
             entry = opening.open_into(self.models, given.name or DEFAULT_NAME, model, wanted, self.dashboard, bar)
-            self._show_plan(cards.model_card(entry.name, entry.model), entry.model.plan, bar, self.dashboard)
+            return [Still(plan_picture(entry.model.plan)), cards.model_card(entry.name, entry.model)]
 
-        Panel(given.model or "", load).show()
+        Panel(load, given.model or "", self.vram, self.ram, given.name or "").show()
 
     @line_magic
     @options.arguments(options.BENCH)
@@ -208,12 +209,12 @@ class AirLLM(Magics):
     def _draws(self, dashboard: str) -> bool:
         return dashboard == "full" and output_of(self.shell) == "kernel"
 
-    def _view(self, entry: Entry, generation: Any, limit: int) -> View:
+    def _view(self, entry: Entry, generation: Any) -> View:
         """What fits where this cell's output goes."""
         if self._draws(entry.dashboard):
             from .dashboard import Dashboard
 
-            return Dashboard(entry.model, generation, limit)
+            return Dashboard(entry.model, generation)
         return TextView(entry.model, progress_line(self.shell, entry.dashboard))
 
     def _parsed(self, magic: Any, line: str, change: Any = str) -> argparse.Namespace | None:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..config import format_bytes
+from ..config import format_bytes, format_seconds
 from ..trace import MemorySample, Trace, prediction
 from .canvas import (
     LARGE,
@@ -238,14 +238,16 @@ def memory_parts(sample: MemorySample, plan: Mapping[str, Any]) -> dict[str, int
 def memory_text(samples: Sequence[MemorySample], plan: Mapping[str, Any]) -> str:
     """The alt text of :func:`vram_timeline`."""
     last, peak = samples[-1], max(samples, key=lambda sample: sample.reserved)
-    at = f"at its peak {format_bytes(peak.reserved)} after {peak.seconds:.3g} s"
+    at = f"at its peak {format_bytes(peak.reserved)} after {format_seconds(peak.seconds)}"
     if not of_device(samples, plan):
-        return (f"Resident set of the process over {last.seconds:.3g} s: now {format_bytes(last.allocated)}, {at}. "
-                "There is no GPU memory.")  # fmt: skip
+        return (f"Resident set of the process over {format_seconds(last.seconds)}: now "
+                f"{format_bytes(last.allocated)}, {at}. There is no GPU memory.")  # fmt: skip
     parts = ", ".join(f"{PART_NAMES[name]} {format_bytes(nbytes)}"
                       for name, nbytes in memory_parts(last, plan).items() if nbytes)  # fmt: skip
     budget = f" The budget is {format_bytes(plan['vram_budget'])}." if plan.get("vram_budget") else ""
-    return f"VRAM over {last.seconds:.3g} s: reserved {format_bytes(last.reserved)}, {at}. Now: {parts}.{budget}"
+    return (
+        f"VRAM over {format_seconds(last.seconds)}: reserved {format_bytes(last.reserved)}, {at}. Now: {parts}.{budget}"
+    )
 
 
 def _every(samples: Sequence[MemorySample], peak: MemorySample) -> list[int]:

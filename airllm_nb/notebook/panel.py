@@ -5,25 +5,32 @@ Whatever is picked stands below as the magic line that does the same, so that a 
 
 from __future__ import annotations
 
+import contextlib
 import html
+import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ipywidgets as widgets
 from IPython.display import display
 
-from ..config import GiB, LoadOptions
+from ..config import GiB, LoadOptions, parse_bytes
 from ..errors import AirLLMError, in_flags
 from ..preview import Preview
 from .cached import cached_models
-from .dashboard import close, image_html, view_of
+from .cards import Line
+from .dashboard import WIDTH, close, image_html, view_of
 from .loading import Loading
 from .progress_line import ProgressLine
 from .still import plan_picture
 
-NONE, STEP = "none", 0.25
+log = logging.getLogger(__name__)
+
+NONE = "none"
+_EMPTY = {"text/plain": ""}
 _WIDE = {"description_width": "110px"}
+_FREE = "0 is what is free"
 
 
 class Panel:
@@ -31,22 +38,27 @@ class Panel:
 
     Parameters
     ----------
-    model
-        Picked to begin with; may be empty.
     load
-        Loads with a model, options and a progress line; called by the Load button.
+        Loads with a model, options and a progress line, and returns what to show of it; called by the Load button.
+    model, vram, ram
+        Picked to begin with; budgets as ``"4GiB"``. May be empty.
+    name
+        The name that ``load`` gives the model, if it is not the usual one.
     """
 
-    def __init__(self, model: str, load: Callable[[str, LoadOptions, ProgressLine], None]):
-        self._load, self._preview, self._of = load, None, ()  # type: Any, Preview | None, tuple[str, ...]
-        self._setting = False
-        self._build(model)
+    def __init__(
+        self, load: Callable[[str, LoadOptions, ProgressLine], Sequence[Any]], model: str = "", vram: str = "",
+        ram: str = "", name: str = "",
+    ):  # fmt: skip
+        self._load, self._name = load, name
+        self._preview, self._of = None, ()  # type: Preview | None, tuple[str, ...]
+        self._build(model, vram, ram)
 
     def show(self) -> None:
         """Display it, and the plan of what is picked."""
-        self._handle = display(
-            view_of(self._root, f"a panel of widgets; as a line: {self.line}"), raw=True, display_id=True
-        )
+        shown = view_of(self._root, f"a panel of widgets; as a line: {self.line}")
+        # What a callback displays has no cell: it is put into these places.
+        self._places = [display(data, raw=True, display_id=True) for data in (shown, _EMPTY, _EMPTY)]
         self._changed(None)
 
     @property
@@ -55,128 +67,101 @@ class Panel:
         words = ["%airllm_load", _quoted(self._model.value or "MODEL")]
         if self._compression.value != NONE:
             words += ["--compression", self._compression.value]
-        for name, slider in (("--vram", self._vram), ("--ram", self._ram)):
-            if slider.value != slider.max:
-                words += [name, f"{slider.value:g}GiB"]
-        return " ".join(words)
+        for flag, field in (("--vram", self._vram), ("--ram", self._ram)):
+            words += [flag, f"{field.value:g}GiB"] if field.value else []
+        return " ".join(words + (["--name", self._name] if self._name else []))
 
-    # --- widgets
-
-    def _build(self, model: str) -> None:
-        self._model = widgets.Combobox(
-            value=model, options=tuple(cached_models()), placeholder="Hub id, folder or .gguf file",
-            description="Model", continuous_update=False, style=_WIDE, layout={"width": "auto"},
-        )  # fmt: skip
-        self._compression = widgets.Dropdown(
-            options=[NONE, "4bit", "8bit"], description="Compression", style=_WIDE, layout={"width": "220px"}
-        )
-        self._vram, self._ram = (
-            widgets.FloatSlider(
-                value=1.0, min=STEP, max=1.0, step=STEP, description=name, readout_format=".2f", disabled=True,
-                continuous_update=False, style=_WIDE, layout={"width": "auto"},
-            )
-            for name in ("VRAM, GiB", "RAM, GiB")
-        )  # fmt: skip
-        self._button = widgets.Button(
-            description="Load", icon="play", button_style="primary", tooltip="Load this model"
-        )
-        self._line, self._said, self._picture = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self._root = widgets.VBox(
-            [
-                self._model,
-                self._compression,
-                self._vram,
-                self._ram,
-                self._button,
-                self._line,
-                self._said,
-                self._picture,
-            ],
-            layout={"max_width": "1000px"},
-        )
-        self._root.add_class("airllm-panel")
-        for control in (self._model, self._compression, self._vram, self._ram):
-            control.observe(self._changed, names="value")
-        self._button.on_click(self._clicked)
-
-    def _changed(self, change: Any) -> None:
-        """Something was picked: plan again, from headers only."""
-        if self._setting:
-            return
-        self._line.value = f"the same as a line: <code>{html.escape(self.line)}</code>"
-        self._button.disabled = not self._model.value
-        if not self._model.value:
-            self._say("name a model to see its plan")
-            return
-        try:
-            plan = self._plan()
-        except (AirLLMError, OSError, ValueError) as error:
-            self._say(in_flags(str(error)))
-            self._picture.value = ""
-            return
-        self._say(str(plan).splitlines()[-1])
-        picture = plan_picture(plan)
-        self._picture.value = image_html(picture.png(), picture.alt)
-
-    def _plan(self) -> Any:
-        picked = (self._model.value, self._compression.value)
-        if self._preview is None or picked != self._of:
-            self._say("looking at the model …")
-            self._preview = None
-            options = LoadOptions.create(compression=None if picked[1] == NONE else picked[1])
-            self._preview, self._of = (
-                Loading(lambda report: Preview(picked[0], options, progress=report)).result(
-                    ProgressLine(_Said(self._say))
-                ),
-                picked,
-            )
-            self._limit_sliders(self._preview)
-        sizes = [None if slider.value == slider.max else int(slider.value * GiB) for slider in (self._vram, self._ram)]
-        most = [int(slider.max * GiB) for slider in (self._vram, self._ram)]
-        vram, ram = (size or limit for size, limit in zip(sizes, most, strict=True))
-        return self._preview.plan(vram if self._preview.has_device else None, ram)
-
-    def _limit_sliders(self, preview: Preview) -> None:
-        """To what is free; where they stood at the end they stay at the end: that is "what is free"."""
-        self._setting = True
-        try:
-            for slider, budget, there in zip(
-                (self._vram, self._ram), preview.budgets, (preview.has_device, True), strict=True
-            ):
-                limit = max(budget // int(STEP * GiB) * STEP, STEP)
-                at_end = slider.disabled or slider.value == slider.max
-                slider.max, slider.disabled = limit, not there
-                slider.value = limit if at_end else min(slider.value, limit)
-        finally:
-            self._setting = False
-
-    def _clicked(self, _: Any) -> None:
-        self._button.disabled = True
-        options = LoadOptions.create(
+    @property
+    def options(self) -> LoadOptions:
+        """The options of the line."""
+        return LoadOptions.create(
             compression=None if self._compression.value == NONE else self._compression.value,
-            **{name: f"{slider.value:g}GiB" for name, slider in (("vram_budget", self._vram), ("ram_budget", self._ram))
-               if slider.value != slider.max},
+            vram_budget=_bytes(self._vram), ram_budget=_bytes(self._ram),
         )  # fmt: skip
-        line, bar = self.line, ProgressLine(_Said(self._say))
-        try:
-            self._load(self._model.value, options, bar)
-        except (AirLLMError, OSError, ValueError) as error:
-            self._say(in_flags(str(error)))
-            self._button.disabled = False
-            return
-        text = f"loaded with: {line}"
-        self._handle.update(
-            {"text/plain": text, "text/html": f"loaded with: <code>{html.escape(line)}</code>"}, raw=True
-        )
-        self.close()
-
-    def _say(self, text: str) -> None:
-        self._said.value = html.escape(text)
 
     def close(self) -> None:
         """Free the widgets."""
         for widget in (*self._root.children, self._root):
             close(widget)
+
+    # --- widgets
+
+    def _build(self, model: str, vram: str, ram: str) -> None:
+        self._model = widgets.Combobox(
+            value=model, options=tuple(cached_models()), placeholder="Hub id, folder or .gguf file",
+            description="Model", continuous_update=False, style=_WIDE, layout={"width": "auto"},
+        )  # fmt: skip
+        self._compression = widgets.Dropdown(options=[NONE, "4bit", "8bit"], description="Compression", style=_WIDE)
+        # Fields, not sliders: a slider has no label that a screen reader finds.
+        self._vram, self._ram = (
+            widgets.BoundedFloatText(
+                value=(parse_bytes(given or None) or 0) / GiB, max=65_536.0, step=0.25, style=_WIDE,
+                description=f"{name}, GiB", tooltip=f"{name} budget in GiB; {_FREE}",
+            )
+            for name, given in (("VRAM", vram), ("RAM", ram))
+        )  # fmt: skip
+        self._button = widgets.Button(description="Load", icon="play", button_style="primary")
+        self._button.tooltip = "Load this model under these budgets"
+        self._line, self._said, self._picture = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        controls = [self._model, self._compression, self._vram, self._ram]
+        self._root = widgets.VBox(
+            [*controls, self._button, self._line, self._said, self._picture], layout={"max_width": WIDTH}
+        )
+        self._root.add_class("airllm-panel")
+        for control in controls:
+            control.observe(self._changed, names="value")
+        self._button.on_click(self._clicked)
+
+    def _changed(self, _: Any) -> None:
+        """Something was picked: plan again, from headers only."""
+        self._line.value = f"the same as a line: <code>{html.escape(self.line)}</code>"
+        self._button.disabled = not self._model.value
+        self._picture.value = ""
+        if not self._model.value:
+            self._say("name a model to see its plan")
+            return
+        with self._saying_what_fails():
+            plan = self._plan()
+            picture = plan_picture(plan)
+            self._picture.value = image_html(picture.png(), picture.alt)
+            self._say(f"{str(plan).splitlines()[-1]} · budgets: {_FREE}")
+
+    def _plan(self) -> Any:
+        picked = (self._model.value, self._compression.value)
+        if self._preview is None or picked != self._of:
+            self._preview = None
+            options = LoadOptions.create(compression=self.options.compression)
+            looking = Loading(lambda report: Preview(picked[0], options, progress=report))
+            self._preview, self._of = looking.result(ProgressLine(_Said(self._say))), picked
+        self._vram.disabled = not self._preview.has_device
+        vram = _bytes(self._vram) if self._preview.has_device else None
+        return self._preview.plan(vram, _bytes(self._ram))
+
+    def _clicked(self, _: Any) -> None:
+        self._button.disabled = True
+        with self._saying_what_fails():
+            shown = self._load(self._model.value, self.options, ProgressLine(_Said(self._say)))
+            for place, what in zip(self._places, [Line(f"loaded with: {self.line}"), *shown], strict=False):
+                place.update(what)
+            self.close()
+            return
+        self._button.disabled = False
+
+    @contextlib.contextmanager
+    def _saying_what_fails(self) -> Iterator[None]:
+        """An error in a callback has no cell to be shown in."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._say("interrupted")
+        except AirLLMError as error:
+            self._say(in_flags(str(error)))
+        except Exception as error:
+            log.debug("in a panel", exc_info=True)
+            self._say(f"{type(error).__name__}: {error}")
+
+    def _say(self, text: str) -> None:
+        self._said.value = html.escape(text)
 
 
 class _Said:
@@ -192,8 +177,11 @@ class _Said:
         self._say("")
 
     def replace(self, shown: Any) -> None:
-        self.erase()
-        display(shown)
+        self._say(repr(shown))
+
+
+def _bytes(field: Any) -> int | None:
+    return int(field.value * GiB) or None
 
 
 def _quoted(text: str) -> str:

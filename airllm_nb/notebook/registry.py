@@ -9,6 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..config import format_bytes
 from ..errors import OptionError
 from ..trace import Trace
 
@@ -54,6 +55,8 @@ class Run(NamedTuple):
         options = entry.model.options
         parts = [entry.model.name, options.compression or "not compressed"]
         parts += ["no prefetching"] if options.prefetching is False else []
+        budgets = (("VRAM", options.vram_budget), ("RAM", options.ram_budget))
+        parts += [f"{name} {format_bytes(size)}" for name, size in budgets if size]
         return cls(entry.name, " · ".join(parts), result.trace)
 
 

@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..config import format_seconds
 from ..timeline import SweepView, union, verdict, zoom
 from ..trace import Span
 from .canvas import (
@@ -209,7 +210,7 @@ def _headline(view: SweepView) -> str:
     overlapped = f", overlap {view.efficiency:.0%}" if view.streams else ""
     # Where nothing is busy most of the time, nothing bounds the sweep.
     bound = f", {view.bound_by}-bound" if view.efficiency >= 0.7 or not view.streams else ""
-    return f"{view.seconds:.3g} s{so_far}{overlapped}{bound}"
+    return f"{format_seconds(view.seconds)}{so_far}{overlapped}{bound}"
 
 
 def _rate(rate: float) -> str:

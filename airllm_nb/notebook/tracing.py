@@ -30,16 +30,16 @@ def chosen(given: argparse.Namespace, models: Registry, variables: Mapping[str, 
     OptionError
         If there are none, or too few to compare, or a variable holds none.
     """
+    done = [run for run in models.runs if run.trace.sweeps and given.name in (None, run.model)]
     if given.compare is None:
-        entry = models.get(given.name)
-        if not entry.model.trace.sweeps:
+        if not done:
+            models.get(given.name)  # a name that is not there is said first
             raise OptionError(NOTHING_YET)
-        last = [run for run in models.runs if run.trace is entry.model.trace]
-        return last or [Run(entry.name, entry.model.name, entry.model.trace)]
+        return done[-1:]
     names = list(given.compare)
-    if names and given.file is None and Path(names[-1]).suffix in (".json", *PICTURES):
+    if names and given.file is None and Path(names[-1]).suffix.lower() in (".json", *PICTURES):
         given.file = names.pop()
-    runs = [_of_variable(name, variables, models) for name in names] or list(models.runs)[-2:]
+    runs = [_of_variable(name, variables, models) for name in names] or done[-2:]
     if len(runs) < 2:
         raise OptionError("--compare needs two generations; store each with %%airllm_generate -o NAME and name both, "
                           "or generate twice and name none")  # fmt: skip
@@ -74,12 +74,12 @@ def save(runs: Sequence[Run], path: Path) -> str:
         If the name says no format, or the file cannot be written.
     """
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             if len(runs) > 1:
                 raise OptionError("a .json file holds one generation; leave out --compare, or name a .png or .svg file")
             runs[0].trace.to_chrome(path)
             return f"wrote {path}; {CHROME}"
-        if path.suffix in PICTURES:
+        if path.suffix.lower() in PICTURES:
             _picture(runs).save(path)
             return f"wrote {path}"
     except OSError as error:
