@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kernels import Kernel, running
+from kernel_stacks import Kernel, running
 
 from airllm_nb.notebook.markdown import safe_markdown
 from airllm_nb.notebook.throttle import Throttle

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from kernels import STACKS, Kernel, running
+from kernel_stacks import STACKS, Kernel, running
 
 from airllm_nb.notebook import environment
 from airllm_nb.notebook.environment import Place, free_disk, place

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from jupyter_client.session import Session
-from kernels import STACKS, Kernel, running
+from kernel_stacks import STACKS, Kernel, running
 
 from airllm_nb.notebook import pump
 
