@@ -21,6 +21,7 @@ from .decode.prompt import Prompt, check_length, encode
 from .decode.replay import Replay
 from .decode.tokenizer import load_tokenizer
 from .errors import BusyError, ClosedError, OptionError
+from .fit import FittedPlan
 from .machine import measure
 from .model.plan import ResidencyPlan
 from .preview import Preview
@@ -50,8 +51,8 @@ def open_model(
 
 def plan_model(
     model: str | Path, options: LoadOptions | None = None, *, progress: ProgressCallback = silent
-) -> ResidencyPlan:
-    """What would go where, and how fast, without downloading, converting or reading any weight."""
+) -> FittedPlan:
+    """What would go where, how fast, and whether it fits, without downloading, converting or reading any weight."""
     return Preview(model, options or LoadOptions(), progress=progress).plan()
 
 

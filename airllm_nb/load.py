@@ -6,7 +6,7 @@ Nothing of the weights is read here, except where a store must be written first.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import stores
 from .checkpoint.codec import Codec, Scratch, compressible, get_codec
 from .checkpoint.encoded import TORCH_DTYPES
+from .checkpoint.hub_headers import Headers
 from .checkpoint.index import Extent, TensorInfo
 from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
@@ -41,7 +42,15 @@ _WORKSPACE = {"cpu": 0, "cuda": 64 << 20}
 
 @dataclass
 class Prepared:
-    """A model that is found, understood and cut into units, but holds no memory yet."""
+    """A model that is found, understood and cut into units, but holds no memory yet.
+
+    Attributes
+    ----------
+    sizes_from
+        ``"files"`` that are here, ``"headers"`` on the Hub, or the ``"config"`` alone; ``why_config`` may say why.
+    written_once
+        Bytes beside the compressed store that are written before the model can run.
+    """
 
     source: Source
     options: LoadOptions
@@ -56,6 +65,9 @@ class Prepared:
     folder: Path
     vram_budget: int
     ram_budget: int
+    sizes_from: str = "files"
+    why_config: str = ""
+    written_once: int = 0
 
     @property
     def context(self) -> int | None:
@@ -97,21 +109,27 @@ def prepare(
     Parameters
     ----------
     weights
-        ``False`` stops before weights are downloaded or converted: sizes then come from the config alone.
+        ``False`` stops before weights are downloaded or converted: sizes then come from the headers of the files, also
+        of those that are on the Hub only, or from the config alone.
     """
     device = choose_device(options)
     store = stores.opened_store(model, options)
     codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)
     source = _of_store(store) if store else _resolve(model, options, progress, weights=False)
+    headers = Headers(source, options, progress)
     config = native_config(read_config(source), options.trust_remote_code)
-    dtype = choose_dtype(options, config, stores.stored_dtype(source), device)
+    is_said = options.dtype or getattr(config, "dtype", None)
+    dtype = choose_dtype(options, config, None if is_said else stores.stored_dtype(source, headers), device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device), Scratch()
     if codec.name != "none" and not compressible(skeleton):
         raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
                                     "are); load it without compression")  # fmt: skip
     found = stores.Weights(store.folder, store.index) if store else stores.find(source, skeleton, codec, dtype, options)
+    # Before a load downloads anything too: a layout that cannot be streamed is refused here.
+    known = None if found or (weights and source.files) else stores.expected(source, skeleton, headers)
+    once = 0 if found else stores.to_write(source, skeleton, dtype, options)
     if found is None and weights:
         source = _resolve(model, options, progress, weights=True)
         found = stores.write(source, skeleton, codec, dtype, options, progress)
@@ -120,12 +138,23 @@ def prepare(
     compress(skeleton, codec, dtype, scratch)
     # Once: what is free later is less by what this model itself takes.
     vram, ram = vram_budget(options, device), ram_budget(options)
-    tensors = found.tensors if found else sizes_only(skeleton)
+    tensors, origin = (found.tensors, "files") if found else _planned(skeleton, codec, source, known)
     tensors = slice_linears(skeleton, tensors, slice_limit(vram, ram, has_memory(options, device)))
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
     progress(Progress("build", 1, 1, "models", source.name))
     folder = found.folder if found else source.folder
-    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder, vram, ram)
+    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder, vram, ram,
+                    origin, headers.why_not, once)  # fmt: skip
+
+
+def _planned(
+    skeleton: Any, codec: Codec, source: Source, known: Mapping[str, TensorInfo] | None
+) -> tuple[Mapping[str, TensorInfo], str]:
+    """Tensors that are not written yet: those of the checkpoint that are ``known``, the rest as the skeleton has it."""
+    if codec.name != "none" or known is None:
+        return sizes_only(skeleton), "config"
+    rest = {name: info for name, info in sizes_only(skeleton).items() if name in stores.normalised_names(source)}
+    return {**known, **rest}, "files" if source.files else "headers"
 
 
 def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, weights: bool) -> Source:

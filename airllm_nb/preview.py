@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
 from . import load
 from .config import LoadOptions
+from .fit import FittedPlan, Space, spaces, with_fit
 from .machine import measure
-from .model.plan import ResidencyPlan
 from .model.slices import slice_limit
 from .trace import ProgressCallback, silent
 
@@ -25,7 +26,9 @@ class Preview:
     def __init__(self, model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent):
         self._model, self._options = model, options
         self._prepared = load.prepare(model, options, progress=progress, weights=False)
-        self._machine = measure(self._prepared)
+        # Files that are not here cannot be measured.
+        here = self._prepared.sizes_from == "files"
+        self._machine = measure(self._prepared if here else replace(self._prepared, units=[]))
         self._limit, self._free = self._slice_limit(), self.budgets
 
     @property
@@ -38,7 +41,7 @@ class Preview:
         """VRAM and RAM budget in bytes of the last plan."""
         return self._prepared.vram_budget, self._prepared.ram_budget
 
-    def plan(self, vram: int | None = None, ram: int | None = None) -> ResidencyPlan:
+    def plan(self, vram: int | None = None, ram: int | None = None) -> FittedPlan:
         """What would go where under these budgets in bytes; ``None`` is that of the options, or what is free.
 
         Raises
@@ -54,7 +57,12 @@ class Preview:
             options = replace(self._options, vram_budget=budgets[0] or None, ram_budget=budgets[1])
             self._prepared = load.prepare(self._model, options, weights=False)
             self._limit = self._slice_limit()
-        return load.plan(self._prepared, self._machine, self._prepared.planned)[0]
+        made = load.plan(self._prepared, self._machine, self._prepared.planned)[0]
+        return with_fit(made, self._prepared, self._spaces)
+
+    @functools.cached_property
+    def _spaces(self) -> tuple[Space, ...]:
+        return spaces(self._prepared)
 
     def _slice_limit(self) -> int:
         return slice_limit(*self.budgets, self.has_device)

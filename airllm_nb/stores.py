@@ -14,6 +14,7 @@ from .checkpoint.codec import Codec, compressible, get_codec
 from .checkpoint.convert import delete_original, encode_jobs
 from .checkpoint.encoded import TORCH_DTYPES
 from .checkpoint.gguf import convert_gguf
+from .checkpoint.hub_headers import Headers
 from .checkpoint.index import TensorInfo, read_header, read_index
 from .checkpoint.journal import write_atomically
 from .checkpoint.layout import Choice, companions
@@ -69,13 +70,17 @@ def opened_store(model: str | Path, options: LoadOptions) -> Store | None:
     return store
 
 
-def stored_dtype(source: Source) -> torch.dtype | None:
+def stored_dtype(source: Source, headers: Headers) -> torch.dtype | None:
     """The dtype of the first weights of floating point, as transformers chooses; ``None`` where that says nothing."""
-    if source.format == "gguf" or not source.files:
-        return None
-    if source.format == "bin":
+    if source.format == "bin" and source.files:
         return next((t.dtype for t in load_pickle(source.files[0]).values() if t.is_floating_point()), None)
-    dtypes = (TORCH_DTYPES[info.dtype] for info in read_header(source.files[0]).values())
+    if source.format != "safetensors":
+        return None
+    if source.files:
+        first = read_header(source.files[0])
+    else:
+        first = dict(headers.by_file[source.folder / source.wanted[0]]) if headers.by_file else {}
+    dtypes = (TORCH_DTYPES[info.dtype] for info in first.values())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
 
@@ -89,11 +94,41 @@ def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, option
         index = store.index if store is not None and (folder / "config.json").is_file() else None
     if index is None or codec.name != "none":
         return None if index is None else Weights(folder, index)
-    names = _normalised(source)
+    names = normalised_names(source)
     extra = open_store(_folder(source, NORMALISED, dtype, options)) if names else None
     if names and extra is None:
         return None
     return Weights(folder, {**_mapped(index, source, skeleton), **(extra.index if extra else {})})
+
+
+def expected(source: Source, skeleton: Any, headers: Headers) -> dict[str, TensorInfo] | None:
+    """The parameters of safetensors that are read in place, once what is missing is here; ``None`` where unknown.
+
+    Those that are written once are left out.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the checkpoint's layout cannot be streamed.
+    """
+    here = source.format == "safetensors" and source.files
+    index = read_index(source.folder) if here else headers.index
+    if index is None:
+        return None
+    once = normalised_names(source)
+    return {name: info for name, info in _mapped(index, source, skeleton).items() if name not in once}
+
+
+def to_write(source: Source, skeleton: Any, dtype: torch.dtype, options: LoadOptions) -> int:
+    """Bytes in ``dtype`` that :func:`write` puts on the disk beside the compressed store."""
+    parameters = skeleton.named_parameters()
+    if source.format != "safetensors":
+        done = _is_store(_folder(source, "none", dtype, options))
+        return 0 if done else sum(tensor.numel() * tensor.element_size() for _, tensor in parameters)
+    once = normalised_names(source)
+    if not once or _is_store(_folder(source, NORMALISED, dtype, options)):
+        return 0
+    return sum(tensor.numel() * dtype.itemsize for name, tensor in parameters if name in once)
 
 
 def write(
@@ -105,7 +140,7 @@ def write(
     plain = _plain(source, dtype, options, progress)
     index = open_store(plain).index if plain != source.folder else read_index(plain)  # type: ignore[union-attr]
     tensors = _mapped(index, source, skeleton)
-    if rows := _normalised(source):
+    if rows := normalised_names(source):
         tensors |= write_normalised(once, tensors, rows, dtype, _meta(source, get_codec(None), dtype), progress).index
     if codec.name == "none":
         return Weights(plain, tensors)
@@ -129,7 +164,7 @@ def _mapped(index: Mapping[str, TensorInfo], source: Source, skeleton: Any) -> d
     return map_checkpoint(native, skeleton)
 
 
-def _normalised(source: Source) -> tuple[str, ...]:
+def normalised_names(source: Source) -> tuple[str, ...]:
     """Weights that are written once with rows of length 1, whatever the checkpoint's format."""
     return () if source.gguf_file is not None else normalised(read_config(source))
 

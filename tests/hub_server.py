@@ -1,4 +1,4 @@
-"""A stand-in for the Hub on this machine: the four endpoints that a download uses, and the ways in which they fail."""
+"""A stand-in for the Hub on this machine: the endpoints that downloads and ranged requests use, and their failures."""
 
 from __future__ import annotations
 
@@ -23,8 +23,16 @@ class Hub:
         Ids whose files need the token ``"granted"``; their listing is public, as on the real Hub.
     cut
         File name → how many bytes its first download gives before the connection breaks.
+    without_ranges
+        Ids whose files are sent whole, whatever range is asked for.
+    broken
+        Ids whose safetensors are answered with this status.
     requests
         ``"METHOD path"`` of every request so far.
+    tokens
+        Every ``Authorization`` so far.
+    sent
+        File name, first byte and bytes of every content that was sent.
     """
 
     def __init__(self) -> None:
@@ -32,7 +40,11 @@ class Hub:
         self.sizes: dict[str, int] = {}  # file name → size to claim in the listing
         self.gated: set[str] = set()
         self.cut: dict[str, int] = {}
+        self.without_ranges: set[str] = set()
+        self.broken: dict[str, int] = {}
         self.requests: list[str] = []
+        self.tokens: set[str] = set()
+        self.sent: list[tuple[str, int, int]] = []
         self.endpoint = ""
 
     def downloads(self) -> list[str]:
@@ -73,6 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        self.hub.tokens.add(self.headers.get("Authorization") or "")
         if path.startswith("/api/models/"):
             self._api(path.removeprefix("/api/models/"))
         elif "/resolve/" in path:
@@ -107,16 +120,21 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if repo_id in self.hub.gated and self.headers.get("Authorization") != "Bearer granted":
             self._fail(403 if self.headers.get("Authorization") else 401, "GatedRepo")
+        elif repo_id in self.hub.broken and name.endswith(".safetensors"):
+            self._fail(self.hub.broken[repo_id], "Broken")
         elif name not in files:
             self._fail(404, "EntryNotFound")
         else:
             data, headers = files[name], {"ETag": f'"{_etag(files[name])}"', "X-Repo-Commit": COMMIT}
-            headers["Accept-Ranges"] = "bytes"
-            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-            if start:
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            asked = None if repo_id in self.hub.without_ranges else self.headers.get("Range")
+            first, _, last = (asked or "bytes=0-").removeprefix("bytes=").partition("-")
+            part = data[int(first) : int(last) + 1 if last else None]
+            if asked:
+                headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
             cut = self.hub.cut.pop(name, None) if self.command == "GET" else None
-            self._send(206 if start else 200, data[start:], headers, cut)
+            if self.command == "GET":
+                self.hub.sent.append((name, int(first), len(part)))
+            self._send(206 if asked else 200, part, headers, cut)
 
     def _files(self, repo_id: str, revision: str) -> dict[str, bytes] | None:
         files = self.hub.repositories.get(repo_id)

@@ -11,12 +11,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "airllm_nb"
 
-BASE = {"config", "errors", "trace", "timeline"}
+BASE = {"config", "disk", "errors", "trace", "timeline"}
 ROOMS = {"checkpoint", "stream", "model", "decode"}
 ENGINE = {"engine", "auto_model", "bench"}
 # room or top-level module: what it may import of ours, besides itself
 ALLOWED = {
     "errors": set(),
+    "disk": set(),
     "config": {"errors"},
     "trace": {"config", "errors"},
     "timeline": {"trace", "config", "errors"},
@@ -28,8 +29,9 @@ ALLOWED = {
     "load": BASE | ROOMS | {"stores"},
     "machine": BASE | ROOMS | {"load"},
     "residence": BASE | ROOMS | {"load"},
-    "preview": BASE | ROOMS | {"load", "machine"},
-    "engine": BASE | ROOMS | {"stores", "load", "machine", "residence", "preview"},
+    "fit": BASE | ROOMS | {"load"},
+    "preview": BASE | ROOMS | {"load", "machine", "fit"},
+    "engine": BASE | ROOMS | {"stores", "load", "machine", "residence", "preview", "fit"},
     "auto_model": BASE | ROOMS | {"stores", "load", "engine"},
     "bench": BASE | ROOMS | {"stores", "load", "machine", "engine"},
     "notebook": BASE | ENGINE | {"preview"},

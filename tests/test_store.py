@@ -221,7 +221,7 @@ def test_a_torn_journal_line_and_another_configuration(tmp_path):
 def test_a_full_disk(tmp_path, monkeypatch):
     source = make_checkpoint(tmp_path / "source")
     with monkeypatch.context() as patch:
-        patch.setattr(stores.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10 << 20})())
+        patch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10 << 20})())
         with pytest.raises(StoreError, match=r"needs .*MiB more.*10\.0 MiB free.*layer_shards_saving_path"):
             write_store(tmp_path / "none", jobs_of(a=torch.zeros(3 << 20)), META)
         assert not (tmp_path / "none").exists()

@@ -1,7 +1,7 @@
 """A Hub id → files in the Hub's own cache: listed first, the config looked at, the disk checked, then downloaded.
 
-The only file that imports ``huggingface_hub``. Its cache, its token, its environment variables (``HF_HOME``,
-``HF_HUB_OFFLINE``, ``HF_ENDPOINT``) and its progress bars are used as they are.
+With :mod:`~airllm_nb.checkpoint.hub_headers`, all that imports ``huggingface_hub`` here. Its cache, its token, its
+environment variables (``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``) and its progress bars are used as they are.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import LoadOptions, format_bytes
+from ..disk import free_disk
 from ..errors import CheckpointError, SourceError
 from ..trace import Progress, ProgressCallback
 from .layout import Choice, choose, companions, shard_names
@@ -27,13 +27,17 @@ CheckConfig = Callable[[dict[str, Any]], None]
 
 
 class Snapshot(NamedTuple):
-    """A repository at one commit: ``weights`` are names relative to ``folder``; ``nbytes`` is 0 when unknown."""
+    """A repository at one commit: ``weights`` are names relative to ``folder``; ``nbytes`` is 0 when unknown.
+
+    ``missing`` is how many of those bytes are not here yet, ``None`` when unknown.
+    """
 
     folder: Path
     commit: str
     choice: Choice
     weights: tuple[str, ...]
     nbytes: int
+    missing: int | None = None
 
 
 def fetch(
@@ -54,12 +58,12 @@ def fetch(
     CheckpointError
         If it holds nothing that can be loaded.
     """
-    if options.local_files_only or _offline():
+    if options.local_files_only or offline():
         return _cached(repo_id, options, gguf, "local_files_only=True or HF_HUB_OFFLINE")
     with _explained(repo_id, options):
         try:
             return _download(_Repository(repo_id, options), progress, weights, check_config, gguf)
-        except _unreachable() as error:
+        except unreachable() as error:
             try:
                 found = _cached(repo_id, options, gguf, "no connection")
             except (SourceError, CheckpointError):
@@ -72,7 +76,7 @@ def answers(repo_id: str, seconds: float) -> bool:
     """Whether the Hub shows us the repository within ``seconds``."""
     from huggingface_hub import HfApi
 
-    if _offline():
+    if offline():
         return False
     try:
         HfApi().model_info(repo_id, timeout=seconds)
@@ -138,14 +142,13 @@ def _download(
     if absent:
         raise CheckpointError(f"{repo.id}: {choice.index} names {absent[0]}, which the repository does not hold "
                               f"({len(absent)} of {len(names)} shards missing)")  # fmt: skip
-    total = sum(repo.sizes[name] for name in names)
+    total, need = sum(repo.sizes[name] for name in names), repo.missing(names)
     if weights:
-        need = repo.missing(names)
         _check_disk(repo.id, need)
         bars = _reporting_bars(progress, total - need, total, repo.id)
         folder = repo.snapshot(names, tqdm_class=bars)
         progress(Progress("download", total, total, detail=repo.id))
-    return Snapshot(folder, repo.commit, choice, names, total)
+    return Snapshot(folder, repo.commit, choice, names, total, 0 if weights else need)
 
 
 def _cached(repo_id: str, options: LoadOptions, gguf: str | None, why: str) -> Snapshot:
@@ -190,13 +193,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_disk(repo_id: str, need: int) -> None:
+def cache_folder() -> Path:
+    """Where downloads go."""
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE)
-    disk = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    free = shutil.disk_usage(disk).free
-    if need > free:
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _check_disk(repo_id: str, need: int) -> None:
+    cache = cache_folder()
+    free = free_disk(cache)
+    if free is not None and need > free:
         raise SourceError(f"{repo_id} needs {format_bytes(need)} more on disk but {cache} has {format_bytes(free)} "
                           "free; free some, or set HF_HOME to a folder on a larger disk")  # fmt: skip
 
@@ -223,13 +230,14 @@ def _reporting_bars(progress: ProgressCallback, done: int, total: int, detail: s
     return Bars
 
 
-def _offline() -> bool:
+def offline() -> bool:
+    """Whether the environment forbids requests."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _unreachable() -> tuple[type[BaseException], ...]:
+def unreachable() -> tuple[type[BaseException], ...]:
     """What a missing connection raises; the HTTP library below differs between versions of the Hub's."""
     from huggingface_hub import errors
 
@@ -273,7 +281,7 @@ def _explain(error: Exception, repo_id: str, options: LoadOptions) -> str | None
         return f"the Hub refuses access to {repo_id} ({status}); check the token in hf_token=... or HF_TOKEN"
     if status is not None:
         return f"the Hub answers {status} for {repo_id}; try again later, what was downloaded is kept"
-    if isinstance(error, (*_unreachable(), errors.LocalEntryNotFoundError, errors.EntryNotFoundError)):
+    if isinstance(error, (*unreachable(), errors.LocalEntryNotFoundError, errors.EntryNotFoundError)):
         return (f"the Hub cannot be reached for {repo_id} ({type(error).__name__}) and the cache does not hold it; "
                 "check the connection, or name a local folder")  # fmt: skip
     return None

@@ -104,18 +104,39 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(MAX_HEADER, size - 8):
-            raise _damaged(path, f"its header should take {length:,} bytes but the file has {size:,}")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise _damaged(path, f"its header is not JSON ({type(error).__name__})") from None
+        return parse_header(path, file.read(header_length(path, file.read(8), size)), size)
+
+
+def header_length(path: Path, start: bytes, size: int) -> int:
+    """The length of the JSON header, from the first 8 bytes of a file of ``size`` bytes.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot have a header of that length.
+    """
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > min(MAX_HEADER, size - 8):
+        raise _damaged(path, f"its header should take {length:,} bytes but the file has {size:,}")
+    return length
+
+
+def parse_header(path: Path, data: bytes, size: int) -> dict[str, TensorInfo]:
+    """The tensors of a file of ``size`` bytes whose JSON header is ``data``; ``path`` need not exist yet.
+
+    Raises
+    ------
+    CheckpointError
+        If the header is damaged; the message names the file and what is wrong.
+    """
+    try:
+        header = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"its header is not JSON ({type(error).__name__})") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+    tensors = {name: _tensor(path, name, entry, 8 + len(data), size) for name, entry in header.items()}
     _check_overlaps(path, tensors)
     return tensors
 
@@ -130,14 +151,37 @@ def read_index(folder: Path) -> CheckpointIndex:
     """
     index_file = folder / INDEX_FILE
     if index_file.is_file():
-        return _read_sharded(folder, index_file)
-    single = folder / SINGLE_FILE
-    files = (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
+        files = tuple(folder / name for name in sorted(set(_weight_map(index_file).values())))
+        for file in files:
+            if file.parent != folder or not _is_file(file):
+                raise CheckpointError(f"{folder}: shard {file.name[:80]} is named by {INDEX_FILE} but is missing; "
+                                      f"download it again ({len(files)} shards in all)")  # fmt: skip
+    else:
+        single = folder / SINGLE_FILE
+        files = (single,) if single.is_file() else tuple(sorted(folder.glob("*.safetensors")))
     if not files:
         raise CheckpointError(f"{folder} holds no safetensors file; name a folder with model.safetensors or its shards")
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, info in read_header(file).items():
+    return join_headers(folder, {file: read_header(file) for file in files})
+
+
+def join_headers(folder: Path, headers: Mapping[Path, Mapping[str, TensorInfo]]) -> CheckpointIndex:
+    """One index of the headers of all files; where ``folder`` has an index file, of the tensors that it names.
+
+    Raises
+    ------
+    CheckpointError
+        If a file does not hold a tensor that the index promises, or two files hold the same one.
+    """
+    files, index_file, tensors = tuple(headers), folder / INDEX_FILE, {}
+    if index_file.is_file():
+        for name, shard in _weight_map(index_file).items():
+            if name not in headers.get(folder / shard, ()):
+                raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; the shard is of another "
+                                      "checkpoint or damaged, download it again")  # fmt: skip
+            tensors[name] = headers[folder / shard][name]
+        return CheckpointIndex(folder, tensors, files)
+    for file, found in headers.items():
+        for name, info in found.items():
             if name in tensors:
                 other = tensors[name].extents[0].path.name
                 raise CheckpointError(f"{folder}: tensor {name!r} is in both {other} and {file.name}; "
@@ -146,24 +190,14 @@ def read_index(folder: Path) -> CheckpointIndex:
     return CheckpointIndex(folder, tensors, files)
 
 
-def _read_sharded(folder: Path, index_file: Path) -> CheckpointIndex:
+def _weight_map(index_file: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        files = tuple(folder / name for name in sorted(set(weight_map.values())))
+        for shard in weight_map.values():
+            index_file.parent / shard
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index_file} is damaged ({type(error).__name__}); download it again") from None
-    for file in files:
-        if file.parent != folder or not _is_file(file):
-            raise CheckpointError(f"{folder}: shard {file.name[:80]} is named by {INDEX_FILE} but is missing; "
-                                  f"download it again ({len(files)} shards in all)")  # fmt: skip
-    headers = {file.name: read_header(file) for file in files}
-    tensors = {}
-    for name, shard in weight_map.items():
-        if name not in headers[shard]:
-            raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; the shard is of another "
-                                  "checkpoint or damaged, download it again")  # fmt: skip
-        tensors[name] = headers[shard][name]
-    return CheckpointIndex(folder, tensors, files)
+    return dict(weight_map)
 
 
 def _is_file(path: Path) -> bool:

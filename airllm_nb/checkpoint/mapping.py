@@ -8,15 +8,19 @@ said that way and is refused by name.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..errors import UnsupportedModelError
 from .index import Extent, TensorInfo
+
+log = logging.getLogger(__name__)
 
 
 def map_checkpoint(index: Mapping[str, TensorInfo], model: Any) -> dict[str, TensorInfo]:
@@ -39,11 +43,13 @@ def map_checkpoint(index: Mapping[str, TensorInfo], model: Any) -> dict[str, Ten
     wanted, prefix = model.state_dict(), model.base_model_prefix
     found: dict[str, TensorInfo] = {}
     groups: dict[str, _Group] = {}
+    strangers: dict[str, None] = {}
     for name in sorted(index, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
             target, pattern = rename_source_key(name, [], [], prefix, wanted)
         if target not in wanted:
+            strangers[".".join(name.split(".")[:2])] = None
             continue
         if pattern is None:
             found[target] = index[name]
@@ -52,6 +58,8 @@ def map_checkpoint(index: Mapping[str, TensorInfo], model: Any) -> dict[str, Ten
             group.add(name, pattern, index[name])
     for group in groups.values():
         found.update(group.convert(model, wanted))
+    if strangers:
+        log.info("left on disk, as %s has no use for it: tensors of %s", type(model).__name__, ", ".join(strangers))
     return found
 
 
@@ -74,6 +82,8 @@ class _Group:
         self._rows += count
 
     def convert(self, model: Any, wanted: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
+        if self._is_done(wanted):
+            return {self._target: replace(self._sources[0], name=self._target)}
         try:
             results = self._converter.convert(self._target, model=model, config=model.config)
             return {name: self._describe(name, rows, wanted[name]) for name, rows in results.items() if name in wanted}
@@ -81,8 +91,15 @@ class _Group:
             operations = ", ".join(type(operation).__name__ for operation in self._converter.operations)
             raise UnsupportedModelError(
                 f"{type(model).__name__}: {self._target} is stored in a layout that cannot be streamed in place "
-                f"({operations}: {error}); save the model once with transformers' save_pretrained and load that"
+                f"({operations}: {error}); load it with transformers once, save it with "
+                "save_pretrained(folder, save_original_format=False), and load that folder"
             ) from None
+
+    def _is_done(self, wanted: Mapping[str, torch.Tensor]) -> bool:
+        """Operations that look at the shape first see that of rows here; whether the real one asks for nothing."""
+        return all(getattr(operation, "check_dims", False) for operation in self._converter.operations) and (
+            len(self._sources) == 1 and self._sources[0].shape == tuple(wanted[self._target].shape)
+        )
 
     def _describe(self, name: str, rows: Any, parameter: torch.Tensor) -> TensorInfo:
         rows = rows[0] if isinstance(rows, list) else rows

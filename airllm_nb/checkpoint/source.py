@@ -42,6 +42,10 @@ class Source:
         Changes when the weights change: repository and commit, or names, sizes and times of local files.
     gguf_file, repo_id, revision
         Where they apply; ``revision`` is the commit hash.
+    wanted
+        Of a Hub id, the names of all weight files in ``folder``, also of those that are not here.
+    missing
+        How many of ``nbytes`` are not here yet; ``None`` when unknown.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Source:
     gguf_file: Path | None = None
     repo_id: str | None = None
     revision: str | None = None
+    wanted: tuple[str, ...] = ()
+    missing: int | None = 0
 
 
 def resolve(
@@ -185,6 +191,8 @@ def _from_hub(repo_id: str, snapshot: Snapshot, weights: bool) -> Source:
         gguf_file=None if missing else gguf,
         repo_id=repo_id,
         revision=snapshot.commit,
+        wanted=snapshot.weights,
+        missing=snapshot.missing if missing else 0,
     )
 
 

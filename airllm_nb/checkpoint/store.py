@@ -9,7 +9,6 @@ import errno
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import format_bytes
+from ..disk import free_disk, nearest
 from ..errors import StoreError
 from ..trace import Progress, ProgressCallback, silent
 from .encoded import Part
@@ -275,13 +275,11 @@ def _is_newer(folder: Path) -> bool:
 
 def _check_space(folder: Path, jobs: list[ShardJob], kept: Mapping[str, Any]) -> None:
     need = sum(job.nbytes for job in jobs if job.file not in kept) + OVERHEAD
-    parent = folder
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if need > free:
-        raise StoreError(f"the store in {folder} needs {format_bytes(need)} more but {parent} has {format_bytes(free)} "
-                         "free; name a folder on a larger disk with layer_shards_saving_path=…")  # fmt: skip
+    free = free_disk(folder)
+    if free is not None and need > free:
+        raise StoreError(f"the store in {folder} needs {format_bytes(need)} more but {nearest(folder)} has "
+                         f"{format_bytes(free)} free; name a folder on a larger disk with "
+                         "layer_shards_saving_path=…")  # fmt: skip
 
 
 def _explain(error: OSError, folder: Path) -> StoreError:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from ..config import format_bytes
+from ..errors import in_flags
 from ..trace import Progress, speed_line
 from .arguments import load_options, read_prompt, sampling
 
@@ -28,7 +29,7 @@ def plan(given: argparse.Namespace) -> int:
         units = [{"name": unit.name, "bytes": unit.nbytes, "tier": tier} for unit, tier in placed]
         write_json({"model": given.model, **made.as_dict()} | ({"units": units} if given.units else {}))
     else:
-        write(f"{made}\n" + (f"\n{made.table()}\n" if given.units else ""))
+        write(f"{in_flags(str(made))}\n" + (f"\n{made.table()}\n" if given.units else ""))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 # Planned when nothing is said; a longer generation plans again.
@@ -22,12 +23,15 @@ def context_length(config: Any) -> int | None:
 
 
 def cache_bytes(config: Any, length: int, batch: int, itemsize: int) -> int:
-    """Bytes of a full dynamic cache: two tensors ``[batch, kv_heads, length, head_dim]`` a layer.
+    """Bytes of a full dynamic cache: keys and values ``[batch, kv_heads, length, head_dim]`` a layer.
 
     Sliding windows and states of constant size need less; this is what is kept free.
     """
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
-    return 2 * layers * _cached_width(config) * length * batch * itemsize
+    text = config.get_text_config()
+    # A model of several stacks has a config for each.
+    stacks = [text] if _largest(text, "num_attention_heads") else [getattr(text, name) for name in text.sub_configs]
+    width = sum(_largest(stack, "num_hidden_layers") * sum(_cached_widths(stack)) for stack in stacks)
+    return width * length * batch * itemsize
 
 
 def activation_bytes(
@@ -53,13 +57,13 @@ def activation_bytes(
         Attention is not fused: its scores are kept, ``[batch, heads, tokens, length]``.
     """
     text = config.get_text_config()
-    hidden = getattr(text, "hidden_size", 0) or 0
-    vocabulary = getattr(text, "vocab_size", 0) or 0
-    heads = getattr(text, "num_attention_heads", None) or 0
-    width = max(hidden, heads * _head_width(text))
+    hidden, vocabulary = _largest(text, "hidden_size"), _largest(text, "vocab_size")
+    heads = _largest(text, "num_attention_heads")
+    width = max(hidden, heads * _largest(text, "head_dim", "qk_head_dim", "v_head_dim", "global_head_dim"))
     per_token = (4 * hidden + 4 * width + _feed_forward(text, hidden)) * itemsize
-    # Growing a layer's cache holds its old and its new keys.
-    per_cached = _cached_width(config) + (2 * width if masked or eager else 0)
+    # Growing a layer's cache holds its old and its new keys; a latent one is expanded to keys and values of all heads.
+    is_latent = _largest(text, "kv_lora_rank") > 0
+    per_cached = max(_cached_widths(text)) + (2 * width if masked or eager or is_latent else 0)
     per_pair = (4 + itemsize if masked or eager else 0) + (heads * (2 * itemsize + 4) if eager else 0)
     attention = length * (per_cached * itemsize + tokens * per_pair)
     head = vocabulary * (logits * (itemsize + 4 + 8 * loss) + _SCORES)
@@ -69,33 +73,47 @@ def activation_bytes(
 def returned_bytes(config: Any, length: int, batch: int, itemsize: int, *, states: bool, attentions: bool) -> int:
     """Bytes of what is kept to be returned: every layer's hidden states, every layer's attention."""
     text = config.get_text_config()
-    layers, hidden = getattr(text, "num_hidden_layers", 0) or 0, getattr(text, "hidden_size", 0) or 0
-    per_token = (layers + 1) * hidden if states else 0
-    per_pair = layers * (getattr(text, "num_attention_heads", None) or 0) if attentions else 0
+    layers = _largest(text, "num_hidden_layers")
+    per_token = (layers + 1) * _largest(text, "hidden_size") if states else 0
+    per_pair = layers * _largest(text, "num_attention_heads") if attentions else 0
     return batch * length * (per_token + length * per_pair) * itemsize
 
 
 def _feed_forward(text: Any, hidden: int) -> int:
     """Values a token in the feed-forward part."""
-    dense = 4 * (getattr(text, "intermediate_size", None) or 4 * hidden)
-    routed = getattr(text, "num_experts_per_tok", None) or 0
-    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0
-    if not isinstance(routed, int) or not isinstance(inner, int):  # a list: one a layer
-        return int(dense)
-    return max(int(dense), routed * 3 * (hidden + inner))
+    dense = 4 * (_largest(text, "intermediate_size") or 4 * hidden)
+    inner = _largest(text, "moe_intermediate_size") or _largest(text, "intermediate_size")
+    return max(dense, _largest(text, "num_experts_per_tok") * 3 * (hidden + inner))
 
 
-def _head_width(text: Any) -> int:
-    """The widest head: of queries and keys, of values, or of the layers with heads of their own."""
-    names = ("head_dim", "qk_head_dim", "v_head_dim", "global_head_dim")
-    known = [size for size in (getattr(text, name, None) for name in names) if isinstance(size, int)]
-    return max(known, default=0)
+def _cached_widths(text: Any) -> tuple[int, int]:
+    """Values a token and layer of the keys, and of the values."""
+    heads = _largest(text, "num_attention_heads") or 1
+    head = _largest(text, "head_dim", "global_head_dim", "swa_head_dim") or _largest(text, "hidden_size") // heads
+    kv_heads = _largest(
+        text, "num_key_value_heads", "swa_num_key_value_heads", "num_global_key_value_heads", "num_kv_heads"
+    )
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        kv_heads = 1
+    kv_heads = kv_heads or heads
+    if latent := _largest(text, "kv_lora_rank"):
+        rope, indexer = _largest(text, "qk_rope_head_dim"), _largest(text, "index_head_dim")
+        if indexer and not since(5, 23):
+            # Keys and values of all heads, where an indexer chooses among them.
+            return heads * (_largest(text, "qk_nope_head_dim") + rope), heads * _largest(text, "v_head_dim") + indexer
+        # The latent and the one rotated key, for all heads, and the key of an indexer.
+        return latent, rope + indexer
+    return kv_heads * head, kv_heads * head
 
 
-def _cached_width(config: Any) -> int:
-    """Values a token and layer of the keys alone."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    hidden = getattr(text, "hidden_size", 0) or 0
-    return int(kv_heads * (getattr(text, "head_dim", None) or hidden // heads))
+def since(major: int, minor: int) -> bool:
+    """Whether this is that transformers or a later one."""
+    return tuple(map(int, version("transformers").split(".")[:2])) >= (major, minor)
+
+
+def _largest(text: Any, *names: str) -> int:
+    """The largest number that any of the fields has in any layer: one for all, a list, or a config a layer; else 0."""
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    values = [getattr(layer, name, None) for layer in layers for name in names]
+    numbers = [each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
+    return max((each for each in numbers if isinstance(each, int)), default=0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .kv import context_length
+from .kv import context_length, since
 from .prompt import prompt_shape, sequences, total_length
 
 SMALLEST_CHUNK = 32
@@ -20,8 +20,15 @@ SMALLEST_CHUNK = 32
 _CANDIDATES = 64
 # Models whose state, carried from chunk to chunk, gives what the whole prompt gives (others forget it between chunks).
 STATEFUL_IN_CHUNKS = frozenset({
-    "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
-    "qwen3_next",
+    "bailing_hybrid", "bamba", "deepseek_v4", "falcon_h1", "granitemoehybrid", "kimi_linear", "nemotron_h",
+    "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "qwen4_exp_text", "zamba2", "zaya",
+})  # fmt: skip
+# Models whose prompt, cut, gives another answer or an error: their masks or positions are not made for it.
+WHOLE = frozenset({"blt", "cpmant", "doge", "git", "moshi", "mpt", "prophetnet"})
+# Those of which the same was true in transformers 5.15, and is no longer in 5.23.
+WHOLE_AT_FIRST = frozenset({
+    "axk2", "big_bird", "deepseek_v32", "glm4v_text", "glm_moe_dsa", "megatron-bert", "qwen2_5_vl_text",
+    "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text", "rembert", "roformer",
 })  # fmt: skip
 # Tensors of a call that transformers cuts together with the prompt.
 _CUT = ("inputs", "input_ids", "attention_mask", "position_ids")
@@ -163,11 +170,13 @@ def _why_whole(native: Any, kwargs: Mapping[str, Any], setting: Callable[[str], 
 def _why_model_is_whole(native: Any, prompt: int) -> str:
     text = native.config.get_text_config()
     carries = text.model_type in STATEFUL_IN_CHUNKS
-    # The first is what transformers goes by for caches; Doge's own mask is wrong for chunks in transformers 5.15.
+    # The first is what transformers goes by for caches. An encoder attends to what follows, too.
     if (
         not native._supports_default_dynamic_cache()
+        or "past_key_values" not in _parameters(native)
+        or (hasattr(text, "add_cross_attention") and not getattr(text, "is_decoder", True))
         or (native._is_stateful and not carries)
-        or text.model_type == "doge"
+        or text.model_type in (WHOLE if since(5, 23) else WHOLE | WHOLE_AT_FIRST)
     ):
         return f"the architecture {text.model_type}"
     rope = getattr(text, "rope_parameters", None) or {}

@@ -45,6 +45,7 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
     """Refuse what cannot run here, from ``config.json`` alone; see :func:`native_config`."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
 
     config = native_dict(config)
     model_type = config.get("model_type", "")
@@ -55,7 +56,9 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
         else "; its repository brings code of its own, which is never run here"
     )
     foreign = foreign if "auto_map" in config else ""
-    if model_type not in CONFIG_MAPPING or model_type not in CAUSAL:
+    # Of several parts, one a decoder that runs on text alone.
+    has_decoder = model_type in MULTIMODAL and "text_config" in config and not config.get("is_encoder_decoder")
+    if model_type not in CONFIG_MAPPING or not (model_type in CAUSAL or has_decoder):
         near = difflib.get_close_matches(model_type, [key for key in CAUSAL if key in CONFIG_MAPPING], n=3, cutoff=0.3)
         hint = f"; the closest supported types: {', '.join(near)}" if near else ""
         why = "is no causal language model" if model_type in CONFIG_MAPPING else "is not known to transformers"

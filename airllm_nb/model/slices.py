@@ -17,6 +17,7 @@ from torch import nn
 
 from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear, Part
 from ..checkpoint.index import Extent, TensorInfo
+from .calls import calls_of
 from .gather import is_gatherable
 
 # A unit is a whole block up to this size, else its parts: fine grain keeps slots small and the pipeline full.
@@ -80,8 +81,8 @@ def slice_limit(vram_budget: int, ram_budget: int, has_device: bool) -> int:
 def slice_linears(skeleton: Any, tensors: Mapping[str, TensorInfo], limit: int) -> Mapping[str, TensorInfo]:
     """Replace each linear layer of ``skeleton`` larger than ``limit`` by a :class:`SlicedLinear`.
 
-    Left whole are layers that something may use other than by calling them: those of entangled modules, shared ones,
-    and those tied to anything but an embedding whose rows are gathered.
+    Left whole are layers that something may use other than by calling them: those of modules that take weights, shared
+    ones, and those tied to anything but an embedding whose rows are gathered.
 
     Parameters
     ----------
@@ -148,18 +149,6 @@ def rows_of(info: TensorInfo, name: str, first: int, last: int) -> TensorInfo:
     return TensorInfo(name, info.dtype, (last - first, *info.shape[1:]), tuple(extents))
 
 
-def is_entangled(module: nn.Module) -> bool:
-    """Whether it may read its children's weights without calling them, as state-space mixers do with theirs.
-
-    Children that own matrices but are no plain layers are the sign. Such a module is bound as a whole.
-    """
-    plain = (nn.Linear, EncodedLinear, nn.Embedding)
-    return any(
-        not isinstance(child, plain) and any(p is not None and p.dim() > 1 for p in child._parameters.values())
-        for child in module.children()
-    )
-
-
 def _owners(skeleton: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """The names and the modules of each parameter, by its identity."""
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -171,8 +160,8 @@ def _owners(skeleton: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
 
 
 def _called(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Linear | EncodedLinear]]:
-    """Linear layers outside of entangled modules, which use them by calling them."""
-    if is_entangled(module):
+    """Linear layers that are used by calling them; where a module takes weights, none below it is sliced."""
+    if any(not isinstance(module.get_submodule(path), nn.Embedding) for path in calls_of(module).taken):
         return
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name

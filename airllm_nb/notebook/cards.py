@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
+from ..errors import in_flags
 from ..timeline import last_sweep, verdict
 from ..trace import Trace, speed_line, stage_rows
 
@@ -79,8 +80,8 @@ def _parameters(model: StreamedModel) -> int:
 
 
 def plan_card(model: str, plan: Any) -> Card:
-    """What would go where."""
-    return Card(f"{model}: the plan", _plan_rows(str(plan)), _units(plan))
+    """What would go where, and whether there is room for it."""
+    return Card(f"{model}: the plan", _plan_rows(in_flags(str(plan))), _units(plan))
 
 
 def _units(plan: Any) -> tuple[str, str]:

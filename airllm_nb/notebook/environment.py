@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from ..disk import free_disk as free_disk
 
 Output = Literal["kernel", "terminal", "captured"]
 Name = Literal["colab", "kaggle", "vscode", "jupyter", "terminal", "captured"]
@@ -75,19 +75,3 @@ def ipywidgets_major() -> int:
         return int(version("ipywidgets").split(".")[0])
     except PackageNotFoundError:
         return 0
-
-
-def free_disk(path: str | Path, environ: Mapping[str, str] = os.environ) -> int | None:
-    """Free bytes where this path is, or would be made.
-
-    Returns
-    -------
-    int or None
-        ``None`` where the system's answer is not ours: on Kaggle the root folder is on the host's disk of terabytes, of
-        which a session is given a share that nobody tells.
-    """
-    absolute = Path(path).expanduser().absolute()
-    existing = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
-    if "KAGGLE_KERNEL_RUN_TYPE" in environ and existing.stat().st_dev == Path("/").stat().st_dev:
-        return None
-    return shutil.disk_usage(existing).free

@@ -124,7 +124,16 @@ class Panel:
             plan = self._plan()
             picture = plan_picture(plan)
             self._picture.value = image_html(picture.png(), picture.alt)
-            self._say(f"{str(plan).splitlines()[-1]} · budgets: {_FREE}")
+            lines = str(plan).splitlines()
+            self._say(
+                " · ".join(
+                    [
+                        *(" ".join(line.split()) for line in lines if line.startswith("fits")),
+                        lines[-1],
+                        f"budgets: {_FREE}",
+                    ]
+                )
+            )
 
     def _plan(self) -> Any:
         picked = (self._model.value, self._compression.value)

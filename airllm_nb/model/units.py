@@ -1,0 +1,210 @@
+"""A model cut into units: what is bound, streamed and released as one.
+
+Units follow the module tree, a whole block where it fits and its parts where not, in the order of use.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..checkpoint.encoded import TORCH_DTYPES
+from ..checkpoint.index import TensorInfo
+from ..stream.unit import ALIGNMENT, Piece, Unit, merge
+from .absent import AbsentWeight
+from .calls import calls_of, in_order_of_use
+from .gather import is_gatherable
+from .slices import UNIT_BYTES, SlicedLinear
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Weight:
+    """One parameter or persistent buffer and every place in the module tree that it is known by.
+
+    Attributes
+    ----------
+    name
+        Its first native name.
+    info
+        Its bytes at rest.
+    dtype
+        What compute wants; the cast, if any, is made when it is bound.
+    owners
+        ``(module, attribute)`` pairs; more than one when weights are tied.
+    meta
+        What stands in the module while nothing is bound.
+    """
+
+    name: str
+    info: TensorInfo
+    dtype: torch.dtype
+    owners: list[tuple[nn.Module, str]]
+    meta: torch.Tensor
+    is_buffer: bool = False
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.info.dtype]
+
+    @property
+    def needs_cast(self) -> bool:
+        return self.stored_dtype != self.dtype
+
+    @property
+    def elements(self) -> int:
+        return self.info.nbytes // self.stored_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A weight as one module knows it, and where it begins in its unit."""
+
+    module: nn.Module
+    attribute: str
+    weight: Weight
+    offset: int
+
+
+@dataclass
+class ModelUnit:
+    """A unit with its place in the model: bound before ``module`` runs, released after it.
+
+    ``kind`` is ``"block"``, ``"head"``, or ``"embedding"``: a table whose rows are gathered, never streamed as a whole.
+    """
+
+    module: nn.Module
+    name: str
+    bindings: list[Binding]
+    stream: Unit
+    kind: str = "block"
+
+    @property
+    def nbytes(self) -> int:
+        return self.stream.nbytes
+
+    @property
+    def cast_bytes(self) -> int:
+        """Memory for the weights in the compute dtype, where that is not the stored one."""
+        return sum(b.weight.elements * b.weight.dtype.itemsize for b in self.bindings if b.weight.needs_cast)
+
+
+def cut_units(
+    model: Any, weights: Mapping[str, Weight], limit: int = UNIT_BYTES
+) -> tuple[list[ModelUnit], list[Weight]]:
+    """Cut the model into units of up to ``limit`` bytes along its module tree, in the order of use.
+
+    Returns the units, and the small weights (norms, biases, whatever has fewer than two dimensions, and what a module
+    with large children owns itself) that stay resident. What only images or sound need is in neither.
+    """
+    for weight in weights.values():
+        if not weight.is_buffer:
+            _stand_in(weight, model.device)
+    cutter = _Cutter(model, weights, limit)
+    cutter.cut(model, "")
+    if cutter.optional:
+        names = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in cutter.optional.values() if name)
+        log.info("left on disk, as text does not need it: %s", ", ".join(names))
+    return cutter.units, list(cutter.small.values())
+
+
+def _stand_in(weight: Weight, device: torch.device) -> None:
+    weight.meta = AbsentWeight(weight.meta, weight.info, weight.stored_dtype, device, weight.dtype)
+    for module, attribute in weight.owners:
+        if isinstance(module, SlicedLinear):
+            module.__dict__[attribute] = weight.meta
+        else:
+            module._parameters[attribute] = weight.meta  # type: ignore[assignment]
+
+
+def _optional(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules that only arguments beside text use; each outermost one has its name."""
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        if module not in found:
+            for child in sorted(calls_of(module).optional):
+                below = module.get_submodule(child)
+                found.update(dict.fromkeys(below.modules(), ""))
+                found[below] = f"{name}.{child}" if name else child
+    return found
+
+
+def is_tied(unit: ModelUnit) -> bool:
+    """Whether other modules know the unit's weights too: a table that is the output head as well."""
+    return all(len(binding.weight.owners) > 1 for binding in unit.bindings)
+
+
+class _Cutter:
+    def __init__(self, model: Any, weights: Mapping[str, Weight], limit: int):
+        self.units: list[ModelUnit] = []
+        self.small: dict[str, Weight] = {}
+        self._bypassed: set[nn.Module] = set()
+        self.optional = _optional(model)
+        self._owned: dict[nn.Module, list[tuple[str, Weight]]] = {}
+        head = model.get_output_embeddings()
+        self._heads, self._limit = set() if head is None else set(head.modules()), limit
+        for weight in weights.values():
+            if not weight.is_buffer and all(module in self.optional for module, _ in weight.owners):
+                continue
+            if weight.is_buffer or len(weight.info.shape) < 2:
+                self.small[weight.name] = weight
+                continue
+            for module, attribute in weight.owners:
+                if isinstance(module, SlicedLinear):  # tied to a table; what it computes with is its slices'
+                    continue
+                self._owned.setdefault(module, []).append((attribute, weight))
+
+    def cut(self, module: nn.Module, name: str) -> None:
+        below = [
+            (child, attribute, weight) for child in module.modules() for attribute, weight in self._owned.get(child, [])
+        ]
+        if not below:
+            return
+        if isinstance(module, nn.Embedding):
+            if is_gatherable(module):
+                self.units.append(_unit(module, name, below, "embedding"))
+            else:
+                self.small.update({weight.name: weight for _, _, weight in below})
+            return
+        if self._is_whole(module, below):
+            self.units.append(_unit(module, name, below, "head" if module in self._heads else "block"))
+            return
+        self.small.update({weight.name: weight for _, weight in self._owned.get(module, [])})
+        self._bypassed |= {module.get_submodule(path) for path in calls_of(module).bypassed}
+        for child_name, child in in_order_of_use(module):
+            self.cut(child, f"{name}.{child_name}" if name else child_name)
+
+    def _is_whole(self, module: nn.Module, below: list[tuple[nn.Module, str, Weight]]) -> bool:
+        """Whether the module is one unit: it fits, or cannot be cut; and hooks on its forward see it run."""
+        if module in self._bypassed or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            return False
+        if any(isinstance(child, nn.Embedding) for child, _, _ in below):
+            return False
+        fits = sum(weight.info.nbytes for _, _, weight in below) <= self._limit
+        is_leaf = len(self._owned.get(module, [])) == len(below)
+        return fits or is_leaf or bool(calls_of(module).taken)
+
+
+def _unit(module: nn.Module, name: str, owned: list[tuple[nn.Module, str, Weight]], kind: str) -> ModelUnit:
+    """Lay the weights out in file order, each on an aligned offset, so that neighbours are read and copied as one."""
+    pieces, bindings, cursor, seen = [], [], 0, {}
+    for owner, attribute, weight in sorted(owned, key=lambda item: _where(item[2])):
+        if weight.name not in seen:
+            cursor = -(-cursor // ALIGNMENT) * ALIGNMENT
+            seen[weight.name] = cursor
+            for extent in weight.info.extents:
+                pieces.append(Piece(extent, cursor))
+                cursor += extent.nbytes
+        bindings.append(Binding(owner, attribute, weight, seen[weight.name]))
+    return ModelUnit(module, name, bindings, Unit(name, cursor, merge(pieces)), kind)
+
+
+def _where(weight: Weight) -> tuple[str, int]:
+    return str(weight.info.extents[0].path), weight.info.extents[0].offset
