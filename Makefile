@@ -24,7 +24,7 @@ FLOOR := build/floor-5.15.0
 FLOOR_PACKAGES := transformers==5.15.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
 FLOOR_TESTS := $(addprefix tests/test_,import.py mapping.py auto_model.py engine.py other_models.py)
 
-# Kernels as notebooks elsewhere have them, laid over .venv for the kernel's process alone (tests/kernels.py).
+# Kernels as notebooks elsewhere have them, laid over .venv for the kernel's process alone (tests/kernel_stacks.py).
 # Colab and Kaggle: what their images bring. The numbers: ipykernel's own ways of reading messages; .venv has the newest.
 KERNELS := colab kaggle 6.31 7.0 7.1 7.3
 COLAB_BASE := ipython==7.34.0 ipykernel==6.17.1 backcall==0.2.0 decorator==5.2.1 nest-asyncio==1.6.0 pickleshare==0.7.5

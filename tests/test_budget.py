@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from airllm_nb import load, residence
 from airllm_nb.config import LoadOptions, format_bytes
 from airllm_nb.decode.kv import activation_bytes
-from airllm_nb.decode.prefill import STATEFUL_IN_CHUNKS, Work, choose_chunk
+from airllm_nb.decode.prefill import Work, choose_chunk
 from airllm_nb.decode.prompt import prompt_shape
 from airllm_nb.engine import StreamedModel, open_model, plan_model
 from airllm_nb.errors import BudgetError
@@ -324,10 +324,6 @@ def test_architectures_say_the_same_in_chunks(kind: str, tmp_path: Path) -> None
             forwards = watched(model)
             assert model.generate(**call).equal(native.generate(**call))
             assert max(forwards) == CHUNK
-
-
-def test_every_architecture_with_a_state_that_is_cut_is_tested() -> None:
-    assert set(CUT) >= STATEFUL_IN_CHUNKS
 
 
 @pytest.mark.parametrize("kind", NOT_CUT)

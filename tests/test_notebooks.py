@@ -65,7 +65,7 @@ P100 = GPU.format(name="Tesla P100-PCIE-16GB", capability=(6, 0))
 
 
 class Place(KernelSpecManager):
-    """Kernels of this interpreter on a stack of tests/kernel_stacks.py, with an environment and, if asked for, limits."""
+    """Kernels of this interpreter on a stack of kernel_stacks.py, with an environment and, if asked for, limits."""
 
     def __init__(self, stack: str = "newest", limits: bool = False, **environ: str):
         super().__init__()
