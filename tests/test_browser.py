@@ -239,6 +239,30 @@ def test_a_saved_notebook_needs_no_kernel(loaded: Lab) -> None:
     loaded.screen("without-kernel", loaded.cell(index), gallery=True)
 
 
+def test_a_panel_plans_and_loads(lab: Lab) -> None:
+    _load(lab, "panel.ipynb", "python3")
+    index = lab.write("%airllm_panel {model}")
+    lab.start(index)
+    lab.wait_end(index)
+    cell = lab.cell(index)
+    root = cell.locator(".airllm-panel")
+    root.locator("img").wait_for(timeout=60_000)
+    for name in ("Model", "Compression", "VRAM, GiB", "RAM, GiB"):
+        assert root.get_by_label(name, exact=True).count() == 1, name
+    before = root.locator("img").get_attribute("src")
+    root.get_by_label("Compression").select_option("8bit")
+    lab.until("([el, src]) => (el.querySelector('img') || {src: src}).src !== src", [root.element_handle(), before], 60)
+    assert "--compression 8bit" in root.locator("code").inner_text()
+    lab.screen("panel", cell)
+    root.get_by_label("Compression").select_option("none")
+    root.get_by_role("button", name="Load").click()
+    cell.locator("table").wait_for(timeout=60_000)
+    said = cell.inner_text()
+    assert "loaded with: %airllm_load" in said and "is loaded as" in said
+    _assert_drawn(lab, cell.locator(".jp-RenderedImage img"))
+    assert cell.locator(".airllm-panel").count() == 0
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_stop_in_other_kernels(lab: Lab, kernel: str) -> None:
     if not (_overlay(kernel) / "installed").exists():
