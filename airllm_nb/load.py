@@ -5,6 +5,7 @@ Nothing of the weights is read here, except where a store must be written first.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from .decode.prefill import Work, choose_chunk
 from .errors import BudgetError, UnsupportedModelError
 from .model.architecture import check_supported, native_config
 from .model.attention import ALIBI, NTK
+from .model.calls import mark_taken
 from .model.device import choose_device, choose_dtype, has_memory, ram_budget, vram_budget
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units, is_tied
@@ -34,6 +36,7 @@ from .trace import Progress, ProgressCallback, silent
 if TYPE_CHECKING:
     import torch
 
+NONE = get_codec(None)
 # Where a weight that is not here would be.
 NOWHERE = Path("(not downloaded)")
 # What CUDA's matrix libraries take for themselves.
@@ -123,12 +126,16 @@ def prepare(
     dtype = choose_dtype(options, config, None if is_said else stores.stored_dtype(source, headers), device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device), Scratch()
+    mark_taken(skeleton)
     if codec.name != "none" and not compressible(skeleton):
         raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
                                     "are); load it without compression")  # fmt: skip
     found = stores.Weights(store.folder, store.index) if store else stores.find(source, skeleton, codec, dtype, options)
     # Before a load downloads anything too: a layout that cannot be streamed is refused here.
     known = None if found or (weights and source.files) else stores.expected(source, skeleton, headers)
+    if weights and known is not None:
+        # What the checkpoint lacks is said before it is downloaded.
+        collect_weights(skeleton, _planned(skeleton, NONE, source, known)[0], dtype)
     once = 0 if found else stores.to_write(source, skeleton, dtype, options)
     if found is None and weights:
         source = _resolve(model, options, progress, weights=True)
@@ -190,9 +197,10 @@ def sizes_only(skeleton: Any) -> dict[str, TensorInfo]:
 def needs(prepared: Prepared, work: Work, tokens: int) -> Needs:
     """Device memory beside streamed weights, where ``tokens`` of the prompt go through the model at a time."""
     config, itemsize = prepared.skeleton.config, prepared.dtype.itemsize
-    text = config.get_text_config()
+    text, window = config.get_text_config(), work.length
     attention = getattr(config, "_attn_implementation", None)
-    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or work.length
+    with contextlib.suppress(RuntimeError):  # one a layer: none for all
+        window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or work.length
     if attention == NTK:  # past it, turned queries and keys are kept beside the plain ones
         window = min(window, config.airllm_attention["trained"])
     activations = activation_bytes(

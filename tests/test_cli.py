@@ -57,7 +57,7 @@ def test_the_text_is_on_stdout_and_the_facts_on_stderr(endless: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n") and done.stdout.strip()
     assert done.stderr.count("\n") == 1 and "8 tokens" in done.stderr and "tok/s" in done.stderr
-    assert re.search(r" · predicted \S+ s a token( \(\w+-bound\))?, achieved \S+ s \(\d+%\) · ", done.stderr), (
+    assert re.search(r" · predicted \S+ m?s a token( \(\w+-bound\))?, achieved \S+ m?s \(\d+%\) · ", done.stderr), (
         done.stderr
     )
 

@@ -268,3 +268,32 @@ def test_a_shard_that_is_cut_while_the_model_is_open(folder: Path) -> None:
             except CheckpointError:  # what was read ahead while the file was short
                 pass
         assert model.generate(ids, max_new_tokens=5, do_sample=False).equal(expected)
+
+
+def test_a_config_cannot_name_an_implementation(tiny_llama, tmp_path):
+    """It may be code on the Hub."""
+    import json
+    import shutil
+
+    from airllm_nb import AutoModel
+
+    folder = shutil.copytree(tiny_llama(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    named = {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel", "experts_implementation": "x"}
+    (folder / "config.json").write_text(json.dumps(config | named))
+    with AutoModel.from_pretrained(folder) as model:
+        assert "evil" not in str(model.config) and "evil" not in str(model.config._attn_implementation)
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [{"compression_config": {"bits": 4}}, {"quantization_config": {"bits": 4}},
+     {"text_config": {"quantization_config": {"quant_method": "fp8"}}}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_quantised_is_refused_wherever_it_says_so(quantised):
+    from airllm_nb.errors import UnsupportedModelError
+    from airllm_nb.model.architecture import check_supported
+
+    with pytest.raises(UnsupportedModelError, match="already quantised"):
+        check_supported({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **quantised})

@@ -191,7 +191,8 @@ def compressible(model: nn.Module) -> list[str]:
     """The names of the modules that compression replaces, by the rule of transformers' own bitsandbytes loading.
 
     These are the ``nn.Linear`` modules except the output head, tied ones and ``_keep_in_fp32_modules``. GPT-2's
-    ``Conv1D`` stays as it is: its weights lie transposed in the checkpoint.
+    ``Conv1D`` stays as it is: its weights lie transposed in the checkpoint. So does a layer whose matrix is read
+    without a call (``reads_weight``, which :mod:`~airllm_nb.model.calls` finds): an encoded one has none to read.
     """
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -200,7 +201,7 @@ def compressible(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, kept)
+        if type(module) is nn.Linear and should_convert_module(name, kept) and not hasattr(module, "reads_weight")
     ]
 
 

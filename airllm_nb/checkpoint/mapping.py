@@ -54,8 +54,9 @@ def map_checkpoint(index: Mapping[str, TensorInfo], model: Any) -> dict[str, Ten
         if pattern is None:
             found[target] = index[name]
         else:
-            group = groups.setdefault(target, _Group(target, deepcopy(by_pattern[pattern])))
-            group.add(name, pattern, index[name])
+            if target not in groups:
+                groups[target] = _Group(target, deepcopy(by_pattern[pattern]))
+            groups[target].add(name, pattern, index[name])
     for group in groups.values():
         found.update(group.convert(model, wanted))
     if strangers:
@@ -75,8 +76,12 @@ class _Group:
     def add(self, name: str, pattern: str, info: TensorInfo) -> None:
         shape = info.shape[:-1] if len(info.shape) > 1 else info.shape
         count = math.prod(shape)
-        numbers = torch.arange(self._rows, self._rows + count).view(*shape, *([1] if len(info.shape) > 1 else []))
-        self._converter.add_tensor(self._target, name, pattern, lambda: numbers)
+        first, shape = self._rows, (*shape, *([1] if len(info.shape) > 1 else []))
+
+        def numbers() -> torch.Tensor:  # made when they are asked for: of 256 experts they are a gigabyte
+            return torch.arange(first, first + count).view(shape)
+
+        self._converter.add_tensor(self._target, name, pattern, numbers)
         self._sources.append(info)
         self._first_row.append(self._rows)
         self._rows += count

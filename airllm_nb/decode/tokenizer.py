@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoint.legacy.families import family_of
 from ..checkpoint.legacy.llama import llama_tokenizer
+from ..errors import UnsupportedModelError
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -17,6 +18,8 @@ def load_tokenizer(folder: Path) -> Any:
     ------
     CheckpointError
         If the files that it is made of are missing or damaged.
+    UnsupportedModelError
+        If it is code of its own.
     """
     from transformers import AutoTokenizer
 
@@ -27,4 +30,12 @@ def load_tokenizer(folder: Path) -> Any:
     converted = llama_tokenizer(folder)
     if converted is not None:
         return converted
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{folder.name}: its tokenizer is code of its own, which is never run here; save a tokenizer.json of it "
+            "into the folder, or give token ids to model.generate"
+        ) from None

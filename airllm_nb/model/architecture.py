@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..checkpoint.legacy.families import ATTENTION, native_dict
@@ -26,7 +26,7 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) ->
     check_supported(config, trust_remote_code)
     native = native_dict(config)
     model_type = native.get("model_type", "")
-    values = {key: value for key, value in native.items() if key not in ("auto_map", "quantization_config", ATTENTION)}
+    values = _without(native, _NOT_TAKEN)
     kind = CONFIG_MAPPING[model_type]
     try:
         # transformers writes infinity as {"__float__": "Infinity"}.
@@ -39,6 +39,30 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) ->
     if native is not config and ATTENTION in native:
         attend_by(made, native[ATTENTION])
     return made
+
+
+# An attention or an expert implementation may name code on the Hub, or a library that is not here.
+_NOT_TAKEN = frozenset({
+    "auto_map", "quantization_config", "compression_config", ATTENTION, "attn_implementation", "_attn_implementation",
+    "_attn_implementation_internal", "attn_implementation_internal", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal",
+})  # fmt: skip
+
+
+def _without(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A config, and those of its parts, without the entries of these names."""
+    return {key: _without(value, names) if key.endswith("_config") and isinstance(value, Mapping) else value
+            for key, value in config.items() if key not in names}  # fmt: skip
+
+
+def _quantised(config: Mapping[str, Any]) -> str:
+    """How a checkpoint is quantised, also where only its text part is; empty if it is not."""
+    for part in (config, config.get("text_config")):
+        for name in ("quantization_config", "compression_config"):
+            given = part.get(name) if isinstance(part, Mapping) else None
+            if isinstance(given, Mapping) and given:
+                return str(given.get("quant_method") or name)
+    return ""
 
 
 def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) -> None:
@@ -63,7 +87,7 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
         hint = f"; the closest supported types: {', '.join(near)}" if near else ""
         why = "is no causal language model" if model_type in CONFIG_MAPPING else "is not known to transformers"
         raise UnsupportedModelError(f"{name} (model_type {model_type!r}) {why}{foreign}{hint}")
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
+    if method := _quantised(config):
         raise UnsupportedModelError(
             f"{name} is already quantised ({method}), which cannot be streamed yet; load the "
             "unquantised checkpoint, with compression='4bit' if it should be small"

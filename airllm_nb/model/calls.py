@@ -69,6 +69,13 @@ def calls_of(module: nn.Module) -> Calls:
     return _known[below]
 
 
+def mark_taken(model: nn.Module) -> None:
+    """Give every module whose matrices are read outside of its own forward an attribute ``reads_weight``."""
+    for module in model.modules():
+        for path in calls_of(module).taken:
+            module.get_submodule(path).reads_weight = True  # type: ignore[assignment]
+
+
 def in_order_of_use(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """``module.named_children()``, those that its forward names in the order in which it does."""
     children, order = dict(module.named_children()), calls_of(module).order

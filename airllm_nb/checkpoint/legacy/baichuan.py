@@ -10,18 +10,18 @@ from .family import ATTENTION, Config, Conversion, Family, Refusal, llama_like, 
 from .sentencepiece import USER_DEFINED, backend, read_model
 from .tokens import add_special, prefix, wrap
 
-# All that tells Baichuan from Baichuan2, whose config.json is of the same architecture and type.
-_FIRST_VOCABULARY = 64000
+# All that tells Baichuan, some tokens added perhaps, from Baichuan2, whose config.json is of the same type.
+_FIRST_VOCABULARY = range(64_000, 65_536)
 # Of Baichuan2-Chat and Baichuan-Chat alike.
 _USER, _ASSISTANT = 195, 196
 
 
 def _is_first(config: Config) -> bool:
-    return bool(config["vocab_size"] == _FIRST_VOCABULARY)
+    return config["vocab_size"] in _FIRST_VOCABULARY
 
 
 def _native(config: Config) -> dict[str, Any]:
-    if "max_position_embeddings" in config:
+    if config.get("max_position_embeddings"):
         return llama_like(config, **plain_rope(10000))
     # Angles of zero turn nothing: positions are the attention's.
     still = {"rope_type": "linear", "factor": float("inf"), "rope_theta": 10000.0}

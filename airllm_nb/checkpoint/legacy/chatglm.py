@@ -111,6 +111,10 @@ FAMILY = Family(
             "this is GLM-4 in its first form; load the one that is native, zai-org/glm-4-9b-chat-hf",
         ),
         Refusal(
+            lambda c: c.get("rope_ratio", 1) != 1 and "chatglm2" in str(c.get("_name_or_path", "")).lower(),
+            "ChatGLM2 stretches its positions by rope_ratio, which is not mapped; load THUDM/chatglm3-6b-32k",
+        ),
+        Refusal(
             lambda c: c.get("quantization_bit"),
             "quantization_bit is set: its weights are quantised by code of its own; load the unquantised "
             "checkpoint, with compression='4bit' if it should be small",

@@ -17,13 +17,19 @@ _CHAT = (
 _PARTS = {"w1": "gate", "w3": "up", "w2": "down"}
 
 
+def _scaling(config: Config) -> str:
+    scaling = config.get("rope_scaling") or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
 def _native(config: Config) -> dict[str, Any]:
     scaling, base = config.get("rope_scaling") or {}, config.get("rope_theta", 10000)
     trained, factor = config["max_position_embeddings"], scaling.get("factor", 1.0)
     rope: dict[str, Any] = plain_rope(base)
-    if scaling.get("type") == "dynamic":
+    kind = _scaling(config)
+    if kind == "dynamic":
         rope = stretched(trained, STRETCH * trained, base, growth="linear", factor=factor)
-    elif scaling.get("type") == "linear":
+    elif kind == "linear":
         rope["rope_parameters"] |= {"rope_type": "linear", "factor": float(factor)}
     return llama_like(
         config,
@@ -63,7 +69,7 @@ FAMILY = Family(
     native="llama",
     refusals=(
         Refusal(
-            lambda c: (c.get("rope_scaling") or {"type": "linear"})["type"] not in ("linear", "dynamic"),
+            lambda c: _scaling(c) not in ("default", "linear", "dynamic"),
             "its rope_scaling is neither linear nor dynamic",
         ),
     ),
