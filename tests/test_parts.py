@@ -13,6 +13,7 @@ from tiny_models import resident, streamed
 
 from airllm_nb import AutoModel
 from airllm_nb.errors import UnsupportedModelError
+from airllm_nb.notebook.cards import model_card
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +33,7 @@ def test_what_sees_is_in_no_unit_and_said_to_be_left(gemma3: Path, caplog: pytes
         names += [weight.name for weight in model._prepared.small]
         assert any("language_model" in name for name in names)
         assert not any("vision" in name or "projector" in name for name in names)
+        assert "left on disk  the vision part" in repr(model_card("m", model))
     (message,) = [record.getMessage() for record in caplog.records if "left on disk" in record.getMessage()]
     assert "model.vision_tower" in message
     assert "model.multi_modal_projector" in message

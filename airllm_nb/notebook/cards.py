@@ -68,9 +68,15 @@ def model_card(name: str, model: StreamedModel) -> Card:
     rows = [
         ("model", f"{status['name']} ({', '.join(size)})"),
         ("runs on", f"{status['device']}, {status['dtype']}"),
+        *_parts_left(model.config),
         *_plan_rows(str(plan)),
     ]
     return Card(f"{status['name']} is loaded as {name!r}", rows, _units(plan))
+
+
+def _parts_left(config: Any) -> list[tuple[str, str]]:
+    parts = [name for name in ("vision", "audio") if getattr(config, f"{name}_config", None) is not None]
+    return [("left on disk", f"the {' and '.join(parts)} part: text is all that goes in here")] if parts else []
 
 
 def _parameters(model: StreamedModel) -> int:
