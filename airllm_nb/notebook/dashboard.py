@@ -116,7 +116,7 @@ class Dashboard:
     # --- drawing
 
     def _build(self) -> None:
-        self._all = htmls = [widgets.HTML() for _ in range(4)]
+        htmls = self._all = [widgets.HTML() for _ in range(4)]
         self._header, self._progress, self._vram, self._overlap = htmls
         self._stop = widgets.Button(description="Stop", icon="stop", tooltip=STOP_HINT)
         self._stop.layout.width, self._stop.layout.flex, self._progress.layout.flex = "110px", "0 0 auto", "1 1 auto"
@@ -128,16 +128,7 @@ class Dashboard:
                  "overlap": self._overlap}  # fmt: skip
         for name, widget in names.items():
             widget.add_class(f"airllm-{name}")
-        self._all = [
-            self._header,
-            self._progress,
-            self._vram,
-            self._overlap,
-            self._stop,
-            row,
-            self._bar,
-            self._pictures,
-        ]
+        self._all = [*htmls, self._stop, row, self._bar, self._pictures]
         self._refresh()
 
     def _clicked(self, _: Any) -> None:
