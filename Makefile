@@ -5,7 +5,7 @@
 #                                         build that its index serves; for one that matches your driver, copy the file,
 #                                         change its torch line and set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL as that build's
 #                                         instructions say. `make clean` first.
-#   make test PYTEST_ARGS="-k plan -x"    a part of the suite
+#   make test PYTEST_ARGS="-k plan -x"    a part of the suite; with WORKERS=0 in one process
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -14,6 +14,8 @@ MAKEFLAGS += --no-print-directory
 
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+# Processes that test files are shared out to, each with one thread.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -45,7 +47,7 @@ demo: $(STAMP) ## run notebooks/quickstart.ipynb on a real model; leaves it and 
 
 test: lint browser test-floor kernels ## lint, the core tests on the oldest transformers, then the whole suite
 	@echo "== the whole suite"
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU; `make test` compares on the CPU, GPU or not
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
@@ -53,7 +55,7 @@ test-gpu: $(STAMP) ## the tests that need a GPU; `make test` compares on the CPU
 test-floor: $(STAMP) $(FLOOR)/installed ## the core tests on transformers 5.15.0
 	@echo "== core tests on transformers 5.15.0"
 	@CUDA_VISIBLE_DEVICES= PYTHONPATH=$(CURDIR)/$(FLOOR) AIRLLM_NB_EXPECT_TRANSFORMERS=5.15.0 \
-	  $(BIN)/python -m pytest -q -p no:cacheprovider $(FLOOR_TESTS)
+	  $(BIN)/python -m pytest -q -p no:cacheprovider -n $(WORKERS) --dist loadfile $(FLOOR_TESTS)
 
 browser: ## Chromium for the tests marked `browser`: where there is none, by apt-get as root; else they are skipped
 	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \

@@ -25,7 +25,6 @@ import pytest
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 NAMES = ("quickstart", "from_airllm", "under_the_hood", "colab_t4", "kaggle_t4")
@@ -355,8 +354,11 @@ def test_a_new_machine_gets_the_package_and_keeps_the_rest(name: str, tmp_path: 
     cell = nbformat.v4.new_code_cell(sources(name)["place"])
     client = client_of(nbformat.v4.new_notebook(cells=[cell]), place, tmp_path)
     with client.setup_kernel(cleanup_kc=True):
-        with pytest.raises(CellExecutionError, match="write the repository's owner"):
-            client.execute_cell(cell, 0)
+        # Expected to fail: else a kernel drops what is asked of it just after an error, and the next cell with it.
+        cell.metadata.tags = ["raises-exception"]
+        client.execute_cell(cell, 0)
+        assert "write the repository's owner" in cell.outputs[-1].evalue
+        del cell.metadata["tags"]
         cell.source = cell.source.replace("/<owner>/", "/someone/", 1)
         client.execute_cell(cell, 0)
         asked = ast.literal_eval((tmp_path / "installed").read_text("utf-8"))
