@@ -37,7 +37,12 @@ KERNEL_7.0 := ipykernel==7.0.1 nest-asyncio==1.6.0
 KERNEL_7.1 := ipykernel==7.1.0 nest-asyncio==1.6.0
 KERNEL_7.3 := ipykernel==7.3.0 nest-asyncio2==1.7.4
 
-.PHONY: help demo test test-floor test-gpu lint browser kernels bench venv clean
+# Libraries that make GPTQ and AWQ checkpoints, and dequantise them, for the tests. Without what they need for a GPU,
+# and from source, as their wheels are for one.
+FORMATS := build/formats
+FORMAT_PACKAGES := autoawq==0.2.9 auto-gptq==0.7.1 gptqmodel==7.7.0
+
+.PHONY: help demo test test-floor test-gpu lint browser kernels formats bench venv clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,7 +50,7 @@ help: ## this list
 demo: $(STAMP) ## run notebooks/quickstart.ipynb on a real model; leaves it and its HTML in build/
 	@$(BIN)/python tools/demo.py
 
-test: lint browser test-floor kernels ## lint, the core tests on the oldest transformers, then the whole suite
+test: lint browser test-floor kernels formats ## lint, the core tests on the oldest transformers, then the whole suite
 	@echo "== the whole suite"
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
@@ -75,6 +80,13 @@ lint: $(STAMP) ## ruff and mypy
 	@$(BIN)/ruff check --quiet --output-format=concise .
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: $$($(BIN)/ruff format --check . 2>/dev/null | sed -n 's/^Would reformat: //p' | tr '\n' ' ')- run $(BIN)/ruff format ."; exit 1; }
 	@$(BIN)/mypy --no-error-summary
+
+formats: $(FORMATS)/installed ## AutoAWQ, AutoGPTQ and GPTQModel, for the tests
+
+$(FORMATS)/installed: $(STAMP) Makefile
+	@echo "== installing AutoAWQ, AutoGPTQ and GPTQModel into $(FORMATS)"
+	@rm -rf $(FORMATS) && BUILD_CUDA_EXT=0 $(PIP_INSTALL) --no-deps --no-binary auto-gptq --target $(FORMATS) $(FORMAT_PACKAGES)
+	@touch $@
 
 bench: $(STAMP) ## seconds a token beside AirLLM 4.0.0, on this machine
 	@test -f benchmarks/compare.py || { echo "make: benchmarks/compare.py is not there yet" >&2; exit 1; }

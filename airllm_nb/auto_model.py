@@ -21,7 +21,7 @@ class AutoModel:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, progress: ProgressCallback = silent, **options: Any
     ) -> StreamedModel:
-        """Open a model by Hub id, local folder or ``.gguf`` file.
+        """Open a model by Hub id (or ``ORG/REPO:FILE.gguf``), local folder or ``.gguf`` file.
 
         Parameters
         ----------

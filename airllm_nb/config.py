@@ -113,6 +113,8 @@ class LoadOptions:
         Sequences that run at once (beams count), for the plan.
     direct_io
         Read files past the system's page cache; default: when the model is larger than RAM and that is not slower.
+    adapter
+        A LoRA adapter in PEFT's format, applied unmerged: its folder, or its Hub id.
     revision, local_files_only
         As in ``huggingface_hub``.
     trust_remote_code
@@ -132,6 +134,7 @@ class LoadOptions:
     ram_budget: int | None = None
     batch_size: int = 1
     direct_io: bool | None = None
+    adapter: str | Path | None = None
     revision: str | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
@@ -163,6 +166,8 @@ class LoadOptions:
             normal["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.device is not None:
             normal["device"] = str(self.device)
+        if self.adapter is not None:
+            normal["adapter"] = _one_adapter(self.adapter)
         for name, value in normal.items():
             object.__setattr__(self, name, value)
         self._check()
@@ -192,6 +197,16 @@ class LoadOptions:
         if self.prefetching is True:
             return None
         return int(self.prefetching)
+
+
+def _one_adapter(given: Any) -> str:
+    adapters = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(adapters) != 1:
+        raise OptionError(f"{len(adapters)} adapters were given, and one can be applied; join them first (peft: "
+                          "add_weighted_adapter, then save_pretrained)")  # fmt: skip
+    if not isinstance(adapters[0], (str, os.PathLike)) or not os.fspath(adapters[0]).strip():
+        raise OptionError(f"adapter={adapters[0]!r} names no adapter; give its folder or its Hub id")
+    return os.fspath(adapters[0])
 
 
 def sampling(max_new_tokens: int, temperature: float, top_p: float | None, top_k: int | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import load
+from . import load, planning
 from .config import LoadOptions
 from .decode.generate import Generation, GenerationResult
 from .decode.prefill import of_forward
@@ -39,7 +39,7 @@ def open_model(
     Parameters
     ----------
     model
-        Hub id, local folder, or a ``.gguf`` file.
+        Hub id (``ORG/REPO:FILE.gguf`` names one file), local folder, or a ``.gguf`` file.
     options
         See :class:`~airllm_nb.config.LoadOptions`.
     progress
@@ -68,14 +68,14 @@ class StreamedModel:
     ``device`` and ``dtype`` are as in transformers.
     """
 
-    def __init__(self, prepared: load.Prepared, machine: Any):
+    def __init__(self, prepared: planning.Prepared, machine: Any):
         self._prepared = prepared
         self.native, self.config = prepared.skeleton, prepared.config
         self.device, self.dtype, self.options = prepared.device, prepared.dtype, prepared.options
         self.name, self.folder = prepared.source.name, prepared.folder
         self._lock, self._cancel, self._closed = threading.Lock(), threading.Event(), False
         self._residence = Residence(prepared, machine)
-        self.native.generation_config = load.generation_config(prepared)
+        self.native.generation_config = planning.generation_config(prepared)
 
     @property
     def plan(self) -> ResidencyPlan:
@@ -196,11 +196,15 @@ class StreamedModel:
     def status(self) -> dict[str, Any]:
         """Name, device, plan and last speed as plain values.
 
+        ``compression`` is how the weights are encoded, in a store of ours or in the checkpoint itself; ``chosen`` says
+        which of several files they are of, and why.
         ``shrunk_from`` is the VRAM budget before other programs took of it, else ``None``.
         """
         return {"name": self.name, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
-                "compression": self.options.compression, "busy": self.busy, "closed": self.closed,
+                "compression": self._prepared.encoding, "busy": self.busy, "closed": self.closed,
                 "plan": self.plan.as_dict(), "shrunk_from": self._residence.shrunk_from,
+                "chosen": self._prepared.source.why,
+                "adapter": str(self._prepared.adapter) if self._prepared.adapter else None,
                 "last": self.trace.summary()}  # fmt: skip
 
     def close(self) -> None:
@@ -209,6 +213,7 @@ class StreamedModel:
         self.stop()
         with self._lock:
             self._residence.close()
+            self._prepared.held.close()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -12,7 +12,7 @@ from .disk import free_disk, nearest
 from .model.plan import ResidencyPlan
 
 if TYPE_CHECKING:
-    from .load import Prepared
+    from .planning import Prepared
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class Fit:
         ``"files"`` that are here, ``"headers"`` on the Hub, or the ``"config"`` alone, for the reason in ``why``.
     disk_speed
         Bytes a second that the prediction assumes where there is no file to measure it with, else ``None``.
+    chosen
+        Which file of several was chosen, and why.
     """
 
     spaces: tuple[Space, ...]
@@ -80,6 +82,7 @@ class Fit:
     sizes_from: str
     why: str = ""
     disk_speed: float | None = None
+    chosen: str = ""
 
     @property
     def disk(self) -> bool | None:
@@ -102,7 +105,7 @@ class Fit:
         each = [asdict(space) | {"folder": str(space.folder), "fits": space.fits} for space in self.spaces]
         return {"disk": self.disk, "ram": self.ram, "vram": self.vram, "weights": self.weights,
                 "from_disk": self.from_disk, "spaces": each, "sizes_from": self.sizes_from,
-                "why": self.why, "disk_speed": self.disk_speed}  # fmt: skip
+                "why": self.why, "disk_speed": self.disk_speed, "chosen": self.chosen}  # fmt: skip
 
     def lines(self) -> list[str]:
         """A label and what is known, a line each."""
@@ -114,7 +117,8 @@ class Fit:
             verdicts.append("VRAM yes" if self.vram else
                             f"VRAM in part: {format_bytes(self.in_vram)} of {format_bytes(self.weights)} stay "
                             "there, the rest streams")  # fmt: skip
-        rows = [*(f"disk      {space}" for space in self.spaces), f"fits      {' | '.join(verdicts)}"]
+        rows = [f"chosen    {self.chosen}"] if self.chosen else []
+        rows += [*(f"disk      {space}" for space in self.spaces), f"fits      {' | '.join(verdicts)}"]
         if self.sizes_from == "headers":
             rows.append("sizes     from the headers of the weight files on the Hub; no weights were downloaded")
         elif self.sizes_from == "config" and self.why:
@@ -167,6 +171,7 @@ def with_fit(plan: ResidencyPlan, prepared: Prepared, on_disk: tuple[Space, ...]
         sizes_from=prepared.sizes_from,
         why=prepared.why_config,
         disk_speed=None if prepared.sizes_from == "files" else plan.machine.disk,
+        chosen=prepared.source.why,
     )
     return FittedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)}, fit=fit)
 

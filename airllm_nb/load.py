@@ -1,36 +1,36 @@
-"""From a name to everything that a plan or a run needs: source, config, skeleton, units, sizes.
+"""From a name to a prepared model: source, config, skeleton, units, sizes.
 
 Nothing of the weights is read here, except where a store must be written first.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import stores
+from . import replaced, stores
+from . import weights as at_rest
 from .checkpoint.codec import Codec, Scratch, compressible, get_codec
+from .checkpoint.codecs.names import stand_ins
 from .checkpoint.encoded import TORCH_DTYPES
+from .checkpoint.folder import hold
 from .checkpoint.hub_headers import Headers
 from .checkpoint.index import Extent, TensorInfo
+from .checkpoint.picks import Room
 from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
 from .config import LoadOptions
-from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length, returned_bytes
-from .decode.prefill import Work, choose_chunk
-from .errors import BudgetError, UnsupportedModelError
+from .errors import OptionError, UnsupportedModelError
+from .model import adapter as lora
 from .model.architecture import check_supported, native_config
-from .model.attention import ALIBI, NTK
 from .model.calls import mark_taken
 from .model.device import choose_device, choose_dtype, has_memory, ram_budget, vram_budget
-from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
-from .model.skeleton import ModelUnit, Weight, build, collect_weights, cut_units, is_tied
+from .model.placing import keep_unpacked, place
+from .model.skeleton import build, collect_weights, cut_units
 from .model.slices import slice_limit, slice_linears
-from .stream.ring import align
+from .planning import Prepared
 from .trace import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
@@ -39,69 +39,6 @@ if TYPE_CHECKING:
 NONE = get_codec(None)
 # Where a weight that is not here would be.
 NOWHERE = Path("(not downloaded)")
-# What CUDA's matrix libraries take for themselves.
-_WORKSPACE = {"cpu": 0, "cuda": 64 << 20}
-
-
-@dataclass
-class Prepared:
-    """A model that is found, understood and cut into units, but holds no memory yet.
-
-    Attributes
-    ----------
-    sizes_from
-        ``"files"`` that are here, ``"headers"`` on the Hub, or the ``"config"`` alone; ``why_config`` may say why.
-    written_once
-        Bytes beside the compressed store that are written before the model can run.
-    """
-
-    source: Source
-    options: LoadOptions
-    config: Any
-    device: torch.device
-    dtype: torch.dtype
-    codec: Codec
-    scratch: Scratch
-    skeleton: Any
-    units: list[ModelUnit]
-    small: list[Weight]
-    folder: Path
-    vram_budget: int
-    ram_budget: int
-    sizes_from: str = "files"
-    why_config: str = ""
-    written_once: int = 0
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence, in tokens."""
-        known = [length for length in (self.options.max_seq_len, context_length(self.config)) if length]
-        return min(known) if known else None
-
-    @property
-    def planned(self) -> Work:
-        """What memory is kept for before anything is asked."""
-        length = self.options.max_seq_len or min(self.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
-        return Work(length, self.options.batch_size, length, masked=self.options.batch_size > 1)
-
-    @functools.cached_property
-    def fixed_needs(self) -> Needs:
-        """Device memory that every run needs alike."""
-        casts = max((unit.cast_bytes for unit in self.units), default=0)
-        encoded = [module for module in self.skeleton.modules() if hasattr(module, "compute_dtype")]
-        dequantised = max((m.in_features * m.out_features * self.dtype.itemsize for m in encoded), default=0)
-        return Needs(
-            small=sum(weight.elements * weight.dtype.itemsize for weight in self.small),
-            scratch=casts + dequantised + _WORKSPACE[self.device.type],
-        )
-
-    @functools.cached_property
-    def sizes(self) -> list[UnitSize]:
-        """The units as the plan knows them; a table that is also the head takes no bytes of its own."""
-        return [
-            UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
-            for unit in self.units
-        ]
 
 
 def prepare(
@@ -116,59 +53,102 @@ def prepare(
         of those that are on the Hub only, or from the config alone.
     """
     device = choose_device(options)
-    store = stores.opened_store(model, options)
+    store = replaced.opened_store(model, options)
     codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)
-    source = _of_store(store) if store else _resolve(model, options, progress, weights=False)
+    # Once: what is free later is less by what this model itself takes.
+    vram, ram = vram_budget(options, device), ram_budget(options)
+    room = Room(ram=ram, vram=vram if has_memory(options, device) else 0)
+    source = _of_store(store) if store else _resolve(model, options, progress, room, weights=False)
     headers = Headers(source, options, progress)
     config = native_config(read_config(source), options.trust_remote_code)
     is_said = options.dtype or getattr(config, "dtype", None)
-    dtype = choose_dtype(options, config, None if is_said else stores.stored_dtype(source, headers), device)
+    dtype = choose_dtype(options, config, None if is_said else at_rest.stored_dtype(source, headers), device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device), Scratch()
     mark_taken(skeleton)
+    # Before the model is downloaded or converted: an adapter of another one is refused here.
+    adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
+    packed_as = at_rest.packed_as(source) if codec.name == "none" or store is None else ""
+    if codec.name != "none" and packed_as and source.format != "gguf":
+        raise OptionError(f"{source.name} is packed already ({packed_as}) and streams as it is; leave out "
+                          f"compression={codec.name!r}, or load the unquantised checkpoint")  # fmt: skip
     if codec.name != "none" and not compressible(skeleton):
         raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
                                     "are); load it without compression")  # fmt: skip
-    found = stores.Weights(store.folder, store.index) if store else stores.find(source, skeleton, codec, dtype, options)
+    found: at_rest.Weights | None
+    if store:
+        found, known, once = at_rest.Weights(store.folder, store.index), None, 0
+    else:
+        resolved = functools.partial(_resolve, model, options, progress, room, weights=True)
+        source, found, known, once = _find(
+            source, skeleton, codec, dtype, headers, options, progress, resolved, weights
+        )
+    held = hold(*found.folders) if found else hold()
+    compress(skeleton, codec, dtype, scratch)
+    origin = "config" if known is None or codec.name != "none" else "files" if source.files else "headers"
+    read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)
+    bound = {**read.tensors, **place(skeleton, read.packed, dtype, scratch)}
+    if read.packed and not has_memory(options, device):
+        keep_unpacked(skeleton, ram - sum(weight.nbytes for weight in read.packed.values()))
+    bound = lora.replace_weights(skeleton, adapter, bound)
+    tensors = slice_linears(skeleton, bound, slice_limit(vram, ram, has_memory(options, device)))
+    units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
+    small += lora.attach(skeleton, adapter, dtype)
+    progress(Progress("build", 1, 1, "models", source.name))
+    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, read.folder, vram,
+                    ram, origin, headers.why_not, once, _as_packed(packed_as, read), adapter, held)  # fmt: skip
+
+
+def _find(
+    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, headers: Headers, options: LoadOptions,
+    progress: ProgressCallback, resolved: Callable[[], Source], weights: bool,
+) -> tuple[Source, at_rest.Weights | None, at_rest.Weights | None, int]:  # fmt: skip
+    """The weights, downloaded and written as far as ``weights`` asks for it.
+
+    Returns the source with what is here now, the weights if they are, else what is known of them, and the bytes that
+    had or have to be written once beside a store.
+    """
+    found = stores.find(source, skeleton, codec, dtype, options)
     # Before a load downloads anything too: a layout that cannot be streamed is refused here.
-    known = None if found or (weights and source.files) else stores.expected(source, skeleton, headers)
+    known = None if found or (weights and source.files) else at_rest.expected(source, skeleton, headers)
     if weights and known is not None:
         # What the checkpoint lacks is said before it is downloaded.
-        collect_weights(skeleton, _planned(skeleton, NONE, source, known)[0], dtype)
-    once = 0 if found else stores.to_write(source, skeleton, dtype, options)
+        whole = _planned(skeleton, NONE, source, known)
+        collect_weights(skeleton, {**whole.tensors, **stand_ins(whole.packed)}, dtype)
+    once = 0 if found else stores.to_write(source, skeleton, codec, dtype, options)
     if found is None and weights:
-        source = _resolve(model, options, progress, weights=True)
-        found = stores.write(source, skeleton, codec, dtype, options, progress)
-    if found and options.delete_original and store is None:
-        stores.replace_original(source, found.folder)
-    compress(skeleton, codec, dtype, scratch)
-    # Once: what is free later is less by what this model itself takes.
-    vram, ram = vram_budget(options, device), ram_budget(options)
-    tensors, origin = (found.tensors, "files") if found else _planned(skeleton, codec, source, known)
-    tensors = slice_linears(skeleton, tensors, slice_limit(vram, ram, has_memory(options, device)))
-    units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
-    progress(Progress("build", 1, 1, "models", source.name))
-    folder = found.folder if found else source.folder
-    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, folder, vram, ram,
-                    origin, headers.why_not, once)  # fmt: skip
+        with stores.alone(source, codec, dtype, options, progress):
+            # Looked for again: another process may have written it meanwhile, and deleted what it was made from.
+            found = stores.find(source, skeleton, codec, dtype, options)
+            if found is None:
+                source = resolved()
+                found = stores.write(source, skeleton, codec, dtype, options, progress)
+    if found and options.delete_original:
+        replaced.replace_original(source, found.folder)
+    return source, found, known, once
 
 
-def _planned(
-    skeleton: Any, codec: Codec, source: Source, known: Mapping[str, TensorInfo] | None
-) -> tuple[Mapping[str, TensorInfo], str]:
-    """Tensors that are not written yet: those of the checkpoint that are ``known``, the rest as the skeleton has it."""
+def _as_packed(kind: str, weights: at_rest.Weights) -> str:
+    """As in ``"GGUF: Q4_K, Q6_K"``; empty where nothing is packed."""
+    names = sorted({packing.name for weight in weights.packed.values() for packing in weight.packing})
+    return (kind if names == [kind] else f"{kind}: {', '.join(names)}") if names else ""
+
+
+def _planned(skeleton: Any, codec: Codec, source: Source, known: at_rest.Weights | None) -> at_rest.Weights:
+    """Weights that are not written yet: those of the checkpoint that are ``known``, the rest as the skeleton has it."""
     if codec.name != "none" or known is None:
-        return sizes_only(skeleton), "config"
-    rest = {name: info for name, info in sizes_only(skeleton).items() if name in stores.normalised_names(source)}
-    return {**known, **rest}, "files" if source.files else "headers"
+        return at_rest.Weights(source.folder, sizes_only(skeleton))
+    once = at_rest.written_once(source, skeleton.dtype)
+    rest = {name: info for name, info in sizes_only(skeleton).items() if name in once}
+    return at_rest.Weights(source.folder, {**known.tensors, **rest}, known.packed)
 
 
-def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, weights: bool) -> Source:
+def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, room: Room, weights: bool) -> Source:
     def check(config: dict[str, Any]) -> None:
         check_supported(config, options.trust_remote_code)
 
-    return resolve(model, options, progress=progress, weights=weights, check_config=check)
+    return resolve(model, options, progress=progress, weights=weights, check_config=check, room=room)
 
 
 def _of_store(store: Store) -> Source:
@@ -192,78 +172,3 @@ def sizes_only(skeleton: Any) -> dict[str, TensorInfo]:
         sizes[name] = TensorInfo(name, names[tensor.dtype], tuple(tensor.shape), (Extent(NOWHERE, offset, nbytes),))
         offset += nbytes
     return sizes
-
-
-def needs(prepared: Prepared, work: Work, tokens: int) -> Needs:
-    """Device memory beside streamed weights, where ``tokens`` of the prompt go through the model at a time."""
-    config, itemsize = prepared.skeleton.config, prepared.dtype.itemsize
-    text, window = config.get_text_config(), work.length
-    attention = getattr(config, "_attn_implementation", None)
-    with contextlib.suppress(RuntimeError):  # one a layer: none for all
-        window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or work.length
-    if attention == NTK:  # past it, turned queries and keys are kept beside the plain ones
-        window = min(window, config.airllm_attention["trained"])
-    activations = activation_bytes(
-        config, tokens, work.batch, itemsize, length=work.length,
-        logits=tokens if work.logits is None else min(work.logits, tokens), loss=work.loss,
-        masked=work.masked or tokens < work.prompt or work.length > window,
-        eager=attention in ("eager", ALIBI),
-    )  # fmt: skip
-    activations += returned_bytes(
-        config, work.length, work.batch, itemsize, states=work.states, attentions=work.attentions
-    )
-    cache = cache_bytes(config, work.length, work.batch, itemsize)
-    return replace(prepared.fixed_needs, kv_cache=cache, activations=activations)
-
-
-def tokens_at_once(prepared: Prepared, work: Work, room: int, arenas: Sequence[int] = (0,)) -> int | None:
-    """How many tokens of the prompt go through the model at a time in ``room`` bytes; ``None`` if it is too small."""
-    return choose_chunk(work.sizes, lambda tokens: needs(prepared, work, tokens).total, room, arenas)
-
-
-def generation_config(prepared: Prepared) -> Any:
-    """The checkpoint's own defaults for ``generate``."""
-    from transformers import GenerationConfig
-
-    if (prepared.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(prepared.folder, local_files_only=True)
-    return GenerationConfig.from_model_config(prepared.config)
-
-
-def plan(prepared: Prepared, machine: Machine, work: Work, wished: Needs | None = None) -> tuple[ResidencyPlan, int]:
-    """Where the units go on this machine, and how many tokens of a prompt go through them at a time.
-
-    Parameters
-    ----------
-    work
-        What there must be room for.
-    wished
-        What there should be room for too, where that costs no link its arena.
-
-    Raises
-    ------
-    BudgetError
-        If nothing fits; the message says the smallest budget that does.
-    """
-    budgets = prepared.vram_budget, prepared.ram_budget
-    if not machine.has_device:
-        return make_plan(prepared.sizes, needs(prepared, work, work.sizes[0]), machine, *budgets), work.sizes[0]
-    arenas = _arenas(prepared.sizes)
-    tokens = tokens_at_once(prepared, work, prepared.vram_budget, arenas) or work.sizes[-1]
-    least = needs(prepared, work, tokens)
-    both = least if wished is None else replace(
-        least, kv_cache=max(least.kv_cache, wished.kv_cache), activations=max(least.activations, wished.activations)
-    )  # fmt: skip
-    try:
-        fits = both.total + arenas[0] <= prepared.vram_budget
-        return make_plan(prepared.sizes, both if fits else least, machine, *budgets), tokens
-    except BudgetError as error:
-        if not work.remedy:
-            raise
-        raise BudgetError(f"{error}; {work.remedy}") from None
-
-
-def _arenas(units: Sequence[UnitSize]) -> tuple[int, int]:
-    """Bytes of the arena that keeps a link busy, and of the smallest one: for the units in flight, for the largest."""
-    sizes = [align(unit.nbytes) for unit in units if unit.kind != "embedding"]
-    return window(sizes), max(sizes)

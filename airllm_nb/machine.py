@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from .config import GiB
-from .load import NOWHERE, Prepared
+from .load import NOWHERE
 from .model.device import available_ram, has_memory
+from .model.packed import PackedLinear
 from .model.plan import Machine
+from .planning import Prepared
 from .stream.probe import FALLBACK, best_seconds, disk_bandwidth, link_bandwidth
 from .stream.ring import LOCKED
 from .stream.trial import direct_is_faster, ram_kind
@@ -49,16 +51,21 @@ def _reads_directly(prepared: Prepared, file: Path) -> bool:
 
 
 def _compute_bandwidth(prepared: Prepared) -> float:
-    """Bytes of weights a second that one token's matrix product reads, in this codec on this device."""
+    """Bytes of weights a second that one token's matrix product reads, as they are encoded here, on this device."""
     device, kind = prepared.device, prepared.device.type
     # The probe itself must stay far inside the budget that it serves.
     side = _PROBE_SIDE[kind] if kind == "cpu" or prepared.vram_budget > GiB else 2048
-    linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
-    parts = prepared.codec.encode(linear.weight.detach())
-    module = prepared.codec.module(linear, prepared.dtype, prepared.scratch)
-    for name, part in parts.items():
-        module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
-    row = torch.zeros(1, side, dtype=prepared.dtype, device=device)
+    packed = next((each for each in prepared.skeleton.modules() if isinstance(each, PackedLinear)), None)
+    if packed is not None and not packed.keeps:
+        module = packed.sample(device)
+        parts = {name: part for name, part in module._parameters.items() if part is not None}
+    else:
+        linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
+        parts = prepared.codec.encode(linear.weight.detach())
+        module = prepared.codec.module(linear, prepared.dtype, prepared.scratch)
+        for name, part in parts.items():
+            module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
+    row = torch.zeros(1, module.in_features, dtype=prepared.dtype, device=device)
     with torch.inference_mode():
         seconds = best_seconds(lambda: module(row), device)
     return sum(part.numel() * part.element_size() for part in parts.values()) / seconds

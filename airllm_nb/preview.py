@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 from pathlib import Path
 
-from . import load
+from . import load, planning
 from .config import LoadOptions
 from .fit import FittedPlan, Space, spaces, with_fit
 from .machine import measure
@@ -57,7 +57,7 @@ class Preview:
             options = replace(self._options, vram_budget=budgets[0] or None, ram_budget=budgets[1])
             self._prepared = load.prepare(self._model, options, weights=False)
             self._limit = self._slice_limit()
-        made = load.plan(self._prepared, self._machine, self._prepared.planned)[0]
+        made = planning.plan(self._prepared, self._machine, self._prepared.planned)[0]
         return with_fit(made, self._prepared, self._spaces)
 
     @functools.cached_property

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from . import load
+from . import planning
 from .config import format_bytes
 from .decode.prefill import Work
 from .errors import BudgetError
@@ -50,11 +50,11 @@ class Residence:
         If the model does not fit.
     """
 
-    def __init__(self, prepared: load.Prepared, machine: Machine):
+    def __init__(self, prepared: planning.Prepared, machine: Machine):
         self._prepared, self._machine = prepared, machine
         self.executor: Executor | None = None
         self.trace, self.shrunk_from = Trace(), None  # type: Trace, int | None
-        self.plan: ResidencyPlan = load.plan(prepared, machine, prepared.planned)[0]
+        self.plan: ResidencyPlan = planning.plan(prepared, machine, prepared.planned)[0]
         self._wished = self.plan.needs
         self._surviving(prepared.planned, lambda: self.make_room(prepared.planned))
 
@@ -97,7 +97,7 @@ class Residence:
         if tokens is None:
             log.info("planning again for %d tokens x %d sequences", work.length, work.batch)
             before = self.plan
-            self.plan, tokens = load.plan(self._prepared, self._machine, work, self._wished)
+            self.plan, tokens = planning.plan(self._prepared, self._machine, work, self._wished)
             try:
                 self._build()
             except BaseException:  # whatever a device runs into, or Ctrl-C: the next run starts as before
@@ -123,10 +123,10 @@ class Residence:
         """
         if not self._machine.has_device:
             return work.sizes[0]
-        tokens = load.tokens_at_once(self._prepared, work, self.plan.needs.total)
+        tokens = planning.tokens_at_once(self._prepared, work, self.plan.needs.total)
         if tokens in (None, work.sizes[0]):
             return tokens
-        return tokens if load.needs(self._prepared, work, tokens).kv_cache <= self.plan.needs.kv_cache else None
+        return tokens if planning.needs(self._prepared, work, tokens).kv_cache <= self.plan.needs.kv_cache else None
 
     def _build(self) -> None:
         self.close()
@@ -182,9 +182,9 @@ class Residence:
 
     def _planned(self, work: Work) -> ResidencyPlan:
         try:
-            return load.plan(self._prepared, self._machine, self._prepared.planned)[0]
+            return planning.plan(self._prepared, self._machine, self._prepared.planned)[0]
         except BudgetError:
-            return load.plan(self._prepared, self._machine, work)[0]
+            return planning.plan(self._prepared, self._machine, work)[0]
 
 
 def available(device: torch.device) -> int:

@@ -13,16 +13,17 @@ from airllm_nb.config import LoadOptions
 
 def smollm2_gguf() -> Path:
     """``SmolLM2-135M-Instruct.Q4_1.gguf``."""
-    return sample_gguf(_cache())
+    return sample_gguf(cache())
 
 
 def smollm2_folder(dtype: str = "bfloat16") -> Path:
     """The same as a Hugging Face folder of ``"bfloat16"`` or ``"float32"``. Shared: copy it before you change it."""
     source = resolve(smollm2_gguf(), LoadOptions())
-    return convert_gguf(source, _cache() / f"{source.name}-{dtype}-{source.fingerprint[:8]}", dtype)
+    return convert_gguf(source, cache() / f"{source.name}-{dtype}-{source.fingerprint[:8]}", dtype)
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where tests keep what they fetched."""
     # Not config.cache_dir(): a test session has that in a folder of its own, and this should outlive the session.
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "airllm_nb" / "tests"
 

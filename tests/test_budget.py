@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
 
-from airllm_nb import load, residence
+from airllm_nb import load, planning, residence
 from airllm_nb.config import LoadOptions, format_bytes
 from airllm_nb.decode.kv import activation_bytes
 from airllm_nb.decode.prefill import Work, choose_chunk
@@ -41,7 +41,7 @@ def ids(tokens: int = 100, batch: int = 1) -> torch.Tensor:
 def smallest_for(folder: Path, tokens: int, **options: Any) -> int:
     """The VRAM budget that leaves the link its arena with ``tokens`` of a prompt at a time."""
     prepared = load.prepare(folder, LoadOptions.create(dtype="float32", **options))
-    return load.needs(prepared, prepared.planned, tokens).total + load._arenas(prepared.sizes)[0]
+    return planning.needs(prepared, prepared.planned, tokens).total + planning._arenas(prepared.sizes)[0]
 
 
 def opened(folder: Path, tokens: int = CHUNK, spare: int = 0, **options: Any) -> StreamedModel:
@@ -546,9 +546,9 @@ def test_failed_frames_are_let_go(roomy: StreamedModel, monkeypatch: pytest.Monk
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     alive: list[bool] = []
-    real = residence.load.plan
+    real = residence.planning.plan
     monkeypatch.setattr(
-        residence.load, "plan", lambda *args: (alive.append(bool(held and held[0]() is not None)), real(*args))[1]
+        residence.planning, "plan", lambda *args: (alive.append(bool(held and held[0]() is not None)), real(*args))[1]
     )
     roomy.native.model.layers[5].mlp.register_forward_pre_hook(fails)
     roomy.generate(ids(), max_new_tokens=3)
@@ -575,7 +575,7 @@ def test_where_nothing_smaller_works_the_budget_stays(folder: Path, resident: An
     with opened(folder) as model:
         before = model.plan
         model._prepared.vram_budget = before.needs.total + max(unit.nbytes for unit in before.units)
-        model._residence.plan = load.plan(model._prepared, model._residence._machine, model._prepared.planned)[0]
+        model._residence.plan = planning.plan(model._prepared, model._residence._machine, model._prepared.planned)[0]
         short_of_memory(model, 0)
         with pytest.raises(BudgetError, match="no room in what is left; close the other programs") as failure:
             model.generate(ids(150), max_new_tokens=6)

@@ -209,7 +209,7 @@ def test_a_mistake_is_one_line_on_stderr(
     assert err.startswith("airllm-nb") and err.count("\n") == 1 and remedy in err, err
 
 
-@pytest.mark.parametrize("name", ["", "plan", "convert", "generate", "bench", "doctor"])
+@pytest.mark.parametrize("name", ["", "plan", "convert", "generate", "bench", "doctor", "cache"])
 def test_help(cli: Callable[..., Any], name: str) -> None:
     code, out, err = cli(*filter(None, (name,)), "--help")
     assert (code, err) == (0, "") and out.startswith("usage: airllm-nb")
@@ -225,7 +225,7 @@ def test_the_help_of_bench_names_the_shapes(cli: Callable[..., Any]) -> None:
 def test_direct_io_reaches_the_options() -> None:
     from airllm_nb.cli.arguments import load_options, make_parser
 
-    parser = make_parser(**dict.fromkeys(("plan", "convert", "generate", "bench", "doctor"), lambda _: 0))
+    parser = make_parser(**dict.fromkeys(("plan", "convert", "generate", "bench", "doctor", "cache"), lambda _: 0))
     flags = {"--direct-io": True, "--no-direct-io": False, "--offline": None}
     assert {flag: load_options(parser.parse_args(["plan", "x", flag])).direct_io for flag in flags} == flags
 

@@ -74,7 +74,7 @@ def test_4bit_dequantises_by_the_definition(shape):
     weight = torch.randn(shape) * torch.tensor([1.0, 8.0]).repeat(shape[0])[: shape[0], None]
     encoded = get_codec("4bit").encode(weight)
     packed = encoded["weight"].reshape(-1).long()
-    code = codecs._nf4_code(torch.device("cpu"))[torch.stack([packed >> 4, packed & 15], 1).view(-1)]
+    code = codecs._code("nf4", torch.device("cpu"))[torch.stack([packed >> 4, packed & 15], 1).view(-1)]
     expected = code[: weight.numel()] * encoded["absmax"].reshape(-1).repeat_interleave(64)[: weight.numel()]
     module = bound(get_codec("4bit"), weight, torch.float32, None, Scratch())
     assert torch.equal(module._dequantise(), expected.view(shape))

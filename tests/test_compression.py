@@ -10,7 +10,7 @@ import torch
 
 from airllm_nb import AutoModel
 from airllm_nb.errors import OptionError
-from airllm_nb.stores import POINTER
+from airllm_nb.replaced import POINTER
 
 PROMPT = [{"role": "user", "content": "Name three rivers in Europe."}]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from airllm_nb import engine, load
+from airllm_nb import engine, planning
 from airllm_nb.config import LoadOptions
 from airllm_nb.decode.prefill import SMALLEST_CHUNK
 from airllm_nb.engine import StreamedModel, open_model
@@ -42,7 +42,7 @@ def budgets_for(folder: Path, mix: str, *, ram: str | None = None, **options: An
     """Budgets that give the tiers of ``mix``, each as full as possible: the best of a grid of plans."""
     with open_model(folder, LoadOptions.create(**ROOM, **options)) as model:
         plan, prepared = model.plan, model._prepared
-    least = load.needs(prepared, prepared.planned, SMALLEST_CHUNK).total
+    least = planning.needs(prepared, prepared.planned, SMALLEST_CHUNK).total
     span = plan.needs.total - least
     total, has_device = sum(host_room(unit.nbytes) for unit in plan.units), "gpu" in mix or "device" in mix
     machine = dataclasses.replace(plan.machine, has_device=has_device, ram=ram or plan.machine.ram)
@@ -51,7 +51,7 @@ def budgets_for(folder: Path, mix: str, *, ram: str | None = None, **options: An
         budgets = {"vram_budget": least + (span + total) * vram // 32, "ram_budget": total * host // 32}
         try:
             prepared.vram_budget, prepared.ram_budget = budgets.values()
-            tiers = placed(load.plan(prepared, machine, prepared.planned)[0])
+            tiers = placed(planning.plan(prepared, machine, prepared.planned)[0])
         except BudgetError:
             continue
         if set(tiers) == wanted(mix) and min(tiers.values()) > best[0]:
@@ -169,7 +169,7 @@ def test_smollm2_logits_in_float32_are_equal(smollm2_folder: Path, smollm2_ids: 
 def tiny(request: pytest.FixtureRequest, tiny_llama: Callable[..., Path]) -> Iterator[Path]:
     """A folder; while it is used, opening it measures nothing."""
 
-    def machine(prepared: load.Prepared) -> Machine:
+    def machine(prepared: planning.Prepared) -> Machine:
         return Machine(prepared.options.vram_budget is not None, disk=1e9, link=1e10, memory=1e10)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import smollm2
 import torch
 import transformers
+from gguf_files import tiny_gpt2_gguf, tiny_llama_gguf, tiny_qwen2moe_gguf, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airllm_nb.checkpoint import sample
@@ -93,88 +93,6 @@ def test_the_config_is_native(real: Path) -> None:
 
 
 # ---- other architectures, in miniature -------------------------------------------------------------------------------
-
-
-def write(path: Path, arch: str, fields: dict[str, Any], tensors: dict[str, Any]) -> Path:
-    """A GGUF file of ``tensors``: name → shape, or (shape, quantisation)."""
-    rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_name("tiny")
-    for key, value in fields.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{arch}.{key}", value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b", "ab", "abb", *(f"t{number}" for number in range(60))])
-    writer.add_token_merges(["a b", "ab b"])
-    for name, shape in tensors.items():
-        data = rng.standard_normal(shape).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) > 1 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quantize(data, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def tiny_llama_gguf(path: Path) -> Path:
-    fields = {
-        "block_count": 2, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 10000.0, "vocab_size": 64,
-    }  # fmt: skip
-    tensors: dict[str, Any] = {"token_embd.weight": (64, 64), "output_norm.weight": (64,), "output.weight": (64, 64)}
-    for layer in range(2):
-        tensors |= {
-            f"blk.{layer}.{name}.weight": shape
-            for name, shape in {
-                "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64),
-                "attn_norm": (64,), "ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96),
-            }.items()
-        }  # fmt: skip
-    return write(path, "llama", fields, tensors)
-
-
-def tiny_qwen2moe_gguf(path: Path) -> Path:
-    fields = {
-        "block_count": 2, "context_length": 64, "embedding_length": 64, "feed_forward_length": 96,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 10000.0, "expert_count": 4, "expert_used_count": 2, "vocab_size": 64,
-        "expert_feed_forward_length": 32, "expert_shared_feed_forward_length": 96,
-    }  # fmt: skip
-    tensors: dict[str, Any] = {"token_embd.weight": (64, 64), "output_norm.weight": (64,), "output.weight": (64, 64)}
-    config = transformers.Qwen2MoeConfig(num_experts=4)
-    moe, shared = config.moe_intermediate_size, config.shared_expert_intermediate_size
-    for layer in range(2):
-        tensors |= {
-            f"blk.{layer}.{name}": shape
-            for name, shape in {
-                "attn_q.weight": (64, 64), "attn_q.bias": (64,), "attn_k.weight": (32, 64), "attn_k.bias": (32,),
-                "attn_v.weight": (32, 64), "attn_v.bias": (32,), "attn_output.weight": (64, 64),
-                "attn_norm.weight": (64,), "ffn_norm.weight": (64,), "ffn_gate_inp.weight": (4, 64),
-                "ffn_gate_inp_shexp.weight": (64,), "ffn_gate_exps.weight": (4, moe, 64),
-                "ffn_up_exps.weight": (4, moe, 64), "ffn_down_exps.weight": (4, 64, moe),
-                "ffn_gate_shexp.weight": (shared, 64), "ffn_up_shexp.weight": (shared, 64),
-                "ffn_down_shexp.weight": (64, shared),
-            }.items()
-        }  # fmt: skip
-    return write(path, "qwen2moe", fields, tensors)
-
-
-def tiny_gpt2_gguf(path: Path) -> Path:
-    fields = {
-        "block_count": 2, "context_length": 1024, "embedding_length": 64, "feed_forward_length": 256,
-        "attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5,
-    }  # fmt: skip
-    tensors: dict[str, Any] = {"token_embd.weight": (64, 64), "position_embd.weight": (1024, 64)}
-    tensors |= {"output_norm.weight": (64,), "output_norm.bias": (64,), "output.weight": (64, 64)}
-    for layer in range(2):
-        for name, shape in {
-            "attn_qkv": (192, 64), "attn_output": (64, 64), "ffn_up": (256, 64), "ffn_down": (64, 256),
-            "attn_norm": (64,), "ffn_norm": (64,),
-        }.items():  # fmt: skip
-            tensors |= {f"blk.{layer}.{name}.weight": shape, f"blk.{layer}.{name}.bias": (shape[0],)}
-    return write(path, "gpt2", fields, tensors)
 
 
 @pytest.mark.parametrize("make", [tiny_llama_gguf, tiny_qwen2moe_gguf, tiny_gpt2_gguf])

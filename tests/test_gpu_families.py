@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from airllm_nb import AutoModel, load
+from airllm_nb import AutoModel, load, planning
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine import StreamedModel
 from airllm_nb.machine import measure
@@ -32,7 +32,7 @@ def streamed(folder: Path, dtype: str) -> StreamedModel:
         folder, LoadOptions.create(vram_budget="1GiB", ram_budget="1GiB", max_seq_len=32, dtype=dtype)
     )
     units = [align(unit.nbytes) for unit in prepared.sizes if unit.kind != "embedding"]
-    needs = load.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
+    needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
     prepared.vram_budget = needs + window(units)
     prepared.ram_budget = window([host_room(size) for size in units]) + max(units)
     return StreamedModel(prepared, measure(prepared))

@@ -73,12 +73,26 @@ def test_a_damaged_index_names_the_file(tmp_path: Path, weight_map: Any) -> None
     [
         (["config.json"], "no weights"),
         (["model.safetensors"], r"no config\.json"),
-        (["adapter_config.json", "adapter_model.safetensors"], "LoRA adapter"),
+        (["adapter_config.json", "adapter_model.safetensors"], "LoRA adapter.*load its base model with --adapter /"),
         (["params.json", "consolidated.00.pth"], "original consolidated weights"),
         (["config.json", "consolidated.safetensors"], "original consolidated weights"),
-        (["config.json", "tf_model.h5"], "TensorFlow, Flax or ONNX"),
+        (["config.json", "tf_model.h5"], "weights of TensorFlow only"),
+        (["config.json", "flax_model.msgpack"], "weights of Flax only"),
+        (["config.json", "model.onnx", "model.onnx_data"], "weights of ONNX only"),
+        (["config.json", "openvino_model.xml", "openvino_model.bin"], "weights of OpenVINO only"),
+        (["config.json", "rank0.engine"], "TensorRT-LLM engines"),
+        (["config.json", "weights.npz"], "weights of MLX only"),
+        (["model.mlmodel"], "weights of CoreML only"),
+        (["Some.llamafile"], "a llamafile; use the GGUF version"),
+        (["ggml-model-q4_0.bin"], "GGML files.*use a GGUF version"),
+        (["RWKV-4.pth"], r"layout of their own \(\.pth"),
+        (["last.ckpt"], r"layout of their own"),
+        (["config.json", "optimizer.pt"], "no weights"),
+        (["train.parquet", "test.jsonl"], "a data set, not a model"),
         (["model_index.json"], "diffusers pipeline"),
-        (["a.gguf", "b.gguf"], r"2 GGUF files; name one of them.*a\.gguf, b\.gguf"),
+        (["mmproj-model-f16.gguf"], r"only a vision part \(mmproj\)"),
+        (["imatrix.gguf"], "only an importance matrix"),
+        (["a.gguf", "b.gguf"], r"2 GGUF files; name one of them, as /.*:a\.gguf .*a\.gguf, b\.gguf"),
         (["a-00001-of-00002.gguf"], "one part of a split GGUF.*llama-gguf-split --merge"),
         ([], r"no config\.json"),
     ],
@@ -88,6 +102,33 @@ def test_a_folder_that_is_no_checkpoint_says_what_it_is(tmp_path: Path, files: l
     with pytest.raises(CheckpointError, match=message) as caught:
         resolve(tmp_path, OPTIONS)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_names_its_base_model(tmp_path: Path) -> None:
+    fill(tmp_path, **{"adapter_config.json": '{"base_model_name_or_path": "org/base"}', "adapter_model.bin": ""})
+    with pytest.raises(CheckpointError, match=f"load its base model org/base with --adapter {tmp_path}"):
+        resolve(tmp_path, OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "program"),
+    [
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": {"quant_method": "exl2", "bits": 4.25}}, "EXL2"),
+        ({"quantization_config": {"quant_method": "gptq", "group_size": 64, "bits": 4}}, None),
+        ({"quantization": {}}, None),
+    ],
+)
+def test_what_another_program_packed_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], program: str | None
+) -> None:
+    fill(tmp_path, **{"config.json": json.dumps(json.loads(CONFIG) | settings), "model.safetensors": "s"})
+    if program is None:
+        assert resolve(tmp_path, OPTIONS, check_config=lambda _: None).format == "safetensors"
+        return
+    with pytest.raises(UnsupportedModelError, match=f"is packed for {program}, which cannot be streamed; load the"):
+        resolve(tmp_path, OPTIONS, check_config=lambda _: None)
 
 
 def test_the_folder_above_the_model_points_at_it(tmp_path: Path) -> None:
@@ -279,14 +320,40 @@ def test_hub_completes_a_download_that_broke_off(hub: hub_server.Hub, ask: Calla
 def test_hub_gguf_repositories(hub: hub_server.Hub, ask: Callable[..., Any]) -> None:
     hub.repositories["org/one-GGUF"] = {"README.md": b"", "model.Q4_0.gguf": b"G" * 64}
     hub.repositories["org/many-GGUF"] = {"a.gguf": b"a", "b.gguf": b"b", "q/c.gguf": b"c"}
-    one, many, named, nested, planned = ask(
-        {"name": "org/one-GGUF"}, {"name": "org/many-GGUF"}, {"name": "org/many-GGUF/b.gguf"},
-        {"name": "org/many-GGUF/q/c.gguf"}, {"name": "org/one-GGUF", "weights": False},
+    many, one, named, nested, slash, lost, tag = ask(
+        {"name": "org/many-GGUF"}, {"name": "org/one-GGUF"}, {"name": "org/many-GGUF:b.gguf"},
+        {"name": "org/many-GGUF:q/c.gguf"}, {"name": "org/many-GGUF/q/c.gguf"}, {"name": "org/many-GGUF:d.gguf"},
+        {"name": "org/many-GGUF:Q4_K_M"},
     )  # fmt: skip
     assert one["gguf"].endswith("model.Q4_0.gguf") and one["format"] == "gguf"
-    assert "org/many-GGUF/a.gguf" in many["text"]
-    assert named["gguf"].endswith("b.gguf") and nested["gguf"].endswith("q/c.gguf")
-    assert planned["error"] == "SourceError" and "inside the weight file" in planned["text"]
+    assert "name one of them, as org/many-GGUF:a.gguf" in many["text"] and "q/c.gguf" in many["text"]
+    assert named["gguf"].endswith("b.gguf") and nested["gguf"].endswith("q/c.gguf") and nested == slash
+    assert "holds no d.gguf; GGUF files there: a.gguf, b.gguf, q/c.gguf" in lost["text"]
+    assert "name one as org/many-GGUF:FILE.gguf" in tag["text"]
+    assert hub.downloads() == ["model.Q4_0.gguf", "b.gguf", "c.gguf"]
+    before = len(hub.requests)
+    offline = ask({"name": "org/one-GGUF"}, {"name": "org/many-GGUF:b.gguf"}, HF_HUB_OFFLINE="1")
+    assert [found["gguf"] for found in offline] == [one["gguf"], named["gguf"]] and len(hub.requests) == before
+
+
+def test_only_other_layouts_on_the_hub_are_refused_by_name(hub: hub_server.Hub, ask: Callable[..., Any]) -> None:
+    cases = {
+        "org/original": (["config.json", "original/consolidated.00.pth"], "original consolidated weights"),
+        "org/onnx": (["config.json", "onnx/model.onnx"], "weights of ONNX only"),
+        "org/coreml": (["Some.mlpackage/Data/com.apple.CoreML/model.mlmodel"], "weights of CoreML only"),
+        "org/adapter": (["adapter_config.json", "adapter_model.bin"], "load its base model with --adapter org/adapter"),
+        "org/parts": (["q8/m-Q8_0-00001-of-00002.gguf", "q8/m-Q8_0-00002-of-00002.gguf"], "llama-gguf-split --merge"),
+    }
+    hub.repositories.update({name: dict.fromkeys(files, CONFIG.encode()) for name, (files, _) in cases.items()})
+    mlx = json.dumps(json.loads(CONFIG) | {"quantization": {"group_size": 64, "bits": 4}}).encode()
+    hub.repositories["org/mlx"] = {"config.json": mlx, "model.safetensors": b"w"}
+    answers = ask(*[{"name": name} for name in cases])
+    for (name, (_, message)), answer in zip(cases.items(), answers, strict=True):
+        assert answer["error"] == "CheckpointError" and answer["text"].startswith(name), answer
+        assert message in answer["text"] and "\n" not in answer["text"], answer
+    (packed,) = ask({"name": "org/mlx", "check": True})
+    assert packed["error"] == "UnsupportedModelError" and "org/mlx is packed for MLX" in packed["text"]
+    assert hub.downloads() == ["config.json"], "and nothing but a config was downloaded"
 
 
 def test_source_is_frozen(tmp_path: Path) -> None:

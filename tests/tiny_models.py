@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from airllm_nb import load
+from airllm_nb import load, planning
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine import StreamedModel
 from airllm_nb.model.plan import Machine, window
@@ -249,12 +249,12 @@ def generated(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
         return model.generate(ids, **(settings | options))
 
 
-def streamed(folder: Path) -> StreamedModel:
+def streamed(folder: Path, **options: Any) -> StreamedModel:
     """Open with room for three units on the device, and with less RAM than weights, so that some come from disk."""
     ample = {"vram_budget": "1GiB", "ram_budget": "1GiB", "max_seq_len": 32}
-    prepared = load.prepare(folder, LoadOptions.create(**ample, dtype="float32"))
+    prepared = load.prepare(folder, LoadOptions.create(**ample, dtype="float32", **options))
     units = [unit.nbytes for unit in prepared.sizes if unit.kind != "embedding"]
-    needs = load.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
+    needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
     prepared.vram_budget = needs + window([align(size) for size in units])
     all_but_one = sum(map(align, units)) - 1
     ring = window([host_room(size) for size in units])

@@ -23,7 +23,7 @@ from ..engine import StreamedModel, open_model
 from ..errors import OptionError
 from ..model.device import choose_device
 from ..model.plan import ResidencyPlan
-from ..stores import opened_store
+from ..replaced import opened_store
 from ..trace import Progress, ProgressCallback, silent
 from .result import BenchResult
 

@@ -18,7 +18,10 @@ from torch import nn
 from ..errors import OptionError
 from .encoded import TORCH_DTYPES, EncodedLinear, Part, Scratch
 
-__all__ = ["TORCH_DTYPES", "Codec", "EncodedLinear", "Part", "Scratch", "compressible", "get_codec"]
+__all__ = [
+    "TORCH_DTYPES", "Codec", "EncodedLinear", "Part", "Scratch", "compressible", "dequantise_4bit", "get_codec",
+    "has_4bit_kernels", "multiply_4bit",
+]  # fmt: skip
 
 
 class Codec:
@@ -88,22 +91,17 @@ class _NF4(Codec):
 
 class _NF4Linear(EncodedLinear):
     def _compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if x.device.type == "cuda" and _is_fused(x, self.out_features):
-            bnb = _bitsandbytes()
-            state = bnb.functional.QuantState(
-                absmax=self.absmax.view(-1), shape=torch.Size((self.out_features, self.in_features)),
-                code=_nf4_code(x.device), blocksize=_NF4.block, quant_type="nf4", dtype=self.compute_dtype,
-            )  # fmt: skip
-            return bnb.matmul_4bit(x, self.weight.view(-1, 1).t(), quant_state=state, bias=bias)
-        return super()._compute(x, bias)
+        shape = (self.out_features, self.in_features)
+        product = multiply_4bit(x, self.weight, self.absmax, shape, bias, _NF4.block, "nf4")
+        return super()._compute(x, bias) if product is None else product
 
     def _dequantise(self) -> torch.Tensor:
+        if self.weight.device.type == "cuda":
+            room = self._room()
+            dequantise_4bit(self.weight, self.absmax, room, _NF4.block, "nf4")
+            return room
         packed, absmax, dtype = self.weight.view(-1, 1), self.absmax.view(-1), self.compute_dtype
         operator = torch.ops.bitsandbytes.dequantize_4bit
-        if packed.device.type == "cuda":
-            room = self._room()
-            operator.out(packed, absmax, _NF4.block, "nf4", list(room.shape), dtype, out=room)
-            return room
         # Elsewhere bitsandbytes cannot write into a given tensor, and it is wrong where a row is no whole number of
         # blocks (0.50.2): hence block by block, and what is left after them on its own.
         count = self.out_features * self.in_features
@@ -113,6 +111,46 @@ class _NF4Linear(EncodedLinear):
             last = operator.default(packed[whole * 32 :], absmax[whole:], _NF4.block, "nf4", [1, rest], dtype)
             values = torch.cat([values.view(-1), last.view(-1)])
         return values.view(self.out_features, self.in_features)
+
+
+@functools.cache
+def has_4bit_kernels(device: torch.device) -> bool:
+    """Whether :func:`dequantise_4bit` and :func:`multiply_4bit` work on ``device``; tried once."""
+    if device.type != "cuda":
+        return False
+    try:
+        get_codec("4bit").require(device)
+    except OptionError:
+        return False
+    return True
+
+
+def dequantise_4bit(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor, block: int, kind: str) -> None:
+    """Dequantise a matrix into ``out``, which is contiguous, by one kernel of bitsandbytes.
+
+    ``absmax`` is float32 for every ``block`` values, ``kind`` is ``"nf4"`` or ``"fp4"``.
+    """
+    operator = torch.ops.bitsandbytes.dequantize_4bit
+    operator.out(packed.view(-1, 1), absmax.view(-1), block, kind, list(out.shape), out.dtype, out=out)
+
+
+def multiply_4bit(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], bias: torch.Tensor | None,
+    block: int, kind: str,
+) -> torch.Tensor | None:  # fmt: skip
+    """``x @ weight.T + bias`` by bitsandbytes' kernel on packed bytes; ``None`` where it has none or would dequantise.
+
+    ``shape`` is that of the weight; for the others see :func:`dequantise_4bit`.
+    """
+    if not has_4bit_kernels(x.device) or not _is_fused(x, shape[0], block):
+        return None
+    bnb = _bitsandbytes()
+    state = bnb.functional.QuantState(
+        absmax=absmax.view(-1), shape=torch.Size(shape), code=_code(kind, x.device), blocksize=block, quant_type=kind,
+        dtype=x.dtype,
+    )  # fmt: skip
+    product: torch.Tensor = bnb.matmul_4bit(x, packed.view(-1, 1).t(), quant_state=state, bias=bias)
+    return product
 
 
 class _Affine8(Codec):
@@ -238,15 +276,15 @@ def _unusable(error: Exception) -> OptionError:
 
 
 @functools.cache
-def _nf4_code(device: torch.device) -> torch.Tensor:
-    return _bitsandbytes().functional.get_4bit_type("nf4", device=device)
+def _code(kind: str, device: torch.device) -> torch.Tensor:
+    return _bitsandbytes().functional.get_4bit_type(kind, device=device)
 
 
-def _is_fused(x: torch.Tensor, out_features: int) -> bool:
+def _is_fused(x: torch.Tensor, out_features: int, block: int) -> bool:
     """Whether bitsandbytes would use its 4-bit kernel here; where it would dequantise, we do, into the scratch."""
     columns = x.shape[-1]
     tokens = x.numel() // columns
-    if columns % _NF4.block or tokens == 0:
+    if columns % block or tokens == 0:
         return False
     if tokens == 1:
         return True

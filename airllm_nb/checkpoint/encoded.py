@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn import functional
 from .index import ITEMSIZE
 
 TORCH_DTYPES = {
+    "F8_E8M0": torch.uint8,  # powers of two, as their exponents: older versions of torch have no dtype for them
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -79,6 +80,11 @@ class EncodedLinear(nn.Module):
     ----------
     timer
         When set, dequantisation runs inside ``timer()``.
+    scratch_bytes
+        What it takes of the scratch.
+    row_steps
+        Parameter → rows of the matrix for each row of the parameter, 1 where not named; ``None`` where the matrix
+        cannot be cut by rows.
     """
 
     timer: Timer | None
@@ -95,6 +101,18 @@ class EncodedLinear(nn.Module):
         if linear.bias is not None:
             bias = nn.Parameter(torch.empty(self.out_features, dtype=compute_dtype, device="meta"), requires_grad=False)
         self.register_parameter("bias", bias)
+
+    @property
+    def row_steps(self) -> Mapping[str, int] | None:
+        return {}
+
+    @property
+    def scratch_bytes(self) -> int:
+        return self.in_features * self.out_features * self.compute_dtype.itemsize
+
+    def cut(self, linear: nn.Linear, parts: tuple[Part, ...]) -> EncodedLinear:
+        """A layer of this kind for some of the rows: ``linear`` is of their number, ``parts`` are theirs."""
+        return type(self)(linear, parts, self.compute_dtype, self._scratch)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,23 +80,29 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         import numpy as np
 
-        # Merged experts are the processor's own work: it fills this dict over several of the file's tensors.
-        merged: dict[str, Any] = {"tensors": {}}
-        for source in self._sources[name]:
-            result = self._processor.process(
-                weights=_dequantise(self.file.path, source),
-                name=source.name,
-                tensor_key_mapping=self._names,
-                parsed_parameters=merged,
-            )
-            if result.name is not None:
-                # A copy of what is still a view of the file: its pages are read-only, and a tensor is not.
-                merged["tensors"][name] = torch.from_numpy(np.require(result.weights, requirements="CW"))
-        tensor = merged["tensors"][name]
+        # A copy of what is still a view of the file: its pages are read-only, and a tensor is not.
+        values = self.rearranged(name, lambda source: _dequantise(self.file.path, source))
+        tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.require(values, requirements="CW"))
         if tuple(tensor.shape) != self.specs[name].shape:
             raise damaged(self.file.path, f"{name!r} has shape {tuple(tensor.shape)}, the config of the same file "
                                           f"says {self.specs[name].shape}")  # fmt: skip
         return tensor.to(self.dtype)
+
+    def sources(self, name: str) -> list[GGUFTensor]:
+        """The file's tensors that make up a parameter."""
+        return self._sources[name]
+
+    def rearranged(self, name: str, values: Callable[[GGUFTensor], Any]) -> Any:
+        """A parameter, as transformers' own rules make it of ``values`` (numpy arrays) of the file's tensors."""
+        # Merged experts are the processor's own work: it fills this dict over several of the file's tensors.
+        merged: dict[str, Any] = {"tensors": {}}
+        for source in self._sources[name]:
+            result = self._processor.process(
+                weights=values(source), name=source.name, tensor_key_mapping=self._names, parsed_parameters=merged
+            )
+            if result.name is not None:
+                merged["tensors"][name] = result.weights
+        return merged["tensors"][name]
 
 
 def convert_gguf(source: Source, folder: Path, dtype: str, *, progress: ProgressCallback = silent) -> Path:
@@ -125,7 +131,7 @@ def convert_gguf(source: Source, folder: Path, dtype: str, *, progress: Progress
     def companions(target: Path) -> None:
         save_companions(file, config, target, dtype)
 
-    return rewrite(folder, weights, meta, companions, progress)
+    return rewrite(folder, weights, meta, companions, progress, source.origin)
 
 
 def gguf_config(file: GGUFFile) -> Any:

@@ -1,17 +1,16 @@
 """A Hub id → files in the Hub's own cache: listed first, the config looked at, the disk checked, then downloaded.
 
-With :mod:`~airllm_nb.checkpoint.hub_headers`, all that imports ``huggingface_hub`` here. Its cache, its token, its
+With its neighbours ``hub_*`` and ``ranges``, all that imports ``huggingface_hub`` here. Its cache, its token, its
 environment variables (``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``) and its progress bars are used as they are.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +18,11 @@ from ..config import LoadOptions, format_bytes
 from ..disk import free_disk
 from ..errors import CheckpointError, SourceError
 from ..trace import Progress, ProgressCallback
+from .hub_errors import explained, unreachable
+from .hub_gguf import gguf_header
 from .layout import Choice, choose, companions, shard_names
+from .picks import Room
+from .ranges import NoRanges
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,8 @@ CheckConfig = Callable[[dict[str, Any]], None]
 class Snapshot(NamedTuple):
     """A repository at one commit: ``weights`` are names relative to ``folder``; ``nbytes`` is 0 when unknown.
 
-    ``missing`` is how many of those bytes are not here yet, ``None`` when unknown.
+    ``missing`` is how many of those bytes are not here yet, ``None`` when unknown. ``header`` stands for a GGUF file
+    that is not here, see :func:`~airllm_nb.checkpoint.hub_gguf.gguf_header`.
     """
 
     folder: Path
@@ -38,6 +42,7 @@ class Snapshot(NamedTuple):
     weights: tuple[str, ...]
     nbytes: int
     missing: int | None = None
+    header: Path | None = None
 
 
 def fetch(
@@ -48,8 +53,14 @@ def fetch(
     weights: bool,
     check_config: CheckConfig | None,
     gguf: str | None = None,
+    room: Room | None = None,
 ) -> Snapshot:
     """Bring a repository into the local cache; without ``weights`` only config, tokenizer and index.
+
+    Parameters
+    ----------
+    room
+        What the machine has, where there are several files to choose from; its disk is looked up if it is not said.
 
     Raises
     ------
@@ -58,14 +69,22 @@ def fetch(
     CheckpointError
         If it holds nothing that can be loaded.
     """
+    room = room or Room()
     if options.local_files_only or offline():
-        return _cached(repo_id, options, gguf, "local_files_only=True or HF_HUB_OFFLINE")
-    with _explained(repo_id, options):
+        return _cached(repo_id, options, gguf, room, "local_files_only=True or HF_HUB_OFFLINE")
+    with explained(repo_id, options):
         try:
-            return _download(_Repository(repo_id, options), progress, weights, check_config, gguf)
+            repo = _Repository(repo_id, options)
+            if room.disk is None:
+                room = replace(room, disk=_free())
+            # What is compressed on the way needs less: a GGUF file is no better then.
+            choice = choose(
+                repo.sizes, repo.id, gguf, room=room, here=repo.here(), keep_format=bool(options.compression)
+            )
+            return _download(repo, choice, progress, weights, check_config)
         except unreachable() as error:
             try:
-                found = _cached(repo_id, options, gguf, "no connection")
+                found = _cached(repo_id, options, gguf, room, "no connection")
             except (SourceError, CheckpointError):
                 raise error from None
             log.warning("the Hub cannot be reached; using the cached copy of %s", repo_id)
@@ -110,31 +129,33 @@ class _Repository:
             self.list(path.parent.name)
         return read_json(path)
 
-    def snapshot(self, names: tuple[str, ...], **bars: Any) -> Path:
+    def snapshot(self, names: Collection[str], **bars: Any) -> Path:
         from huggingface_hub import snapshot_download
 
         literal = [name.replace("[", "[[]") for name in names]
         return Path(snapshot_download(self.id, revision=self.commit, token=self.token, allow_patterns=literal, **bars))
 
-    def missing(self, names: tuple[str, ...]) -> int:
-        """Bytes of ``names`` that are not in the cache yet."""
+    def remember(self, name: str) -> None:
+        """As :meth:`config` does, with another file that is here already."""
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(self.id, name, revision=self.revision, token=self.token)
+
+    def here(self) -> set[str]:
+        """The names of the files that are in the cache, whole."""
         from huggingface_hub import try_to_load_from_cache
 
-        here = {name for name in names if isinstance(try_to_load_from_cache(self.id, name, revision=self.commit), str)}
-        return sum(self.sizes.get(name, 0) for name in names if name not in here)
+        return {n for n in self.sizes if isinstance(try_to_load_from_cache(self.id, n, revision=self.commit), str)}
 
 
 def _download(
-    repo: _Repository, progress: ProgressCallback, weights: bool, check_config: CheckConfig | None, gguf: str | None
+    repo: _Repository, choice: Choice, progress: ProgressCallback, weights: bool, check_config: CheckConfig | None
 ) -> Snapshot:
-    choice = choose(repo.sizes, repo.id, gguf)
-    if "config.json" in repo.sizes:
+    has_config, is_gguf = "config.json" in repo.sizes, choice.format == "gguf"
+    if has_config:
         config = repo.config()
-        if check_config is not None and choice.format != "gguf":
+        if check_config is not None and not is_gguf:
             check_config(config)
-    elif not weights:
-        raise SourceError(f"{repo.id}: the config of a GGUF model is inside the weight file; load the model, or "
-                          f"download {choice.weights[0]} and name the local file")  # fmt: skip
     small = companions(repo.sizes, choice)
     folder = repo.snapshot(small) if small else Path()
     names = shard_names(folder / choice.index) if choice.index else choice.weights
@@ -142,36 +163,50 @@ def _download(
     if absent:
         raise CheckpointError(f"{repo.id}: {choice.index} names {absent[0]}, which the repository does not hold "
                               f"({len(absent)} of {len(names)} shards missing)")  # fmt: skip
-    total, need = sum(repo.sizes[name] for name in names), repo.missing(names)
-    if weights:
+    here = repo.here()
+    total, need = (sum(repo.sizes[name] for name in files) for files in (names, set(names) - here))
+    if weights or not need:
         _check_disk(repo.id, need)
         bars = _reporting_bars(progress, total - need, total, repo.id)
         folder = repo.snapshot(names, tqdm_class=bars)
-        progress(Progress("download", total, total, detail=repo.id))
-    return Snapshot(folder, repo.commit, choice, names, total, 0 if weights else need)
+        if not has_config:
+            repo.remember(names[0])
+        if weights:
+            progress(Progress("download", total, total, detail=repo.id))
+        return Snapshot(folder, repo.commit, choice, names, total, 0)
+    header = _header(repo, names[0], has_config, progress) if is_gguf else None
+    return Snapshot(folder, repo.commit, choice, names, total, need, header)
 
 
-def _cached(repo_id: str, options: LoadOptions, gguf: str | None, why: str) -> Snapshot:
-    """The repository as far as the cache holds it, without any request."""
-    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    config = try_to_load_from_cache(repo_id, gguf or "config.json", revision=options.revision)
+def _header(repo: _Repository, name: str, has_config: bool, progress: ProgressCallback) -> Path | None:
+    """The config of a GGUF model is inside the file."""
+    progress(Progress("headers", 0, 1, "files", repo.id))
     try:
-        # Without a config (a GGUF repository) any cached snapshot will do: its listing decides.
-        found = config if isinstance(config, str) else None
-        folder = (
-            Path(found).parents[len(Path(gguf or "x").parts) - 1]
-            if found
-            else Path(
-                snapshot_download(repo_id, revision=options.revision, local_files_only=True, allow_patterns=["*.gguf"])
-            )
-        )
-    except (LocalEntryNotFoundError, OSError, ValueError):
-        raise SourceError(f"{repo_id} is not in the local cache ({constants.HF_HUB_CACHE}) and the Hub is not asked "
-                          f"({why}); download it once with a connection, or name a local folder") from None  # fmt: skip
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    choice = choose(names, repo_id, gguf)
+        header = gguf_header(repo.id, repo.commit, name, repo.token)
+    except (NoRanges, OSError) as error:
+        log.info("no header of %s: %s", name, error)
+        if has_config:
+            return None
+        if not isinstance(error, NoRanges):
+            raise
+        raise SourceError(f"{repo.id}: the config of a GGUF model is inside the weight file, and {error}; download "
+                          f"{name} and name the local file") from None  # fmt: skip
+    progress(Progress("headers", 1, 1, "files", repo.id))
+    return header
+
+
+def _cached(repo_id: str, options: LoadOptions, gguf: str | None, room: Room, why: str) -> Snapshot:
+    """The repository as far as the cache holds it, without any request."""
+    cache = cache_folder()
+    base, revision = cache / f"models--{repo_id.replace('/', '--')}", options.revision or "main"
+    ref = base / "refs" / revision
+    folder = base / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
+    found = [folder / gguf] if gguf else [folder / "config.json", *folder.rglob("*.gguf")]
+    if not any(path.is_file() for path in found):
+        raise SourceError(f"{repo_id} is not in the local cache ({cache}) and the Hub is not asked ({why}); download "
+                          "it once with a connection, or name a local folder")  # fmt: skip
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    choice = choose(sizes, repo_id, gguf, room=room, here=sizes)
     shards = shard_names(folder / choice.index) if choice.index else choice.weights
     return Snapshot(folder, folder.name, choice, shards, 0)
 
@@ -200,9 +235,12 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
+def _free() -> int | None:
+    return free_disk(cache_folder())
+
+
 def _check_disk(repo_id: str, need: int) -> None:
-    cache = cache_folder()
-    free = free_disk(cache)
+    cache, free = cache_folder(), _free()
     if free is not None and need > free:
         raise SourceError(f"{repo_id} needs {format_bytes(need)} more on disk but {cache} has {format_bytes(free)} "
                           "free; free some, or set HF_HOME to a folder on a larger disk")  # fmt: skip
@@ -235,53 +273,3 @@ def offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
-
-
-def unreachable() -> tuple[type[BaseException], ...]:
-    """What a missing connection raises; the HTTP library below differs between versions of the Hub's."""
-    from huggingface_hub import errors
-
-    http = getattr(errors, "HTTPError", None)
-    return tuple(kind for kind in (http, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) if kind)
-
-
-@contextmanager
-def _explained(repo_id: str, options: LoadOptions) -> Iterator[None]:
-    """Turn what the Hub's library raises into one line with the remedy."""
-    try:
-        yield
-    except (SourceError, CheckpointError):
-        raise
-    except Exception as error:
-        line = _explain(error, repo_id, options)
-        if line is None:
-            raise
-        raise SourceError(line) from error
-
-
-def _explain(error: Exception, repo_id: str, options: LoadOptions) -> str | None:
-    from huggingface_hub import constants, errors
-
-    if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repo_id}"
-        return (f"{repo_id} is gated: accept its licence at {page}, then give a token with access as hf_token=... or "
-                "in the environment as HF_TOKEN")  # fmt: skip
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo_id} has no revision {options.revision!r}; name a branch, a tag or a commit that exists"
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        return (f"{repo_id} is neither a local folder nor a repository on the Hub that can be seen; check the "
-                "spelling, and if it is private give hf_token=... or HF_TOKEN")  # fmt: skip
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (f"the disk of {constants.HF_HUB_CACHE} is full while downloading {repo_id}; free some, or set HF_HOME "
-                "to a folder on a larger disk, and load again")  # fmt: skip
-    if isinstance(error, PermissionError):
-        return f"the cache {constants.HF_HUB_CACHE} cannot be written ({error}); set HF_HOME to a folder that can"
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status in (401, 403):
-        return f"the Hub refuses access to {repo_id} ({status}); check the token in hf_token=... or HF_TOKEN"
-    if status is not None:
-        return f"the Hub answers {status} for {repo_id}; try again later, what was downloaded is kept"
-    if isinstance(error, (*unreachable(), errors.LocalEntryNotFoundError, errors.EntryNotFoundError)):
-        return (f"the Hub cannot be reached for {repo_id} ({type(error).__name__}) and the cache does not hold it; "
-                "check the connection, or name a local folder")  # fmt: skip
-    return None

@@ -1,30 +1,22 @@
-"""What makes a conversion resumable and alone: a journal of finished shards, and a lock that dies with its process."""
+"""What makes a conversion resumable: a journal of finished shards, and small files that are whole or not there."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreError
-from ..trace import Progress, ProgressCallback
+from .folder import JOURNAL, locked
 from .shard import sync_folder
 
-try:
-    import fcntl
-except ImportError:  # Windows: two conversions at once are then the user's to avoid
-    fcntl = None  # type: ignore[assignment]
+__all__ = ["Journal", "locked", "write_atomically"]
 
 log = logging.getLogger(__name__)
-
-JOURNAL = "journal.jsonl"
-LOCK = ".lock"
-POLL_SECONDS = 0.2
 
 
 class Journal:
@@ -82,41 +74,19 @@ class Journal:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file by way of a temporary one: it is whole or it is not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-@contextmanager
-def locked(folder: Path, progress: ProgressCallback, should_stop: Callable[[], bool]) -> Iterator[None]:
-    """Hold the store's lock; wait while another process does, and report it.
-
-    The system drops the lock with the process that holds it. The file stays: removing it would let two in.
-    """
-    with (folder / LOCK).open("wb") as file:
-        began = time.monotonic()
-        while fcntl is not None and not _try_lock(file.fileno()):
-            if should_stop():
-                raise StoreError(f"stopped while waiting for another process that converts into {folder}")
-            waited = int(time.monotonic() - began)
-            progress(Progress("wait", waited, 0, "seconds", f"another process converts into {folder}"))
-            time.sleep(POLL_SECONDS)
-        yield
-
-
-def _try_lock(descriptor: int) -> bool:
+    """Write a small file by way of a temporary one: it is whole or it is not there, whoever writes it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:  # some network file systems have no locks
-        log.warning("the store cannot be locked (%s); do not convert it twice at once", error)
-    return True
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
 
 
 def _line(record: dict[str, Any]) -> bytes:

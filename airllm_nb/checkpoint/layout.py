@@ -1,16 +1,19 @@
-"""Which files of a checkpoint matter: pure functions over file names, the same for a folder and for a Hub listing."""
+"""Which files of a checkpoint matter: pure functions over names and sizes, the same for a folder and a Hub listing."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from ..config import format_bytes
 from ..errors import CheckpointError
+from .foreign import why_not
 from .index import INDEX_FILE, SINGLE_FILE
+from .picks import Room, is_part, listed, models, pick
 
 Format = Literal["safetensors", "bin", "gguf"]
 
@@ -24,56 +27,106 @@ _LAYOUTS: tuple[tuple[Format, str, str, str], ...] = (
 
 # Besides the weights: config, tokenizer, templates. Never code, and no weights of another framework.
 _COMPANIONS = re.compile(r"[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
-_NOT_THE_MODEL = re.compile(r"(adapter|consolidated|optimizer|training_args|scheduler|rng_state|mmproj).*")
-_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_NOT_THE_MODEL = re.compile(r"(adapter|consolidated|optimizer|training_args|scheduler|rng_state).*")
+# Megabytes of a training's history.
+_NOT_NEEDED = {"trainer_state.json"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to read: ``weights`` by name, or ``index``, the JSON file that names them."""
+    """What to read: ``weights`` by name, or ``index``, the JSON file that names them.
+
+    ``why`` is one line for people where there was something to choose.
+    """
 
     format: Format
     index: str | None
     weights: tuple[str, ...]
+    why: str = ""
 
 
-def choose(names: Iterable[str], where: str, gguf: str | None = None) -> Choice:
-    """Choose the weight files among ``names``, relative to the checkpoint: safetensors before bin before GGUF.
+def choose(
+    sizes: Mapping[str, int],
+    where: str,
+    gguf: str | None = None,
+    *,
+    room: Room = Room(),  # noqa: B008 - frozen
+    here: Collection[str] = (),
+    keep_format: bool = False,
+) -> Choice:
+    """Choose the weight files: safetensors before bin before GGUF, and of several GGUF files the one that suits.
+
+    A GGUF file goes before the others only where the disk has room for it and not for them.
 
     Parameters
     ----------
+    sizes
+        Bytes by name, relative to the checkpoint; 0 where unknown.
     where
         The folder or the Hub id, for messages.
     gguf
         The GGUF file that the user named, if any.
+    room
+        What the machine has, see :func:`~airllm_nb.checkpoint.picks.pick`.
+    here
+        The names of the files that need no disk.
+    keep_format
+        Whether a GGUF file never takes the place of the others.
 
     Raises
     ------
     CheckpointError
         If there is nothing that can be loaded; the message says what is there instead.
     """
-    top = sorted(name for name in names if "/" not in name)
     if gguf is not None:
-        if gguf not in names:
-            found = [name for name in names if name.endswith(".gguf")]
-            raise CheckpointError(f"{where} holds no {gguf}; GGUF files there: {_listed(found) or 'none'}")
-        return Choice("gguf", None, (whole_gguf(gguf),))
-    if "config.json" in top:
-        for kind, index, single, suffix in _LAYOUTS:
-            if index in top:
-                return Choice(kind, index, ())
-            if single in top:
-                return Choice(kind, None, (single,))
-            found = [name for name in top if name.endswith(suffix) and not _NOT_THE_MODEL.match(name)]
-            if found and (kind == "safetensors" or all(name.startswith("pytorch_model") for name in found)):
-                return Choice(kind, None, tuple(found))
-    ggufs = [name for name in top if name.endswith(".gguf") and not _NOT_THE_MODEL.match(name)]
-    if len(ggufs) == 1:
-        return Choice("gguf", None, (whole_gguf(ggufs[0]),))
-    if ggufs:
-        raise CheckpointError(f"{where} holds {len(ggufs)} GGUF files; name one of them, as {where}/{ggufs[0]}: "
-                              f"{_listed(ggufs)}")  # fmt: skip
-    raise CheckpointError(f"{where} {_why_not(top)}")
+        return _named(gguf, sizes, where)
+    found = _layouts([name for name in sizes if "/" not in name])
+    whole, parts = models(sizes)
+    if not found and whole:
+        name, why = pick({name: sizes[name] for name in whole}, room, where, here)
+        return Choice("gguf", None, (name,), why)
+    if not found:
+        raise CheckpointError(f"{where}: {_part(parts[0])}" if parts else f"{where} {why_not(sizes, where)}")
+    choice, files = found[0]
+    need = sum(sizes[name] for name in files if name not in here)
+    fitting = {name: sizes[name] for name in whole if name in here or room.stores(sizes[name])}
+    if fitting and not room.stores(need) and not keep_format:
+        name, _ = pick(fitting, room, where, here)
+        return Choice("gguf", None, (name,), f"took {name} ({format_bytes(sizes[name])}): the {choice.format} files "
+                      f"need {format_bytes(need)} more on disk, which has {format_bytes(room.disk or 0)} free; name "
+                      f"another as {where}:FILE.gguf")  # fmt: skip
+    others: list[str] = [other.format for other, _ in found[1:]]
+    if whole:
+        others.append("GGUF")
+    if others:
+        total = format_bytes(sum(sizes[name] for name in files))
+        hint = f"; name a GGUF file as {where}:FILE.gguf" if whole else ""
+        choice = replace(choice, why=f"took {choice.format} ({total}) before {' and '.join(others)}{hint}")
+    return choice
+
+
+def _named(gguf: str, names: Collection[str], where: str) -> Choice:
+    if gguf not in names:
+        others = [name for name in names if name.endswith(".gguf")]
+        raise CheckpointError(f"{where} holds no {gguf}; GGUF files there: {listed(others) or 'none'}")
+    return Choice("gguf", None, (whole_gguf(gguf),))
+
+
+def _layouts(top: list[str]) -> list[tuple[Choice, list[str]]]:
+    """Whole checkpoints among files of one folder, the preferred first, with all weight files of each."""
+    made: list[tuple[Choice, list[str]]] = []
+    if "config.json" not in top:
+        return made
+    for kind, index, single, suffix in _LAYOUTS:
+        files = sorted(name for name in top if name.endswith(suffix) and not _NOT_THE_MODEL.match(name))
+        named = kind == "safetensors" or all(name.startswith("pytorch_model") for name in files)
+        if index in top:
+            made.append((Choice(kind, index, ()), files))
+        elif single in top:
+            made.append((Choice(kind, None, (single,)), [single]))
+        elif files and named:
+            made.append((Choice(kind, None, tuple(files)), files))
+    return made
 
 
 def shard_names(index_file: Path) -> tuple[str, ...]:
@@ -96,35 +149,17 @@ def shard_names(index_file: Path) -> tuple[str, ...]:
 
 def companions(names: Iterable[str], choice: Choice) -> tuple[str, ...]:
     """The small files beside the weights: config, tokenizer, templates and the index of the chosen format."""
-    unwanted = {INDEX_FILE, BIN_INDEX_FILE} - {choice.index}
+    unwanted = ({INDEX_FILE, BIN_INDEX_FILE} - {choice.index}) | _NOT_NEEDED
     return tuple(sorted(name for name in names if _COMPANIONS.fullmatch(name) and name not in unwanted))
 
 
 def whole_gguf(name: str) -> str:
     """``name``, unless it is one part of several."""
-    if _GGUF_PART.search(name):
-        raise CheckpointError(f"{name} is one part of a split GGUF; join the parts first: "
-                              "llama-gguf-split --merge FIRST_PART JOINED.gguf")  # fmt: skip
+    if is_part(name):
+        raise CheckpointError(_part(name))
     return name
 
 
-def _why_not(top: list[str]) -> str:
-    """What a checkpoint without loadable weights is, and the way out."""
-    config = "config.json" in top
-    if "adapter_config.json" in top:
-        return ("holds a LoRA adapter (adapter_config.json), not a model; merge it into its base model first "
-                "(peft: merge_and_unload, then save_pretrained)")  # fmt: skip
-    if "model_index.json" in top:
-        return "is a diffusers pipeline, not a causal language model"
-    if any(name.endswith(".pth") or name.startswith("consolidated") for name in top):
-        return ("holds only the original consolidated weights; use the transformers version of the model "
-                "(with config.json and model.safetensors)")  # fmt: skip
-    if any(name.endswith((".h5", ".msgpack", ".onnx")) for name in top):
-        return "holds weights of TensorFlow, Flax or ONNX only; convert them to safetensors with transformers first"
-    if not config:
-        return "holds no config.json, so it is no checkpoint; name the folder or the id that has one"
-    return "holds a config.json but no weights (model.safetensors, pytorch_model.bin or a .gguf file); add them"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def _part(name: str) -> str:
+    return (f"{name} is one part of a split GGUF; join the parts first: "
+            "llama-gguf-split --merge FIRST_PART JOINED.gguf")  # fmt: skip

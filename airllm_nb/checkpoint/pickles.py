@@ -126,7 +126,7 @@ def convert_pickles(
     weights = PickledWeights(source.files, dtype)
     if not weights:
         raise CheckpointError(f"{source.files[0]} holds no tensors; download it again")
-    return rewrite(folder, weights, meta, copy, progress)
+    return rewrite(folder, weights, meta, copy, progress, source.origin)
 
 
 def _target(file: Path, name: str, tensor: torch.Tensor, dtype: str | None) -> str:

@@ -5,6 +5,7 @@ For sources whose bytes cannot be streamed as they lie (pickles, GGUF).
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import StoreError
 from ..trace import ProgressCallback
 from .convert import shard_name
+from .folder import locked
 from .index import INDEX_FILE
 from .journal import write_atomically
 from .shard import Chunk, Entry, Item, ShardJob, plain
@@ -34,8 +36,9 @@ class LazyWeights(Protocol):
 
 
 def rewrite(
-    folder: Path, weights: LazyWeights, meta: StoreMeta, companions: Callable[[Path], None], progress: ProgressCallback
-) -> Path:
+    folder: Path, weights: LazyWeights, meta: StoreMeta, companions: Callable[[Path], None],
+    progress: ProgressCallback, origin: str = "",
+) -> Path:  # fmt: skip
     """Write ``weights`` into ``folder``, or what an earlier start left to write.
 
     Parameters
@@ -55,16 +58,19 @@ def rewrite(
     with tempfile.TemporaryDirectory(prefix="airllm-nb-") as made:
         # Before the weights: a tokenizer that cannot be read should not cost a conversion first.
         companions(Path(made))
-        store = write_store(folder, jobs, meta, progress=progress)
-        _adopt(Path(made), folder)
-    weight_map = {item.name: job.file for job in jobs for item in job.items}
-    index = {"metadata": {"total_size": store.nbytes}, "weight_map": weight_map}
-    write_atomically(folder / INDEX_FILE, json.dumps(index, indent=1).encode())
+        weight_map = {item.name: job.file for job in jobs for item in job.items}
+        index = {"metadata": {"total_size": sum(job.nbytes for job in jobs)}, "weight_map": weight_map}
+        (Path(made) / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        beside = functools.partial(_adopt, Path(made))
+        with locked(folder, progress):
+            write_store(folder, jobs, meta, progress=progress, beside=beside, origin=origin)
+            if not (folder / INDEX_FILE).is_file():  # a store that was finished before all of these came first
+                beside(folder)
     return folder
 
 
 def is_complete(folder: Path, meta: StoreMeta) -> bool:
-    """Whether :func:`rewrite` finished here with the same ``meta``; the index is the last file that it writes."""
+    """Whether :func:`rewrite` finished here with the same ``meta``."""
     with suppress(StoreError):
         store = open_store(folder)
         return store is not None and store.meta == meta and (folder / INDEX_FILE).is_file()

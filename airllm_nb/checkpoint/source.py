@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import LoadOptions, cache_dir
-from ..errors import CheckpointError, SourceError
+from ..errors import CheckpointError, SourceError, UnsupportedModelError
 from ..trace import ProgressCallback, silent
+from .foreign import refuse_foreign, with_hint
 from .hub import CheckConfig, Snapshot, fetch, read_json
 from .layout import Format, choose, shard_names, whole_gguf
+from .picks import Room
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Source", "read_config", "resolve", "store_folder"]
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_HUB_GGUF = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)/(.+\.gguf)")
+_HUB_GGUF = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)[:/](.+\.gguf)")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Source:
         Of a Hub id, the names of all weight files in ``folder``, also of those that are not here.
     missing
         How many of ``nbytes`` are not here yet; ``None`` when unknown.
+    header
+        Of a GGUF file that is not here, a file as long as that one with its header alone: good for its config and its
+        table of tensors, and for nothing else.
+    why
+        Where there were several files to choose from: what was taken and why, one line for people.
     """
 
     name: str
@@ -59,6 +69,13 @@ class Source:
     revision: str | None = None
     wanted: tuple[str, ...] = ()
     missing: int | None = 0
+    header: Path | None = None
+    why: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Hub id or path, for people."""
+        return self.repo_id or str(self.gguf_file or self.folder)
 
 
 def resolve(
@@ -68,17 +85,21 @@ def resolve(
     progress: ProgressCallback = silent,
     weights: bool = True,
     check_config: CheckConfig | None = None,
+    room: Room | None = None,
 ) -> Source:
     """Find a model on this machine, or download it.
 
     Parameters
     ----------
     model
-        Hub id (``"org/name"``, or ``"org/name/file.gguf"``), local folder, or ``.gguf`` file.
+        Hub id (``"org/name"``), local folder, either with ``":file.gguf"`` behind it to name one of several, or a
+        ``.gguf`` file.
     weights
         ``False`` brings only config, tokenizer and index: enough for a plan.
     check_config
         Called with config.json's content before any weight is downloaded; raises to refuse the model.
+    room
+        What the machine has, to choose among several files: see :func:`~airllm_nb.checkpoint.picks.pick`.
 
     Raises
     ------
@@ -90,21 +111,60 @@ def resolve(
     text = os.fspath(model)
     if not text.strip():
         raise SourceError("no model is named; give a Hub id such as org/name, a local folder, or a .gguf file")
+    check = _with_foreign(check_config, text)
+    found = _here(text, check, room or Room())
+    if found is None:
+        if "://" in text:
+            raise SourceError(f"{text} is a web address; give the part after the host, as org/name, or a local folder")
+        repo_id, gguf = _hub_name(text)
+        snapshot = fetch(repo_id, options, progress=progress, weights=weights, check_config=check, gguf=gguf, room=room)
+        found = _checked(_from_hub(repo_id, snapshot, weights), check)
+    if found.why:
+        log.info("%s", found.why)
+    return found
+
+
+def _here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
+    """A folder or a file on this machine."""
     path = Path(text).expanduser()
     if path.is_dir():
-        if check_config is not None and (path / "config.json").is_file():
-            check_config(_config_of(path.absolute()))  # before a word about weights that could not be used anyway
-        return _checked(_folder(path.absolute()), check_config)
+        if check is not None and (path / "config.json").is_file():
+            check(_config_of(path.absolute()))  # before a word about weights that could not be used anyway
+        return _checked(_folder(path.absolute(), room), check)
     if path.is_file():
         return _file(path.absolute())
-    if "://" in text:
-        raise SourceError(f"{text} is a web address; give the part after the host, as org/name, or a local folder")
-    named = _HUB_GGUF.fullmatch(text)
-    if not named and (not _HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".bin"))):
-        raise SourceError(f"there is no file or folder {path.absolute()}, and {text!r} is no Hub id; check the path")
-    repo_id, gguf = named.groups() if named else (text, None)
-    snapshot = fetch(repo_id, options, progress=progress, weights=weights, check_config=check_config, gguf=gguf)
-    return _checked(_from_hub(repo_id, snapshot, weights), check_config)
+    folder, _, name = text.rpartition(":")
+    if folder and name.endswith(".gguf") and (path := Path(folder).expanduser()).is_dir():
+        if (path / name).is_file():
+            return _file((path / name).absolute())
+        choose(_sizes(path.absolute()), str(path.absolute()), name)  # which says what is there instead
+    return None
+
+
+def _hub_name(text: str) -> tuple[str, str | None]:
+    """The repository, and the GGUF file in it where one is named."""
+    if named := _HUB_GGUF.fullmatch(text):
+        return named[1], named[2]
+    repo_id, _, rest = text.partition(":")
+    if rest and _HUB_ID.fullmatch(repo_id):
+        raise SourceError(f"{text}: {rest!r} is no file; name one as {repo_id}:FILE.gguf, or {repo_id} alone to take "
+                          "what suits this machine")  # fmt: skip
+    if not _HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".bin")):
+        where = Path(text).expanduser().absolute()
+        raise SourceError(f"there is no file or folder {where}, and {text!r} is no Hub id; check the path")
+    return text, None
+
+
+def _with_foreign(check_config: CheckConfig | None, where: str) -> CheckConfig | None:
+    """The caller's check, after the refusal of what another program packed."""
+    if check_config is None:
+        return None
+
+    def check(config: dict[str, Any]) -> None:
+        refuse_foreign(config, where)
+        check_config(config)
+
+    return check
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -115,11 +175,15 @@ def read_config(source: Source) -> dict[str, Any]:
     CheckpointError
         If config.json is missing, no JSON object, or names no architecture.
     """
-    if source.gguf_file is not None:
+    if gguf := source.gguf_file or source.header:
         from .gguf import gguf_config
         from .gguf_file import read_gguf
 
-        return dict(gguf_config(read_gguf(source.gguf_file)).to_dict())
+        try:
+            return dict(gguf_config(read_gguf(gguf)).to_dict())
+        except UnsupportedModelError as error:
+            name = f"{source.repo_id}:{gguf.name}"
+            raise UnsupportedModelError(str(error).replace(str(source.header), name)) from None
     return _config_of(source.folder)
 
 
@@ -140,19 +204,23 @@ def store_folder(source: Source, codec_name: str | None, dtype: str, options: Lo
     return Path(base) / f"{source.name}--{codec_name or 'none'}--{dtype}--{source.fingerprint[:8]}"
 
 
-def _folder(folder: Path) -> Source:
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+
+
+def _folder(folder: Path, room: Room) -> Source:
+    sizes = _sizes(folder)
     try:
-        choice = choose(names, str(folder))
+        choice = choose(sizes, str(folder), room=room, here=sizes)
     except CheckpointError as error:
-        raise _with_hint(error, folder, names) from None
+        raise with_hint(error, folder, list(sizes)) from None
     shards = shard_names(folder / choice.index) if choice.index else choice.weights
     files = tuple(folder / name for name in shards)
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{folder}: shard {file.name} is named by {choice.index} but is missing; "
                                   f"download it again ({len(files)} shards in all)")  # fmt: skip
-    return _local(folder, choice.format, files)
+    return replace(_local(folder, choice.format, files), why=choice.why)
 
 
 def _file(path: Path) -> Source:
@@ -181,9 +249,10 @@ def _from_hub(repo_id: str, snapshot: Snapshot, weights: bool) -> Source:
                           "files missing); load it once with a connection")  # fmt: skip
     kind = snapshot.choice.format
     gguf = files[0] if kind == "gguf" else None
+    folder = (snapshot.header or gguf).parent if gguf else snapshot.folder
     return Source(
         name=_clean(gguf.stem if gguf else repo_id.split("/")[-1]),
-        folder=gguf.parent if gguf else snapshot.folder,
+        folder=folder,
         format=kind,
         files=() if missing else files,
         nbytes=snapshot.nbytes or (0 if missing else sum(file.stat().st_size for file in files)),
@@ -193,6 +262,8 @@ def _from_hub(repo_id: str, snapshot: Snapshot, weights: bool) -> Source:
         revision=snapshot.commit,
         wanted=snapshot.weights,
         missing=snapshot.missing if missing else 0,
+        header=snapshot.header,
+        why=snapshot.choice.why,
     )
 
 
@@ -200,17 +271,6 @@ def _checked(source: Source, check_config: CheckConfig | None) -> Source:
     if check_config is not None and source.format != "gguf":
         check_config(read_config(source))
     return source
-
-
-def _with_hint(error: CheckpointError, folder: Path, names: list[str]) -> CheckpointError:
-    """Point at the folder below that was probably meant: a snapshot in the Hub's cache, a dataset's subfolder."""
-    if "config.json" in names or any(name.endswith(".gguf") for name in names):
-        return error
-    below = sorted({path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/config.json")})
-    if not below:
-        return error
-    return CheckpointError(f"{folder} holds no config.json, but {below[0]} does; name that folder"
-                           + (f" or one of {len(below) - 1} others below" if below[1:] else ""))  # fmt: skip
 
 
 def _refuse_pointer(file: Path) -> None:

@@ -5,7 +5,6 @@ Whatever moment a conversion is killed at, starting it again completes it, and t
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -15,21 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import format_bytes
-from ..disk import free_disk, nearest
 from ..errors import StoreError
 from ..trace import Progress, ProgressCallback, silent
 from .encoded import Part
+from .folder import MANIFEST, locked
 from .index import CheckpointIndex, TensorInfo, read_header
-from .journal import Journal, locked, write_atomically
+from .journal import Journal, write_atomically
+from .room import OVERHEAD, check_space, explain
 from .shard import PAD, Item, ShardJob, plain, write_shards
 
-__all__ = ["Item", "ShardJob", "Store", "StoreMeta", "open_store", "plain", "write_store"]
+__all__ = [
+    "MANIFEST", "OVERHEAD", "Item", "ShardJob", "Store", "StoreMeta", "open_store", "plain", "write_store",
+]  # fmt: skip
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-# Manifest, journal and what the file system adds for itself.
-OVERHEAD = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -147,6 +145,8 @@ def write_store(
     *,
     progress: ProgressCallback = silent,
     should_stop: Callable[[], bool] | None = None,
+    beside: Callable[[Path], None] | None = None,
+    origin: str = "",
 ) -> Store:
     """Write a store, or what an earlier start left to write, and open it.
 
@@ -160,6 +160,11 @@ def write_store(
         What the store is of. Shards of an unfinished store with another meta are discarded.
     should_stop
         Asked at every step; what is finished then stays.
+    beside
+        Writes config and tokenizer into the folder: after the weights, before the manifest, so that what has a manifest
+        is complete.
+    origin
+        Hub id or path of the source, for people.
 
     Raises
     ------
@@ -171,17 +176,16 @@ def write_store(
     if (done := _finished(folder, meta, jobs)) is not None:
         return done
     if not folder.exists():
-        _check_space(folder, jobs, {})
+        check_space(folder, jobs, {})
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, progress, stop):
+        with locked(folder, progress, stop, sum(job.nbytes for job in jobs)):
             if (done := _finished(folder, meta, jobs)) is not None:
                 return done
-            return _Writing(folder, jobs, meta, progress, stop).run()
+            return _Writing(folder, jobs, meta, progress, stop).run(beside, origin)
     except StoreError:
         raise
     except OSError as error:
-        raise _explain(error, folder) from error
+        raise explain(error, folder) from error
 
 
 class _Writing:
@@ -191,19 +195,21 @@ class _Writing:
         self._folder, self._jobs, self._meta, self._progress, self._stop = folder, jobs, meta, progress, stop
         self._total, self._done = sum(job.nbytes for job in jobs), 0
 
-    def run(self) -> Store:
+    def run(self, beside: Callable[[Path], None] | None, origin: str) -> Store:
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink()
         journal = Journal(self._folder, self._meta.key, self._known())
         kept = {job.file: journal.records[job.file] for job in self._jobs if self._is_done(job, journal)}
-        _check_space(self._folder, self._jobs, kept)
+        check_space(self._folder, self._jobs, kept)
         self._done = sum(record["bytes"] for record in kept.values())
 
         def finished(job: ShardJob, sha256: str) -> None:
             journal.add({"file": job.file, "key": _job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
 
         write_shards(self._folder, [job for job in self._jobs if job.file not in kept], self._wrote, finished)
-        manifest = self._manifest(journal.records)
+        if beside is not None:
+            beside(self._folder)
+        manifest = {**self._manifest(journal.records), **({"origin": origin} if origin else {})}
         write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
         journal.remove()
         store = open_store(self._folder)
@@ -271,23 +277,6 @@ def _is_newer(folder: Path) -> bool:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return int(manifest.get("format", 0)) > FORMAT
     return False
-
-
-def _check_space(folder: Path, jobs: list[ShardJob], kept: Mapping[str, Any]) -> None:
-    need = sum(job.nbytes for job in jobs if job.file not in kept) + OVERHEAD
-    free = free_disk(folder)
-    if free is not None and need > free:
-        raise StoreError(f"the store in {folder} needs {format_bytes(need)} more but {nearest(folder)} has "
-                         f"{format_bytes(free)} free; name a folder on a larger disk with "
-                         "layer_shards_saving_path=…")  # fmt: skip
-
-
-def _explain(error: OSError, folder: Path) -> StoreError:
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        return StoreError(f"the disk of {folder} is full; what is finished is kept: free some space and start again, "
-                          "or name a folder on a larger disk with layer_shards_saving_path=…")  # fmt: skip
-    return StoreError(f"the store in {folder} cannot be written: {error}; name a writable folder with "
-                      "layer_shards_saving_path=…")  # fmt: skip
 
 
 def _job_key(job: ShardJob, meta: StoreMeta) -> str:

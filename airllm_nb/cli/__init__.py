@@ -1,4 +1,4 @@
-"""``airllm-nb plan | convert | generate | bench | doctor``: the same engine from a shell.
+"""``airllm-nb plan | convert | generate | bench | doctor | cache``: the same engine from a shell.
 
 Exit codes: 0, 1 for an error of the model, the machine or the input (one line on stderr), 2 for wrong usage, 130 after
 Ctrl-C. With ``--json`` stdout is one JSON document and nothing else.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import AirLLMError, OptionError, in_flags
-from . import bench, commands, doctor
+from . import bench, cache, commands, doctor
 from .arguments import make_parser
 
 __all__ = ["main"]
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser(
         plan=commands.plan, convert=commands.convert, generate=commands.generate, bench=bench.bench,
-        doctor=doctor.doctor,
+        doctor=doctor.doctor, cache=cache.cache,
     )  # fmt: skip
     given = parser.parse_args(argv)
     try:

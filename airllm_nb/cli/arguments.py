@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    *, plan: Command, convert: Command, generate: Command, bench: Command, doctor: Command
+    *, plan: Command, convert: Command, generate: Command, bench: Command, doctor: Command, cache: Command
 ) -> argparse.ArgumentParser:
     """The parser; what it returns has ``run``, the command to call with it."""
     parser = Parser(prog="airllm-nb", description="Run language models that do not fit: weights stream from disk.")
@@ -56,17 +56,21 @@ def make_parser(
     _add_generating(command("generate", generate, "answer a prompt, the text streaming to stdout"))
     _add_bench(command("bench", bench, "measure a model, or random weights in a known shape", model="optional"))
     command("doctor", doctor, "say what this machine is and can, and what to do about the rest", model=None)
+    _add_cache(command("cache", cache, "list the stores on this machine, or remove some", model=None))
     return parser
 
 
 def _add_loading(parser: argparse.ArgumentParser, optional: bool) -> None:
     add = parser.add_argument_group("loading").add_argument
     count = "?" if optional else None
-    parser.add_argument("model", metavar="MODEL", nargs=count, help="Hub id, local folder or .gguf file")
+    parser.add_argument(
+        "model", metavar="MODEL", nargs=count, help="Hub id, ORG/REPO:FILE.gguf, local folder or .gguf file"
+    )
     add("--compression", choices=("4bit", "8bit"), help="stream from a compressed store, written once")
     add("--vram", metavar="SIZE", help="memory budget on the GPU, such as 4GiB; default: what is free")
     add("--ram", metavar="SIZE", help="budget for weights in RAM, such as 8GiB; default: what is free")
     add("--shards", metavar="DIR", help="folder for the compressed store")
+    add("--adapter", metavar="DIR", action="append", help="apply a LoRA adapter (PEFT format): its folder or Hub id")
     add("--dtype", choices=DTYPES, help="compute in this type; default: the checkpoint's")
     add("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU")
     add("--max-seq-len", type=int, metavar="N", help="keep room for prompt and answer of this many tokens")
@@ -107,6 +111,29 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     add("--cap", action="store_true", help="enforce --vram: what is allocated above it fails")
 
 
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Only stores, which conversions write, are listed and removed: never downloads or your own files."
+    where = "the folder that --shards named when they were made; default: the cache folder"
+    parser.set_defaults(removes=False)
+    parser.add_argument("--shards", metavar="DIR", help=where)
+    actions = parser.add_subparsers(metavar="ACTION", parser_class=Parser)
+
+    def action(name: str, text: str, removes: bool) -> argparse.ArgumentParser:
+        made = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        made.set_defaults(removes=removes, parser=made)
+        # Without a default: what stands before the action stays.
+        made.add_argument("--shards", metavar="DIR", default=argparse.SUPPRESS, help=where)
+        made.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
+        return made
+
+    action("list", "list the stores, as without an action", False)
+    made = action("remove", "remove stores, none that is in use; asks first", True)
+    made.add_argument("names", metavar="NAME", nargs="*", help="a store, or a model: all its stores")
+    made.add_argument("--unfinished", action="store_true", help="what conversions and removals that were ended left")
+    made.add_argument("--all", action="store_true", help="all stores there")
+    made.add_argument("-y", "--yes", action="store_true", help="do not ask")
+
+
 def load_options(given: argparse.Namespace) -> LoadOptions:
     """What the engine's functions need."""
     token = None
@@ -117,6 +144,7 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
         layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
         prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
         hf_token=token, revision=given.revision, local_files_only=given.offline, direct_io=given.direct_io,
+        adapter=given.adapter,
     )  # fmt: skip
 
 

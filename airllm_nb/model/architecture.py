@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..checkpoint.legacy.families import ATTENTION, native_dict
+from ..checkpoint.codecs.formats import check as check_quantisation
+from ..checkpoint.codecs.formats import quantisation
+from ..checkpoint.legacy.families import ATTENTION, family_of, native_dict
 from ..errors import CheckpointError, UnsupportedModelError
 from .attention import attend_by
 
@@ -55,23 +57,13 @@ def _without(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
             for key, value in config.items() if key not in names}  # fmt: skip
 
 
-def _quantised(config: Mapping[str, Any]) -> str:
-    """How a checkpoint is quantised, also where only its text part is; empty if it is not."""
-    for part in (config, config.get("text_config")):
-        for name in ("quantization_config", "compression_config"):
-            given = part.get(name) if isinstance(part, Mapping) else None
-            if isinstance(given, Mapping) and given:
-                return str(given.get("quant_method") or name)
-    return ""
-
-
 def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) -> None:
     """Refuse what cannot run here, from ``config.json`` alone; see :func:`native_config`."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
 
-    config = native_dict(config)
+    given, config = config, native_dict(config)
     model_type = config.get("model_type", "")
     name = next(iter(config.get("architectures") or []), model_type or "unknown")
     foreign = (
@@ -87,8 +79,7 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
         hint = f"; the closest supported types: {', '.join(near)}" if near else ""
         why = "is no causal language model" if model_type in CONFIG_MAPPING else "is not known to transformers"
         raise UnsupportedModelError(f"{name} (model_type {model_type!r}) {why}{foreign}{hint}")
-    if method := _quantised(config):
-        raise UnsupportedModelError(
-            f"{name} is already quantised ({method}), which cannot be streamed yet; load the "
-            "unquantised checkpoint, with compression='4bit' if it should be small"
-        )
+    if quantisation(config) and family_of(given) is not None:
+        raise UnsupportedModelError(f"{name} is quantised ({quantisation(config)['quant_method']}) in a layout of its "
+                                    "own; load the unquantised checkpoint, with compression='4bit'")  # fmt: skip
+    check_quantisation(config, name)

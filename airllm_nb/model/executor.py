@@ -177,16 +177,19 @@ class Executor:
 
     def _place_table(self, unit: ModelUnit) -> None:
         binding = unit.bindings[0]
-        in_place = self._device.type == "cpu" and not binding.weight.needs_cast
+        is_packed = hasattr(binding.module, "packing")
+        in_place = self._device.type == "cpu" and not binding.weight.needs_cast and not is_packed
         is_planned = self._plan.tiers[self._units.index(unit)] == "gpu" and not is_tied(unit)
-        if binding.weight.name in self._resident or (is_planned and not in_place):
-            self._bind_for_good(binding, self._on_device(binding.weight))
-            return
-        table = self._files.tensor(binding.weight.info, binding.weight.stored_dtype)
-        if in_place:
+        is_resident = binding.weight.name in self._resident or (is_planned and not in_place)
+        if is_resident:
+            table = self._on_device(binding.weight)
+        else:
+            table = self._files.tensor(binding.weight.info, binding.weight.stored_dtype)
+        if (is_resident and not is_packed) or in_place:
             self._bind_for_good(binding, table)
             return
-        gather = RowGather(binding.module, table, binding.weight.dtype, self._device)  # type: ignore[arg-type]
+        dtype = self._model.dtype if is_packed else binding.weight.dtype
+        gather = RowGather(binding.module, table, dtype, self._device)  # type: ignore[arg-type]
         self._hooks.extend(gather.hooks)
 
     def _bind_for_good(self, binding: Binding, tensor: torch.Tensor) -> None:

@@ -26,14 +26,15 @@ class RowGather:
     module
         The embedding; its ``weight`` is on ``meta`` between calls.
     table
-        The whole table in host memory, ``[num_embeddings, dim]``.
+        The whole table, ``[num_embeddings, dim]``, in host memory; or, where the module has a ``packing``, packed by
+        rows and perhaps on the device.
     dtype, device
         Of the rows that compute sees.
     """
 
     def __init__(self, module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device):
         self._table, self._dtype, self._device = table, dtype, device
-        self._meta = module.weight
+        self._meta, self._packing = module.weight, getattr(module, "packing", None)
         # A padding row matters for gradients only, and its index means nothing in the small table.
         module.padding_idx = None
         self.hooks = [
@@ -43,8 +44,13 @@ class RowGather:
 
     def _bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
         (ids,) = (*args, *kwargs.values())
-        rows = self._table.index_select(0, ids.reshape(-1).to("cpu"))
-        module._parameters["weight"] = rows.to(self._device, self._dtype)  # type: ignore[assignment]
+        rows = self._table.index_select(0, ids.reshape(-1).to(self._table.device))
+        if self._packing is None:
+            rows = rows.to(self._device, self._dtype)
+        else:
+            packed, rows = rows, torch.empty(len(rows), module.embedding_dim, dtype=self._dtype, device=self._device)
+            self._packing.unpack({"weight": packed.to(self._device)}, rows)
+        module._parameters["weight"] = rows  # type: ignore[assignment]
         return (torch.arange(ids.numel(), device=self._device).view(ids.shape),), {}
 
     def _unbind(self, module: nn.Module, *_: Any) -> None:

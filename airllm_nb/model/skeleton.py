@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..checkpoint.encoded import EncodedLinear
 from ..checkpoint.index import TensorInfo
 from ..errors import CheckpointError
 from .slices import SlicedLinear
@@ -93,7 +94,8 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
                 f"{info.extents[0].path}: {name} has shape {list(info.shape)}, the model's config "
                 f"asks for {list(tensor.shape)}; config.json and weights do not belong together"
             )
-        wanted = tensor.dtype if not tensor.dtype.is_floating_point else torch.float32 if high(name) else tensor.dtype
+        rounds = tensor.dtype.is_floating_point and not isinstance(module, EncodedLinear)
+        wanted = torch.float32 if rounds and high(name) else tensor.dtype
         weights[id(tensor)] = Weight(name, info, wanted, owned[id(tensor)], tensor, is_buffer)
     lacking = [name for key, name in missing.items() if key not in weights and not _may_miss(model, name)]
     if lacking:

@@ -117,7 +117,8 @@ def slice_linears(skeleton: Any, tensors: Mapping[str, TensorInfo], limit: int) 
         for index, rows in enumerate(counts):
             for attribute, info in infos.items():
                 part = f"{name}.slices.{index}.{attribute}"
-                added[part] = rows_of(info, part, first, first + rows)
+                step = _step(linear, attribute)
+                added[part] = rows_of(info, part, first // step, -(-(first + rows) // step))
             first += rows
         skeleton.set_submodule(name, SlicedLinear(linear, [_slice(linear, rows) for rows in counts], bool(tied)))
     return {**tensors, **added} if added else tensors
@@ -172,7 +173,9 @@ def _called(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Linear | Enc
 
 
 def _at_rest(
-    linear: nn.Module, tensors: Mapping[str, TensorInfo], owners: Mapping[int, list[tuple[str, nn.Module]]]
+    linear: nn.Linear | EncodedLinear,
+    tensors: Mapping[str, TensorInfo],
+    owners: Mapping[int, list[tuple[str, nn.Module]]],
 ) -> dict[str, TensorInfo] | None:
     """Where its parameters lie, tied ones under any of their names; ``None`` where they do not divide by rows.
 
@@ -183,11 +186,20 @@ def _at_rest(
         if parameter is None:
             continue
         info = next((tensors[name] for name, _ in owners[id(parameter)] if name in tensors), None)
-        # An encoded part has a row for each of the matrix's, or, where blocks cross rows, another number.
-        if info is None or tuple(info.shape) != tuple(parameter.shape) or info.shape[0] != linear.out_features:
+        if info is None or tuple(info.shape) != tuple(parameter.shape) or not info.shape:
+            return None
+        # An encoded part has a row for each of the matrix's, or one for some; where blocks cross rows, any number.
+        step = _step(linear, attribute)
+        if not step or ROW_STEP % step or info.shape[0] != -(-linear.out_features // step):
             return None
         found[attribute] = info
     return found
+
+
+def _step(linear: nn.Linear | EncodedLinear, attribute: str) -> int:
+    """Rows of the matrix for each row of a parameter; 0 where it cannot be cut."""
+    steps = linear.row_steps if isinstance(linear, EncodedLinear) else {}
+    return 0 if steps is None else steps.get(attribute, 1)
 
 
 def _slice(linear: nn.Linear | EncodedLinear, rows: int) -> nn.Module:
@@ -198,11 +210,11 @@ def _slice(linear: nn.Linear | EncodedLinear, rows: int) -> nn.Module:
     if isinstance(linear, EncodedLinear):
         names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
         parts = tuple(
-            Part(attribute, names[parameter.dtype], (rows, *parameter.shape[1:]))
+            Part(attribute, names[parameter.dtype], (-(-rows // _step(linear, attribute)), *parameter.shape[1:]))
             for attribute, parameter in linear._parameters.items()
             if parameter is not None and attribute != "bias"
         )
-        return type(linear)(plain, parts, linear.compute_dtype, linear._scratch).train(linear.training)
+        return linear.cut(plain, parts).train(linear.training)
     return plain.requires_grad_(False).train(linear.training)
 
 

@@ -68,6 +68,8 @@ def model_card(name: str, model: StreamedModel) -> Card:
     rows = [
         ("model", f"{status['name']} ({', '.join(size)})"),
         ("runs on", f"{status['device']}, {status['dtype']}"),
+        *([("chosen", status["chosen"])] if status["chosen"] else []),
+        *([("adapter", status["adapter"])] if status["adapter"] else []),
         *_parts_left(model.config),
         *_plan_rows(str(plan)),
     ]

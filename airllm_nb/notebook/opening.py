@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ..config import LoadOptions
@@ -57,9 +56,6 @@ def _open(model: str, wanted: LoadOptions, report: Any) -> Any:
 
 def _check(model: str, wanted: LoadOptions, bar: ProgressLine) -> None:
     """Refuse what cannot be loaded while the old model is still there."""
-    # A GGUF file on the Hub has its config inside: looking at it is downloading it.
-    if "gguf" in model.lower() and not Path(model).expanduser().exists():
-        return
     try:
         Loading(lambda report: plan(model, wanted, report)).result(bar)
     except BudgetError as error:

@@ -22,7 +22,7 @@ _HELP = argument("-h", "--help", action="store_true", help="Show this and do not
 _NAME = argument("--name", help="The name of the model in this session; default: the last one loaded.")
 
 _LOADING = (
-    argument("model", metavar="MODEL", help="Hub id, local folder or .gguf file."),
+    argument("model", metavar="MODEL", help="Hub id, ORG/REPO:FILE.gguf, local folder or .gguf file."),
     argument(
         "--compression",
         choices=("4bit", "8bit"),
@@ -32,6 +32,12 @@ _LOADING = (
     argument("--vram", metavar="SIZE", help="Memory budget on the GPU, such as 4GiB; default: what is free."),
     argument("--ram", metavar="SIZE", help="Budget for weights in RAM, such as 8GiB; default: what is free."),
     argument("--shards", metavar="DIR", help="Folder for the compressed store."),
+    argument(
+        "--adapter",
+        action="append",
+        metavar="DIR",
+        help="Apply a LoRA adapter (PEFT format): its folder or its Hub id.",
+    ),
     argument("--dtype", choices=DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; default: the model's."),
     argument("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU."),
     argument("--max-seq-len", type=int, metavar="N", help="Keep room for prompt and answer of this many tokens."),
@@ -187,6 +193,7 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
         layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
         prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
         hf_token=token, revision=given.revision, local_files_only=given.offline, direct_io=given.direct_io,
+        adapter=given.adapter,
     )  # fmt: skip
 
 

@@ -1,0 +1,213 @@
+"""The stores below a folder: what each is of, its size, who uses it; and removing one, whole or not at all.
+
+Only folders that are provably stores are listed, and only what is listed can be removed. Links are never followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import StoreError
+from .folder import JOURNAL, LOCK, MANIFEST, in_use, vacated
+
+# Random checkpoints of known shapes, kept by a bench: their folder, and what marks one.
+SYNTHETIC, SYNTHETIC_MARKER = "synthetic", "synthetic.json"
+
+# As the stores are named: model, codec, dtype, and the beginning of the source's fingerprint.
+_NAME = re.compile(r"(?P<model>.+)--(?P<codec>[a-z0-9]+)--(?P<dtype>b?float\d+)--[0-9a-f]{8}")
+# Renamed first, so that what is left of a removal that was cut short is never taken for a store.
+_REMOVED = re.compile(r".+\.[0-9a-f]{8}\.removing")
+# What a bench that was killed left of a synthetic checkpoint.
+_PARTIAL = re.compile(r"\..+\.partial")
+_MANIFEST_KEYS = {"codec", "dtype", "source", "format", "shards", "parameters"}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+State = Literal["finished", "unfinished", "converting", "damaged", "half removed"]
+
+
+@dataclass(frozen=True)
+class CachedStore:
+    """One store on the disk.
+
+    Attributes
+    ----------
+    name
+        Of the folder, relative to where the stores are.
+    model, codec, dtype
+        What it is of; empty where that is not known.
+    nbytes
+        Of all its files.
+    state
+        ``"converting"`` by some process now, ``"damaged"`` where a shard is missing or has another size.
+    used
+        When it was last written or opened, in seconds since the epoch.
+    is_open
+        Whether a process reads from it.
+    origin
+        Hub id or path that it was made from; empty where it was not noted.
+    """
+
+    name: str
+    folder: Path
+    model: str
+    codec: str
+    dtype: str
+    nbytes: int
+    state: State
+    used: float
+    is_open: bool
+    origin: str = ""
+
+
+def cached_stores(base: Path) -> list[CachedStore]:
+    """The stores directly below ``base``, by name; none where there is no such folder."""
+    return [store for folder in _folders(base) if (store := _look(folder, base)) is not None]
+
+
+def remove_store(folder: Path) -> int:
+    """Remove a store and all that is in its folder; returns the bytes that it had. One that has gone is no error.
+
+    Raises
+    ------
+    StoreError
+        If a process writes into it or reads from it, or it cannot be removed.
+    """
+    named = folder
+    try:
+        if folder.is_symlink() or not folder.is_dir():
+            return 0
+        with vacated(folder):
+            # Looked at again: it may be another one by now, or none.
+            if not _is_ours(folder):
+                raise StoreError(f"{folder} is not a store any more; nothing of it was removed")
+            nbytes = _contents(folder)[0]
+            if not _REMOVED.fullmatch(folder.name):
+                folder = folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.removing"))
+            _empty(folder)
+            folder.rmdir()
+            return nbytes
+    except StoreError:
+        raise
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        left = f"; what is left is in {folder}" if folder != named else ""
+        raise StoreError(f"{named} cannot be removed ({error.strerror or error}){left}; check who owns it and "
+                         "remove it again") from error  # fmt: skip
+
+
+def _empty(folder: Path) -> None:
+    """The manifest first, and last the file that says whose this is."""
+    order = {MANIFEST: 0, JOURNAL: 0, LOCK: 2}
+    for path in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1)):
+        if path.is_dir() and not path.is_symlink():
+            _empty(path)
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+def _folders(base: Path) -> Iterator[Path]:
+    for above in (base, base / SYNTHETIC):
+        with suppress(OSError):
+            entries = sorted(path for path in above.iterdir() if not path.is_symlink() and path.is_dir())
+            yield from (path for path in entries if _is_ours(path))
+
+
+def _is_ours(folder: Path) -> bool:
+    """A manifest or a journal of ours; or our lock, in a folder that is named as only we name them."""
+    if _is_manifest(_json(folder / MANIFEST)) or _is_journal(folder / JOURNAL):
+        return True
+    if folder.parent.name == SYNTHETIC and "recipe" in _json(folder / SYNTHETIC_MARKER):
+        return True
+    if folder.parent.name == SYNTHETIC and _PARTIAL.fullmatch(folder.name):
+        return (folder / LOCK).is_file()
+    if _REMOVED.fullmatch(folder.name):
+        return (folder / LOCK).is_file() or not any(folder.iterdir())
+    return _NAME.fullmatch(folder.name) is not None and (folder / LOCK).is_file()
+
+
+def _is_manifest(found: dict[str, Any]) -> bool:
+    return found.keys() >= _MANIFEST_KEYS
+
+
+def _is_journal(path: Path) -> bool:
+    with suppress(OSError, ValueError), path.open("rb") as file:
+        first = json.loads(file.readline(1 << 16))
+        return isinstance(first, dict) and _SHA256.fullmatch(str(first.get("key", ""))) is not None
+    return False
+
+
+def _look(folder: Path, base: Path) -> CachedStore | None:
+    """``None`` if it goes away meanwhile."""
+    try:
+        manifest, use = _json(folder / MANIFEST), in_use(folder)
+        nbytes, used = _contents(folder)
+        state = _state(folder, manifest, use)
+    except FileNotFoundError:
+        return None
+    name = folder.relative_to(base).as_posix()
+    before = folder.name.rsplit(".", 2)[0] if state == "half removed" else folder.name
+    named = _NAME.fullmatch(before)
+    said = named.groupdict() if named else {"model": before, "codec": "", "dtype": ""}
+    codec, dtype = manifest.get("codec", said["codec"]), manifest.get("dtype", said["dtype"])
+    # The codec of the name says more where the manifest's is none: what of the model it holds.
+    codec = said["codec"] if codec == "none" and said["codec"] else codec
+    return CachedStore(name, folder, said["model"], str(codec), str(dtype), nbytes, state, used, use == "open",
+                       str(manifest.get("origin", "")))  # fmt: skip
+
+
+def _state(folder: Path, manifest: dict[str, Any], use: str) -> State:
+    if _REMOVED.fullmatch(folder.name):
+        return "half removed"
+    if use == "converting":
+        return "converting"
+    if (folder / SYNTHETIC_MARKER).is_file():
+        files = _json(folder / SYNTHETIC_MARKER).get("files", {})
+        return "finished" if _are_whole(folder, files) else "damaged"
+    if not _is_manifest(manifest):
+        return "damaged" if (folder / MANIFEST).is_file() else "unfinished"
+    try:
+        files = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+    except (TypeError, KeyError):
+        return "damaged"
+    return "finished" if _are_whole(folder, files) else "damaged"
+
+
+def _are_whole(folder: Path, files: Any) -> bool:
+    try:
+        return all((folder / name).stat().st_size == nbytes for name, nbytes in files.items())
+    except (OSError, TypeError, AttributeError):
+        return False
+
+
+def _contents(folder: Path) -> tuple[int, float]:
+    """Bytes of all files, and when one was last written or read."""
+    nbytes, used = 0, 0.0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    inner = _contents(Path(entry.path))
+                    nbytes, used = nbytes + inner[0], max(used, inner[1])
+                else:
+                    found = entry.stat(follow_symlinks=False)
+                    # Only models read the weights; the small files are read for a list, too.
+                    read = found.st_atime if entry.name.endswith(".safetensors") else 0.0
+                    nbytes, used = nbytes + found.st_size, max(used, found.st_mtime, read)
+    return nbytes, used
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}

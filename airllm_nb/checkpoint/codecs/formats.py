@@ -1,0 +1,89 @@
+"""The formats of ready-quantised checkpoints: which one a config names, and what of its tensors lies packed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from ...errors import CheckpointError, UnsupportedModelError
+from ..index import TensorInfo
+from .packing import Packed
+
+__all__ = ["check", "find", "quantisation"]
+
+# What config.json calls the method → the module that knows it, imported when it is met. GGUF files have no config.
+FORMATS = {
+    "bitsandbytes": "bnb", "fp8": "fp8", "fbgemm_fp8": "fp8", "compressed-tensors": "fp8", "gptq": "gptq",
+    "awq": "awq", "mxfp4": "mxfp4",
+}  # fmt: skip
+
+
+def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a ``config.json`` says of how the checkpoint is quantised, ``quant_method`` included; empty if it is not."""
+    for part in (config, config.get("text_config")):
+        for name in ("quantization_config", "compression_config"):
+            given = part.get(name) if isinstance(part, Mapping) else None
+            if isinstance(given, Mapping) and given:
+                method = given.get("quant_method") or _of_old(given) or name
+                return {**given, "quant_method": str(method)}
+    return {}
+
+
+def _format(settings: Mapping[str, Any]) -> Any:
+    return import_module(f"{__package__}.{FORMATS[settings['quant_method']]}")
+
+
+def _of_old(settings: Mapping[str, Any]) -> str:
+    """The method of a config that was written before there was a ``quant_method``."""
+    return "bitsandbytes" if settings.get("load_in_4bit") or settings.get("load_in_8bit") else ""
+
+
+def check(config: Mapping[str, Any], name: str) -> None:
+    """Refuse a quantisation that cannot be streamed, from ``config.json`` alone.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the reason; ``name`` is the model's, for the message.
+    """
+    settings = quantisation(config)
+    if not settings:
+        return
+    method = settings["quant_method"]
+    if method not in FORMATS:
+        raise UnsupportedModelError(f"{name} is quantised with {method}, which cannot be streamed (these can: "
+                                    f"{', '.join(FORMATS)}, GGUF); load the unquantised checkpoint, with "
+                                    "compression='4bit' if it should be small")  # fmt: skip
+    _format(settings).check(settings)
+
+
+def find(
+    config: Mapping[str, Any], index: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
+    """The tensors of a checkpoint, apart: those that are weights as they are, and the weights that lie packed.
+
+    Parameters
+    ----------
+    config
+        The checkpoint's ``config.json``.
+    index
+        All its tensors.
+    shapes
+        Native shapes, for what only the model knows.
+
+    Raises
+    ------
+    CheckpointError
+        If the config names a quantisation and no tensor is packed.
+    """
+    settings = quantisation(config)
+    if not settings:
+        return dict(index), {}
+    packed = _format(settings).find(settings, index, shapes)
+    if index and not packed and all(info.extents[0].path.exists() for info in index.values()):
+        raise CheckpointError(f"config.json says that the weights are quantised ({settings['quant_method']}), but none "
+                              "of them is; the two do not belong together: download the checkpoint again, or take "
+                              "quantization_config out of config.json")  # fmt: skip
+    taken = {info.name for weight in packed.values() for info in weight.parts.values()} | packed.keys()
+    return {name: info for name, info in index.items() if name not in taken}, packed

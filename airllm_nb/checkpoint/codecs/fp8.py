@@ -1,0 +1,191 @@
+"""FP8 checkpoints: a byte a value (E4M3), times a scale for each block, row, column or matrix.
+
+Block scales are those of DeepSeek-V3 and Qwen3 (``weight_scale_inv``, one for 128 × 128 values, fewer at the edges; as
+bytes they are powers of two, OCP's E8M0); a scale a row or a matrix is what compressed-tensors and FBGEMM write
+(``weight_scale``). Scales of activations are ignored: here activations are not rounded to FP8, so nothing needs them,
+and the result is nearer to the model that was quantised. A product in FP8 would have to round them, by up to 6% each.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ...errors import CheckpointError, UnsupportedModelError
+from ..index import TensorInfo
+from .packing import Packed, Packing, row_chunks
+
+FORMATS = ("float-quantized", "naive-quantized", "dense")  # of compressed-tensors
+# What the name of a weight's scales ends in: after "x.weight", or in the place of "weight".
+_ENDINGS, _SIBLINGS = ("_scale_inv", "_scale"), ("scale", "qscale_weight")
+
+
+@dataclass(frozen=True)
+class FP8(Packing):
+    """``value = byte · scale of its block``.
+
+    Attributes
+    ----------
+    block
+        Rows and columns that share a scale; ``None`` is all of them.
+    is_exponent
+        Whether a scale is a byte ``e`` for ``2 ** (e - 127)``.
+    """
+
+    name = "fp8"
+    block: tuple[int | None, int | None]
+    is_exponent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block[0] is not None:
+            object.__setattr__(self, "row_steps", {"weight": 1, "scale": self.block[0]})
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        rows, columns = out.shape
+        weight, scale = parts["weight"].view(rows, columns), self._scale(parts["scale"], rows)
+        width = self.block[1] or columns
+        if out.device.type != "cpu":
+            out.copy_(weight)  # exact in every dtype, so that the product is the only rounding
+            _scale_columns(out, scale, width)
+            return
+        table = _values(weight.dtype)
+        for chunk in row_chunks(rows, columns, out.device):
+            bits = weight[chunk].view(torch.uint8).view(-1).to(torch.int32)
+            values = table.index_select(0, bits).view(-1, columns)
+            _scale_columns(values, scale[chunk], width)
+            out[chunk].copy_(values)
+
+    def _scale(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
+        """In float32, for every row: ``[rows, blocks of columns]``."""
+        values = _power(scale) if self.is_exponent else scale.float()
+        height = self.block[0]
+        if height is None:
+            return values.view(1, -1).expand(rows, -1)
+        values = values.view(-(-rows // height), -1)
+        return values if height == 1 else values.repeat_interleave(height, 0)[:rows]
+
+
+def _scale_columns(values: torch.Tensor, scale: torch.Tensor, width: int) -> None:
+    whole = values.shape[1] // width
+    if whole:
+        values[:, : whole * width].unflatten(1, (whole, width)).mul_(scale[:, :whole, None])
+    if whole * width < values.shape[1]:
+        values[:, whole * width :].mul_(scale[:, whole:])
+
+
+def _power(exponent: torch.Tensor) -> torch.Tensor:
+    """``2 ** (exponent - 127)`` in float32, by its bits; the least is half of the least normal number."""
+    bits = exponent.view(torch.uint8).to(torch.int32)
+    return torch.where(bits == 0, 1 << 22, bits << 23).view(torch.float32)
+
+
+@functools.cache
+def _values(dtype: torch.dtype) -> torch.Tensor:
+    """Byte → value: on a processor several times faster than PyTorch's own conversion."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse what cannot be unpacked; see :mod:`.formats`."""
+    if settings.get("quant_method") == "compressed-tensors":
+        reason = _why_not(settings)
+    elif settings.get("expert_dtype", "fp8") != "fp8":
+        reason = f"its experts are {settings['expert_dtype']}"
+    elif settings.get("fmt", "e4m3") not in ("e4m3", "e5m2"):
+        reason = f"its values are {settings['fmt']}"
+    else:
+        reason = ""
+        for block in _blocks(settings):
+            if len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
+                reason = f"its weight_block_size is {list(block)}"
+    if reason:
+        raise UnsupportedModelError(f"an FP8 checkpoint that cannot be streamed: {reason}; load the unquantised "
+                                    "checkpoint, with compression='4bit' if it should be small")  # fmt: skip
+
+
+def _why_not(settings: Mapping[str, Any]) -> str:
+    """Why a checkpoint of compressed-tensors is not only a byte and a scale; empty if it is."""
+    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    for form in [settings.get("format"), *(group.get("format") for group in groups)]:
+        if form not in (None, *FORMATS):
+            return f"compressed-tensors' format {form!r} is not one of {', '.join(FORMATS)}"
+    for group in groups:
+        weights = group.get("weights") or {}
+        if weights and (weights.get("type"), weights.get("num_bits")) != ("float", 8):
+            return f"its weights are {weights.get('num_bits')} bits of type {weights.get('type')!r}"
+        if weights and not weights.get("symmetric", True):
+            return "its weights have zero points"
+    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    if sparsity != "dense":
+        return f"its sparse weights are stored as {sparsity!r}"
+    return "its activations are transformed (transform_config)" if settings.get("transform_config") else ""
+
+
+def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """The block sizes that a config names."""
+    groups = (settings.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
+    for block in (settings.get("weight_block_size"), *(given.get("block_structure") for given in weights)):
+        if block is not None:
+            sizes = [int(size) for size in block.split("x") if size.isdigit()] if isinstance(block, str) else block
+            yield tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
+
+
+def find(
+    settings: Mapping[str, Any], index: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Packed]:
+    """The packed weights of a checkpoint; see :mod:`.formats`."""
+    blocks = [(rows, columns) for rows, columns in _blocks(settings)]
+    found = {}
+    for name, info in index.items():
+        if info.dtype in ("F8_E4M3", "F8_E5M2") and len(info.shape) >= 2 and (scale := _scale_of(name, index)):
+            found[name] = _packed(info, scale, blocks)
+    return found
+
+
+def _scale_of(name: str, index: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    names = [name + ending for ending in _ENDINGS]
+    if name.endswith(".weight"):
+        names += [f"{name.removesuffix('weight')}{sibling}" for sibling in _SIBLINGS]
+    return next((index[scale] for scale in names if scale in index), None)
+
+
+def _packed(info: TensorInfo, scale: TensorInfo, blocks: list[tuple[int, int]]) -> Packed:
+    """A matrix, or a stack of them."""
+    *stack, rows, columns = info.shape
+    count, given = math.prod(stack), scale.shape[len(stack) :]
+    if scale.shape[: len(stack)] != tuple(stack):
+        raise _wrong(info, scale)
+    grid = (math.prod(given), 1) if len(given) < 2 else given
+    if len(grid) != 2 or (len(given) == 1 and given[0] not in (1, rows)):
+        raise _wrong(info, scale)
+    shared = _share(rows, grid[0]), _share(columns, grid[1])
+    block = next((one for one in blocks if grid == (-(-rows // one[0]), -(-columns // one[1]))), shared)
+    if 0 in block:
+        raise _wrong(info, scale)
+    is_exponent = scale.dtype in ("F8_E8M0", "U8")
+    packing = FP8(block, is_exponent)
+    head = (count,) if stack else ()
+    parts = {
+        "weight": replace(info, shape=(*head, rows, columns)),
+        # PyTorch had no dtype for E8M0 before 2.7.
+        "scale": replace(scale, dtype="U8" if is_exponent else scale.dtype, shape=(*head, *grid)),
+    }
+    return Packed(info.shape, (packing,), parts, 1 if stack else None)
+
+
+def _share(size: int, scales: int) -> int | None:
+    """Values for each scale: ``None`` is all of them, 0 that they do not divide."""
+    if scales == 1:
+        return None
+    return size // scales if scales and size % scales == 0 else 0
+
+
+def _wrong(info: TensorInfo, scale: TensorInfo) -> CheckpointError:
+    return CheckpointError(f"{info.extents[0].path}: {info.name} of shape {list(info.shape)} and its scales "
+                           f"{scale.name} of shape {list(scale.shape)} do not fit; download it again")  # fmt: skip

@@ -1,0 +1,122 @@
+"""Weights that a checkpoint holds packed: what they consist of, and how one matrix is unpacked.
+
+A :class:`Packing` is what a format adds: pure functions over the tensors of one matrix, in plain PyTorch, for every
+device. Nothing here knows names of checkpoints; nothing outside of this folder knows a format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..index import TensorInfo
+
+# Values unpacked at once: their integers stay in a processor's cache, or take a few megabytes beside the scratch.
+HOST_VALUES, DEVICE_VALUES = 1 << 18, 1 << 24
+
+
+class Packing:
+    """How one matrix ``[rows, columns]`` is packed. Equal packings compare equal.
+
+    Attributes
+    ----------
+    name
+        For people, as in ``"nf4"`` or ``"Q4_K"``.
+    transposed
+        Whether the columns lie one after the other: :meth:`unpack` then fills ``[columns, rows]``.
+    row_steps
+        Part → rows of the matrix for each row of the part, where the matrix can be cut by rows; ``None`` where it
+        cannot.
+    """
+
+    name: ClassVar[str] = ""
+    transposed: ClassVar[bool] = False
+    row_steps: Mapping[str, int] | None = None
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        """Dequantise a matrix.
+
+        Parameters
+        ----------
+        parts
+            Its parts by attribute, on any device, as they lie in the file.
+        out
+            ``[rows, columns]`` (``[columns, rows]`` if transposed) of a floating dtype on the same device, perhaps with
+            strides. Values are computed in float32 and rounded to its dtype once. Beside it no more memory is used than
+            for some ``DEVICE_VALUES``, see :func:`row_chunks`.
+        """
+        raise NotImplementedError
+
+    def multiply(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """``x @ weight.T + bias`` by a kernel that reads packed bytes; ``None`` where there is none for this case."""
+        return None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One weight as it lies in a checkpoint.
+
+    Attributes
+    ----------
+    shape
+        Of the weight: ``[rows, columns]``, or ``[matrices, rows, columns]``.
+    packing
+        One for all pieces, or one for each.
+    parts
+        Attribute → where it is. Of several pieces the parts are stacked: ``[pieces, *shape of one]``.
+    pieces
+        Packed matrices below one another that make up one matrix; ``None`` for a 2-dimensional weight in one piece,
+        whose parts are not stacked.
+    order
+        Where rows lie in another order: row ``i`` of the weight is the ``order[i]``-th that lies there.
+    """
+
+    shape: tuple[int, ...]
+    packing: tuple[Packing, ...]
+    parts: Mapping[str, TensorInfo]
+    pieces: int | None = None
+    order: tuple[int, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.parts.values())
+
+
+class Plain(Packing):
+    """Values as they are, of any floating dtype: for rows that only lie in another order."""
+
+    name = "plain"
+    row_steps: Mapping[str, int] = {"weight": 1}
+
+    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        out.copy_(parts["weight"])
+
+
+def row_chunks(rows: int, columns: int, device: torch.device, step: int = 1) -> Iterator[slice]:
+    """Rows to unpack at once, each slice but the last a multiple of ``step``."""
+    values = HOST_VALUES if device.type == "cpu" else DEVICE_VALUES
+    count = max(values // max(columns, 1) // step, 1) * step
+    for first in range(0, rows, count):
+        yield slice(first, min(first + count, rows))
+
+
+def affine(integers: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor | None, out: torch.Tensor) -> None:
+    """``out = integers · scale + minimum`` in float32, one kernel on a device; shapes broadcast to that of ``out``."""
+    if out.device.type == "cpu":
+        # Step by step: torch does not vectorise addcmul where shapes broadcast.
+        direct = out.dtype == torch.float32 and out.is_contiguous()
+        values = out if direct else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        values.copy_(integers).mul_(scale)
+        if minimum is not None:
+            values.add_(minimum)
+        if not direct:
+            out.copy_(values)
+    elif minimum is None:
+        torch.mul(integers, scale, out=out)
+    else:
+        torch.addcmul(minimum, integers, scale, out=out)

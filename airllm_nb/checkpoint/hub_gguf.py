@@ -1,0 +1,116 @@
+"""The header of a GGUF file on the Hub, by ranged requests: config, tokenizer and tensor table, without a weight."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import struct
+import tempfile
+from pathlib import Path
+
+from ..errors import CheckpointError, UnsupportedModelError
+from .gguf_file import damaged, read_gguf
+from .ranges import Ranges
+
+log = logging.getLogger(__name__)
+
+# Most of a header is the tokenizer's vocabulary: some megabytes.
+FIRST, LONGEST = 2 << 20, 256 << 20
+_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+
+
+def gguf_header(repo_id: str, commit: str, name: str, token: str | None) -> Path:
+    """A local file that is as long as the one on the Hub and holds its header; the rest is a hole that takes no disk.
+
+    It is kept for this process: a plan and a load after it ask for the same.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        If the header is damaged, or not one that can be read.
+    NoRanges
+        If the server sends whole files only.
+    """
+    path = Path(_folder().name) / repo_id.replace("/", "--") / commit / name
+    if not path.is_file():
+        data, size = _fetched(Ranges(repo_id, commit, token, name), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        with part.open("wb") as file:
+            file.write(data)
+            file.truncate(size)
+        part.replace(path)
+    try:
+        read_gguf(path)
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise type(error)(str(error).replace(str(path), f"{repo_id}:{name}")) from None
+    return path
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="airllm-nb-headers-")
+
+
+def _fetched(file: Ranges, path: Path) -> tuple[bytes, int]:
+    data = file.read(0, FIRST)
+    while not _is_whole(data) and len(data) < file.size:
+        if len(data) >= LONGEST:
+            raise damaged(path, f"its header is longer than {LONGEST:,} bytes")
+        data += file.read(len(data), len(data))
+    return data, file.size
+
+
+class _Short(Exception):
+    """More bytes are needed."""
+
+
+def _is_whole(data: bytes) -> bool:
+    """Whether the header ends in ``data``; also of what is no GGUF header, which another reader refuses."""
+    try:
+        _walk(data)
+    except _Short:
+        return False
+    return True
+
+
+def _walk(data: bytes) -> None:
+    at = 8
+    if data[:4] != b"GGUF":
+        return
+
+    def number(code: str) -> int:
+        nonlocal at
+        size = struct.calcsize(code)
+        if at + size > len(data):
+            raise _Short
+        at += size
+        return int(struct.unpack_from(f"<{code}", data, at - size)[0])
+
+    def skip(nbytes: int) -> None:
+        nonlocal at
+        at += nbytes
+        if at > len(data):
+            raise _Short
+
+    def skip_value(kind: int) -> None:
+        if kind == _STRING:
+            skip(number("Q"))
+        elif kind == _ARRAY:
+            kind, count = number("I"), number("Q")
+            if kind in _SCALARS:
+                skip(count * _SCALARS[kind])
+            elif kind == _STRING:
+                for _ in range(count):
+                    skip(number("Q"))
+        else:
+            skip(_SCALARS.get(kind, 0))
+
+    tensors, pairs = number("Q"), number("Q")
+    for _ in range(pairs):
+        skip(number("Q"))
+        skip_value(number("I"))
+    for _ in range(tensors):
+        skip(number("Q"))
+        skip(8 * number("I") + 12)

@@ -1,0 +1,129 @@
+"""cache: the stores that conversions left, and removing them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from ..config import format_bytes
+from ..errors import AirLLMError, OptionError, in_flags
+from .commands import write, write_json
+
+if TYPE_CHECKING:
+    from ..kept import CachedStore, Kept
+
+
+def cache(given: argparse.Namespace) -> int:
+    """List or remove."""
+    return _remove(given) if given.removes else _list(given)
+
+
+def _list(given: argparse.Namespace) -> int:
+    from ..kept import kept_stores
+
+    kept = kept_stores(given.shards)
+    if given.json:
+        write_json({"folder": str(kept.folder), "stores": [_facts(store) for store in kept.stores],
+                    "bytes": kept.nbytes, "free_bytes": kept.free})  # fmt: skip
+        return 0
+    if kept.stores:
+        rows = [("NAME", "CODEC", "DTYPE", "SIZE", "LAST USED", "STATE", "FROM"), *map(_row, kept.stores)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        for row in rows:
+            cells = [cell.rjust(width) if column == 3 else cell.ljust(width)
+                     for column, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+            write("  ".join(cells).rstrip() + "\n")
+    free = "" if kept.free is None else f", {format_bytes(kept.free)} free there"
+    write(f"{_counted(kept.stores)} in {kept.folder}{free}\n")
+    return 0
+
+
+def _remove(given: argparse.Namespace) -> int:
+    from ..kept import choose, kept_stores
+
+    ways = bool(given.names) + given.unfinished + given.all
+    if ways != 1:
+        what = "give only one of" if ways else "say what to remove:"
+        raise OptionError(f"{what} NAME …, --unfinished or --all; airllm-nb cache lists what is there")
+    kept = kept_stores(given.shards)
+    chosen = choose(kept, given.names, unfinished=given.unfinished, everything=given.all)
+    if chosen and not given.yes and not _agreed(chosen):
+        sys.stderr.write("nothing was removed\n")
+        return 1
+    return _removed(given, kept, chosen)
+
+
+def _agreed(chosen: list[CachedStore]) -> bool:
+    """What somebody at a terminal answers."""
+    if not sys.stdin.isatty():
+        raise OptionError(f"this would remove {_counted(chosen)}, and nobody is there to be asked; add --yes")
+    for store in chosen:
+        sys.stderr.write(f"{store.folder}  {format_bytes(store.nbytes)}  {_state(store)}\n")
+    sys.stderr.write(f"remove {_counted(chosen)}? [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore]) -> int:
+    from ..kept import remove_store
+
+    removed: dict[str, int] = {}
+    refused: dict[str, str] = {}
+    # What somebody agreed to earlier, and a kill or a full stop cut short.
+    begun = [store for store in kept.stores if store.state == "half removed" and store not in chosen]
+    try:
+        for store in [*chosen, *begun]:
+            try:
+                removed[store.name] = remove_store(store.folder)
+            except AirLLMError as error:
+                if store in chosen:
+                    refused[store.name] = in_flags(str(error))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; airllm-nb cache remove --unfinished removes the rest") from None
+    for reason in refused.values():
+        sys.stderr.write(f"airllm-nb: {reason}\n")
+    if given.json:
+        write_json({"folder": str(kept.folder), "removed": removed, "bytes": sum(removed.values()),
+                    "refused": refused})  # fmt: skip
+    else:
+        for name, nbytes in removed.items():
+            write(f"removed {name}  {format_bytes(nbytes)}\n")
+        if not removed and not refused:
+            write("there is nothing to remove\n")
+    return 1 if refused else 0
+
+
+def _facts(store: CachedStore) -> dict[str, Any]:
+    from ..kept import source_is_here
+
+    return {"name": store.name, "folder": str(store.folder), "model": store.model, "codec": store.codec,
+            "dtype": store.dtype, "bytes": store.nbytes, "state": store.state, "in_use": _in_use(store),
+            "last_used": _when(store.used, "%Y-%m-%dT%H:%M:%S"), "origin": store.origin or None,
+            "origin_is_here": source_is_here(store)}  # fmt: skip
+
+
+def _row(store: CachedStore) -> tuple[str, ...]:
+    from ..kept import source_is_here
+
+    here = {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]
+    return (store.name, store.codec or "-", store.dtype or "-", format_bytes(store.nbytes),
+            _when(store.used, "%Y-%m-%d %H:%M"), _state(store), f"{store.origin or '-'}{here}")  # fmt: skip
+
+
+def _state(store: CachedStore) -> str:
+    return f"{store.state}, in use" if store.is_open else store.state
+
+
+def _in_use(store: CachedStore) -> bool:
+    return store.is_open or store.state == "converting"
+
+
+def _when(seconds: float, form: str) -> str:
+    return time.strftime(form, time.localtime(seconds))
+
+
+def _counted(stores: Any) -> str:
+    count, nbytes = len(stores), sum(store.nbytes for store in stores)
+    return f"{count} store{'s' * (count != 1)} ({format_bytes(nbytes)})" if count else "no stores"

@@ -1,0 +1,124 @@
+"""Where a model's weights lie: by native name, in the checkpoint's own files, packed or as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint.codecs import formats
+from .checkpoint.codecs.names import split, stand_ins
+from .checkpoint.codecs.packing import Packed
+from .checkpoint.encoded import TORCH_DTYPES
+from .checkpoint.gguf import GGUFWeights, gguf_config
+from .checkpoint.gguf_file import read_gguf
+from .checkpoint.gguf_packed import InPlace, in_place
+from .checkpoint.hub_headers import Headers
+from .checkpoint.index import TensorInfo, read_header, read_index
+from .checkpoint.legacy.families import native_tensors, normalised
+from .checkpoint.mapping import map_checkpoint
+from .checkpoint.pickles import load_pickle
+from .checkpoint.source import Source, read_config
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where to read: config and tokenizer from ``folder``, parameters from ``tensors`` (by native name).
+
+    Those that lie packed in the checkpoint are in ``packed`` instead.
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    packed: Mapping[str, Packed] = field(default_factory=dict)
+
+    @property
+    def folders(self) -> set[Path]:
+        """What is read, and must not be removed meanwhile."""
+        parts = (part for weight in self.packed.values() for part in weight.parts.values())
+        infos = [*self.tensors.values(), *parts]
+        return {self.folder, *(extent.path.parent for info in infos for extent in info.extents)}
+
+
+def stored_dtype(source: Source, headers: Headers) -> torch.dtype | None:
+    """The dtype of the first weights of floating point, as transformers chooses; ``None`` where that says nothing."""
+    if source.format == "bin" and source.files:
+        return next((t.dtype for t in load_pickle(source.files[0]).values() if t.is_floating_point()), None)
+    if source.format != "safetensors":
+        return None
+    if source.files:
+        first = read_header(source.files[0])
+    else:
+        first = dict(headers.by_file[source.folder / source.wanted[0]]) if headers.by_file else {}
+    dtypes = (TORCH_DTYPES[info.dtype] for info in first.values())
+    # One byte is how a weight is packed, not what to compute in.
+    return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), None)
+
+
+def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:
+    """The parameters that are read in place, once what is missing is here; ``None`` where unknown.
+
+    Those that are written once are left out.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the checkpoint's layout cannot be streamed.
+    """
+    if source.gguf_file is not None or source.header is not None:
+        found = gguf_in_place(source, dtype_name(skeleton.dtype))
+        return Weights(source.folder, found.tensors, found.packed)
+    here = source.format == "safetensors" and source.files
+    index = read_index(source.folder) if here else headers.index
+    if index is None:
+        return None
+    once = normalised_names(source)
+    tensors, packed = mapped(index, source, skeleton)
+    return Weights(source.folder, {name: info for name, info in tensors.items() if name not in once}, packed)
+
+
+def mapped(
+    index: Mapping[str, TensorInfo], source: Source, skeleton: Any
+) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
+    """The plain and the packed parameters by native name, whatever names and layout the checkpoint has."""
+    if source.gguf_file is not None:
+        return map_checkpoint(index, skeleton), {}
+    config = read_config(source)
+    shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    plain, packed = formats.find(config, index, shapes)
+    mapped = map_checkpoint({**native_tensors(plain, config), **stand_ins(packed)}, skeleton)
+    return split(mapped, packed)
+
+
+def gguf_in_place(source: Source, dtype: str) -> InPlace:
+    # Of a file on the Hub the header alone; its table and the length of the file are the real ones.
+    path = source.gguf_file or source.header
+    assert path is not None
+    file = read_gguf(path)
+    return in_place(GGUFWeights(file, gguf_config(file), dtype))
+
+
+def packed_as(source: Source) -> str:
+    """How the weights of a checkpoint are packed, for people; empty where they are plain."""
+    if source.format == "gguf":
+        return "GGUF"
+    return str(formats.quantisation(read_config(source)).get("quant_method", ""))
+
+
+def written_once(source: Source, dtype: torch.dtype) -> tuple[str, ...]:
+    """The weights that are written once, beside those that are read where they lie."""
+    is_gguf = source.gguf_file is not None or source.header is not None
+    return gguf_in_place(source, dtype_name(dtype)).rest if is_gguf else normalised_names(source)
+
+
+def normalised_names(source: Source) -> tuple[str, ...]:
+    """Weights that are written once with rows of length 1, whatever the checkpoint's format."""
+    return () if source.gguf_file is not None else normalised(read_config(source))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,352 @@
+"""``airllm-nb cache``: what is a store and what is not, and that nothing else is ever removed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airllm_nb.checkpoint.folder import LOCK, MANIFEST, hold, locked
+from airllm_nb.checkpoint.store import ShardJob, StoreMeta, plain, write_store
+from airllm_nb.cli import main
+from airllm_nb.errors import StoreError
+from airllm_nb.trace import silent
+
+ROOT = Path(__file__).parents[1]
+ONE, TWO = "llama--4bit--bfloat16--00000001", "llama--8bit--float16--00000002"
+
+
+def environment() -> dict[str, str]:
+    """Of a shell, with the cache folder of the test."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+
+
+def jobs(produce: Callable[[], Any] = lambda: [bytes(5000)]) -> list[ShardJob]:
+    return [ShardJob(name, (plain(name, "U8", (5000,), produce),)) for name in ("layer-00000", "rest")]
+
+
+def finished(base: Path, name: str, **how: Any) -> Path:
+    _, codec, dtype, _ = name.split("--")
+    return write_store(base / name, jobs(), StoreMeta(codec, dtype, "f" * 16), **how).folder
+
+
+def unfinished(base: Path, name: str) -> Path:
+    def broken() -> Any:
+        yield bytes(100)
+        raise StoreError("cut short")
+
+    with pytest.raises(StoreError, match="cut short"):
+        write_store(base / name, [*jobs()[:1], *jobs(broken)[1:]], StoreMeta("4bit", "bfloat16", "x"))
+    return base / name
+
+
+def picture(folder: Path) -> dict[str, str]:
+    """Every file below by its content, every link by its target."""
+    return {
+        path.relative_to(folder).as_posix(): str(path.readlink())
+        if path.is_symlink()
+        else hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_symlink() or path.is_file()
+    }
+
+
+def others(base: Path, outside: Path) -> None:
+    """What may lie beside stores and is none: downloads, checkpoints, a web extension, links, look-alikes."""
+    blobs, snapshot = base / "models--org--llama" / "blobs", base / "models--org--llama" / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "abc").write_bytes(bytes(100))
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    (base / "extension").mkdir()
+    (base / "extension" / MANIFEST).write_text('{"name": "x", "version": "1", "manifest_version": 3}')
+    (base / "mine").mkdir()
+    (base / "mine" / "model.safetensors").write_bytes(bytes(100))
+    (base / "samples").mkdir()
+    (base / "samples" / LOCK).touch()
+    (base / "samples" / "model.gguf").write_bytes(bytes(100))
+    (base / "look--4bit--bfloat16--0000abcd").mkdir()  # no lock of ours
+    (base / "look--4bit--bfloat16--0000abcd" / "notes.txt").write_text("mine")
+    (base / "photos.0a1b2c3d.removing").mkdir()
+    (base / "photos.0a1b2c3d.removing" / "cat.jpg").write_bytes(b"cat")
+    (base / "machine.json").write_text("{}")
+    finished(outside, "away--4bit--bfloat16--00000009")
+    (base / "linked--4bit--bfloat16--00000009").symlink_to(outside / "away--4bit--bfloat16--00000009")
+    (base / "to-outside").symlink_to(outside)
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, not made yet."""
+    monkeypatch.setenv("AIRLLM_NB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def cli(capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main(["cache", *map(str, arguments)])
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def listed(cli: Callable[..., Any], *arguments: object) -> dict[str, dict[str, Any]]:
+    code, out, err = cli("--json", *arguments)
+    assert (code, err) == (0, "")
+    return {store["name"]: store for store in json.loads(out)["stores"]}
+
+
+def names(base: Path) -> set[str]:
+    return {path.name for path in base.iterdir()}
+
+
+# ---- list ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_is_not_there_is_empty(cli: Callable[..., Any], base: Path) -> None:
+    code, out, err = cli()
+    assert (code, err) == (0, "") and out.startswith(f"no stores in {base}, ") and out.endswith("free there\n")
+    assert cli("remove", "--all", "--yes") == (0, "there is nothing to remove\n", "")
+    assert not base.exists()
+    code, out, err = cli("--shards", base)
+    assert (code, out) == (1, "") and "check the path" in err
+
+
+def test_every_fact_of_a_store(cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    one = finished(base, ONE, origin=str(source), beside=lambda folder: (folder / "config.json").write_text("{}"))
+    finished(base, TWO, origin="org/name")
+    unfinished(base, "qwen--4bit--bfloat16--00000003")
+    damaged = finished(base, "phi--4bit--bfloat16--00000004")
+    (damaged / "rest.safetensors").unlink()
+    bare = base / "gone--normalised--float32--00000005"
+    bare.mkdir()
+    (bare / LOCK).touch()
+    others(base, tmp_path / "outside")
+    found = listed(cli)
+    assert {name: store["state"] for name, store in found.items()} == {
+        ONE: "finished", TWO: "finished", "qwen--4bit--bfloat16--00000003": "unfinished",
+        "phi--4bit--bfloat16--00000004": "damaged", bare.name: "unfinished"}  # fmt: skip
+    assert found[ONE]["bytes"] == sum(path.stat().st_size for path in one.rglob("*")) and not found[ONE]["in_use"]
+    assert (found[ONE]["model"], found[ONE]["codec"], found[ONE]["dtype"]) == ("llama", "4bit", "bfloat16")
+    assert (found[ONE]["origin"], found[ONE]["origin_is_here"]) == (str(source), True)
+    assert (found[TWO]["origin"], found[TWO]["origin_is_here"]) == ("org/name", False)
+    assert found[bare.name]["codec"] == "normalised" and found[bare.name]["origin_is_here"] is None
+    code, out, _ = cli()
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 7 and lines[-1].startswith("5 stores (") and str(base) in lines[-1]
+    row = next(line for line in lines if line.startswith(TWO))
+    assert "8bit" in row and "float16" in row and "KiB" in row and row.endswith("org/name (not here any more)")
+    total = json.loads(cli("list", "--json")[1])
+    assert total["bytes"] == sum(store["bytes"] for store in found.values()) and total["free_bytes"] > 0
+
+
+def test_who_uses_a_store_and_when_it_was_used_last(cli: Callable[..., Any], base: Path) -> None:
+    one, two = finished(base, ONE), finished(base, TWO)
+    for folder in (one, two):
+        for path in folder.iterdir():
+            os.utime(path, (1_000_000_000, 1_000_000_000))
+    before = listed(cli)
+    assert {store["last_used"][:4] for store in before.values()} == {"2001"}
+    assert listed(cli) == before  # looking is no use
+    with hold(one), locked(base / "new--4bit--float16--0000000a", silent):
+        found = listed(cli)
+        assert [found[name]["in_use"] for name in sorted(found)] == [True, False, True]
+        assert found["new--4bit--float16--0000000a"]["state"] == "converting"
+        assert "finished, in use" in cli()[1]
+    after = listed(cli)
+    assert after[ONE]["last_used"] > "2020" and after[TWO] == before[TWO] and not after[ONE]["in_use"]
+
+
+def test_synthetic_checkpoints_are_listed_and_removed(
+    cli: Callable[..., Any], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from airllm_nb.bench.measure import synthetic_model
+
+    monkeypatch.setattr("airllm_nb.bench.measure.cache_dir", lambda: base)
+    whole, packed = (synthetic_model("small", 1, compression) for compression in (None, "8bit"))
+    found = listed(cli)
+    assert {name: store["state"] for name, store in found.items()} == {
+        f"synthetic/{folder.name}": "finished" for folder in (whole, packed)
+    }
+    assert cli("remove", f"synthetic/{whole.name}", "-y")[0] == 0
+    assert not whole.exists() and packed.is_dir()
+    next(packed.glob("*.safetensors")).unlink()
+    assert listed(cli)[f"synthetic/{packed.name}"]["state"] == "damaged"
+
+
+def test_it_starts_without_torch(base: Path) -> None:
+    finished(base, ONE, origin="org/name")
+    source = "import sys, airllm_nb.cli as c; c.main(['cache', '--json']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment(),
+                          check=True)  # fmt: skip
+    assert done.stdout.endswith("False\n") and ONE in done.stdout
+
+
+# ---- remove ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_stores_are_removed(cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    others(base, tmp_path / "outside")
+    before, outside = picture(base), picture(tmp_path / "outside")
+    one = finished(base, ONE)
+    (one / "link").symlink_to(tmp_path / "outside")
+    unfinished(base, TWO)
+    code, out, err = cli("remove", "--all", "--yes")
+    assert (code, err) == (0, "") and out.count("removed ") == 2
+    assert picture(base) == before and picture(tmp_path / "outside") == outside
+    for name in ("mine", "extension", "models--org--llama", "samples", "linked--4bit--bfloat16--00000009", "to-outside",
+                 "..", ".", "../outside", str(tmp_path / "outside"), "look--4bit--bfloat16--0000abcd"):  # fmt: skip
+        code, out, err = cli("remove", name, "--yes")
+        assert (code, out, err.count("\n")) == (1, "", 1) and "there is no store" in err
+    assert picture(base) == before and picture(tmp_path / "outside") == outside
+
+
+def test_names_models_and_what_is_unfinished(cli: Callable[..., Any], base: Path) -> None:
+    unfinished(base, "qwen--4bit--bfloat16--00000003")
+    finished(base, "phi--4bit--bfloat16--00000004")
+    finished(base, ONE)
+    with locked(base / "new--4bit--float16--0000000a", silent):
+        code, out, _ = cli("remove", "--unfinished", "-y", "--json")
+        assert code == 0 and list(json.loads(out)["removed"]) == ["qwen--4bit--bfloat16--00000003"]
+    assert names(base) == {ONE, "phi--4bit--bfloat16--00000004"}
+    finished(base, TWO)
+    assert cli("remove", TWO, "-y")[0] == 0 and names(base) == {ONE, "phi--4bit--bfloat16--00000004"}
+    finished(base, TWO)
+    code, out, _ = cli("remove", "llama", "-y", "--json")
+    document = json.loads(out)
+    assert code == 0 and set(document["removed"]) == {ONE, TWO} and document["refused"] == {}
+    assert document["bytes"] == sum(document["removed"].values()) > 20_000
+    assert names(base) == {"phi--4bit--bfloat16--00000004"}
+    code, _, err = cli("remove", "pih", "-y")
+    assert code == 1 and "did you mean phi?" in err
+
+
+def test_another_folder_is_named_with_shards(cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    finished(base, ONE)
+    finished(tmp_path / "big disk", TWO)
+    assert set(listed(cli, "--shards", tmp_path / "big disk")) == {TWO}
+    assert cli("--shards", tmp_path / "big disk", "remove", ONE, "-y")[0] == 1
+    assert cli("remove", TWO, "-y", "--shards", tmp_path / "big disk")[0] == 0
+    assert names(tmp_path / "big disk") == set() and names(base) == {ONE}
+
+
+def test_what_is_in_use_stays_and_the_rest_goes(cli: Callable[..., Any], base: Path) -> None:
+    one = finished(base, ONE)
+    finished(base, TWO)
+    with hold(one), locked(base / "new--4bit--float16--0000000a", silent):
+        code, out, err = cli("remove", "--all", "--yes")
+        assert code == 1 and out.startswith(f"removed {TWO}") and out.count("\n") == 1
+        assert err.count("\n") == 2 and "in use; unload the model" in err and "being converted" in err
+        assert names(base) == {ONE, "new--4bit--float16--0000000a"}
+    assert cli("remove", "--all", "--yes")[0] == 0 and names(base) == set()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--all", "llama"), ("--all", "--unfinished"), ("x", "--unfinished")])
+def test_what_is_meant_must_be_said_once(cli: Callable[..., Any], base: Path, arguments: tuple[str, ...]) -> None:
+    finished(base, ONE)
+    code, out, err = cli("remove", *arguments, "--yes")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "NAME …, --unfinished" in err
+    assert names(base) == {ONE}
+
+
+def test_nobody_to_ask(base: Path) -> None:
+    finished(base, ONE)
+    done = subprocess.run([sys.executable, "-m", "airllm_nb", "cache", "remove", "--all"], env=environment(),
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and "add --yes" in done.stderr and done.stderr.count("\n") == 1
+    assert names(base) == {ONE}
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("y\n", 0, set()), ("\n", 1, {ONE}), ("no\n", 1, {ONE})])
+def test_somebody_is_asked(base: Path, answer: str, code: int, left: set[str]) -> None:
+    folder = finished(base, ONE)
+    keyboard, terminal = pty.openpty()
+    try:
+        with subprocess.Popen(
+            [sys.executable, "-m", "airllm_nb", "cache", "remove", ONE], env=environment(), stdin=terminal,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            os.write(keyboard, answer.encode())
+            _, err = process.communicate(timeout=30)
+    finally:
+        os.close(keyboard)
+        os.close(terminal)
+    assert process.returncode == code and names(base) == left
+    assert str(folder) in err and "KiB" in err and "remove 1 store (" in err
+
+
+def test_a_removal_that_is_killed_is_completed_by_the_next(cli: Callable[..., Any], base: Path) -> None:
+    finished(base, TWO)
+    for _ in range(5):  # it may be faster
+        folder = finished(base, ONE)
+        for number in range(8_000):
+            (folder / f"{number}.safetensors").touch()
+        with subprocess.Popen([sys.executable, "-m", "airllm_nb", "cache", "remove", ONE, "-y"], env=environment(),
+                              stdout=subprocess.DEVNULL) as process:  # fmt: skip
+            while folder.exists() and process.poll() is None:
+                time.sleep(0.001)
+            process.kill()
+        if process.returncode == -signal.SIGKILL and not folder.exists():
+            break
+    assert not folder.exists() and len(names(base)) == 2
+    [grave] = names(base) - {TWO}
+    found = listed(cli)
+    assert found[grave]["state"] == "half removed" and (found[grave]["model"], found[grave]["codec"]) == (
+        "llama", "4bit")  # fmt: skip
+    assert not (base / grave / MANIFEST).exists() or folder.name in grave
+    shutil.copytree(base / grave, base / "copy")
+    # Any removal completes it, and so does asking for it alone.
+    assert cli("remove", TWO, "-y")[0] == 0 and names(base) == {"copy"}
+    (base / "copy").rename(base / grave)
+    assert cli("remove", "--unfinished", "-y")[0] == 0 and names(base) == set()
+
+
+def test_what_the_disk_refuses_is_said(cli: Callable[..., Any], base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = finished(base, ONE), finished(base, TWO)
+    unlink = Path.unlink
+
+    def refused(path: Path, *given: Any) -> None:
+        if path.name == "rest.safetensors" and ONE in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refused)
+        code, out, err = cli("remove", "--all", "--yes")
+    assert code == 1 and TWO in out and err.count("\n") == 1 and "Permission denied" in err and ".removing" in err
+    assert not one.exists() and not two.exists()
+    [grave] = names(base)
+    assert sorted(names(base / grave)) == [LOCK, "rest.safetensors"]
+    assert cli("remove", "--all", "--yes")[0] == 0 and names(base) == set()
+
+
+@pytest.mark.parametrize("arguments", [(), ("list",), ("remove",)])
+def test_help(cli: Callable[..., Any], arguments: tuple[str, ...]) -> None:
+    code, out, err = cli(*arguments, "--help")
+    assert (code, err) == (0, "") and out.startswith("usage: airllm-nb cache") and "--json" in out and "--shards" in out
+
+
+@pytest.mark.parametrize(
+    ("remedy", "arguments"), [("did you mean --yes?", ("remove", "x", "--yse")), ("invalid choice", ("rmeove",))]
+)
+def test_a_mistake_is_one_line(cli: Callable[..., Any], remedy: str, arguments: tuple[str, ...]) -> None:
+    code, out, err = cli(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and remedy in err
