@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checkpoint.codecs.formats import quantisation
 from .checkpoint.hub import cache_folder
+from .checkpoint.source import read_config
 from .config import cache_dir, format_bytes
 from .disk import free_disk, nearest
 from .model.plan import ResidencyPlan
@@ -73,6 +75,8 @@ class Fit:
         Bytes a second that the prediction assumes where there is no file to measure it with, else ``None``.
     chosen
         Which file of several was chosen, and why.
+    compression
+        How the weights are encoded, as in ``"4bit"`` or ``"GGUF: Q4_K, Q6_K"``; ``None`` where they are plain.
     """
 
     spaces: tuple[Space, ...]
@@ -83,6 +87,7 @@ class Fit:
     why: str = ""
     disk_speed: float | None = None
     chosen: str = ""
+    compression: str | None = None
 
     @property
     def disk(self) -> bool | None:
@@ -105,7 +110,8 @@ class Fit:
         each = [asdict(space) | {"folder": str(space.folder), "fits": space.fits} for space in self.spaces]
         return {"disk": self.disk, "ram": self.ram, "vram": self.vram, "weights": self.weights,
                 "from_disk": self.from_disk, "spaces": each, "sizes_from": self.sizes_from,
-                "why": self.why, "disk_speed": self.disk_speed, "chosen": self.chosen}  # fmt: skip
+                "why": self.why, "disk_speed": self.disk_speed, "chosen": self.chosen,
+                "compression": self.compression}  # fmt: skip
 
     def lines(self) -> list[str]:
         """A label and what is known, a line each."""
@@ -118,6 +124,7 @@ class Fit:
                             f"VRAM in part: {format_bytes(self.in_vram)} of {format_bytes(self.weights)} stay "
                             "there, the rest streams")  # fmt: skip
         rows = [f"chosen    {self.chosen}"] if self.chosen else []
+        rows += [f"packed    {self.compression}"] if self.compression else []
         rows += [*(f"disk      {space}" for space in self.spaces), f"fits      {' | '.join(verdicts)}"]
         if self.sizes_from == "headers":
             rows.append("sizes     from the headers of the weight files on the Hub; no weights were downloaded")
@@ -169,11 +176,22 @@ def with_fit(plan: ResidencyPlan, prepared: Prepared, on_disk: tuple[Space, ...]
         in_vram=plan.tier_bytes("gpu") if plan.machine.has_device else None,
         from_disk=plan.swept_bytes("disk"),
         sizes_from=prepared.sizes_from,
-        why=prepared.why_config,
+        why=_why(prepared),
         disk_speed=None if prepared.sizes_from == "files" else plan.machine.disk,
         chosen=prepared.source.why,
+        compression=prepared.encoding,
     )
     return FittedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)}, fit=fit)
+
+
+def _why(prepared: Prepared) -> str:
+    """Why the sizes come from the config alone; those of packed weights are smaller."""
+    if prepared.sizes_from != "config" or prepared.codec.name != "none":
+        return prepared.why_config
+    source = prepared.source
+    kind = "GGUF" if source.format == "gguf" else quantisation(read_config(source)).get("quant_method")
+    unpacked = f"they are those of unpacked weights, and the checkpoint's are packed ({kind})" if kind else ""
+    return "; ".join(filter(None, (prepared.why_config, unpacked)))
 
 
 def _weights(prepared: Prepared) -> int:

@@ -90,7 +90,7 @@ def prepare(
     read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)
     bound = {**read.tensors, **place(skeleton, read.packed, dtype, scratch)}
     if read.packed and not has_memory(options, device):
-        keep_unpacked(skeleton, ram - sum(weight.nbytes for weight in read.packed.values()))
+        keep_unpacked(skeleton, ram - sum(info.nbytes for info in bound.values()))
     bound = lora.replace_weights(skeleton, adapter, bound)
     tensors = slice_linears(skeleton, bound, slice_limit(vram, ram, has_memory(options, device)))
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
@@ -121,6 +121,8 @@ def _find(
         with stores.alone(source, codec, dtype, options, progress):
             # Looked for again: another process may have written it meanwhile, and deleted what it was made from.
             found = stores.find(source, skeleton, codec, dtype, options)
+            if found is None:
+                found = stores.write_piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
             if found is None:
                 source = resolved()
                 found = stores.write(source, skeleton, codec, dtype, options, progress)

@@ -6,9 +6,9 @@ import json
 import logging
 from pathlib import Path
 
-from .checkpoint.convert import delete_original
 from .checkpoint.folder import exclusively
 from .checkpoint.journal import write_atomically
+from .checkpoint.originals import delete_original
 from .checkpoint.source import Source
 from .checkpoint.store import Store, open_store
 from .config import LoadOptions

@@ -17,6 +17,7 @@ from .decode.prefill import Work
 from .errors import BudgetError
 from .model.device import VRAM_MARGIN
 from .model.executor import Executor
+from .model.placing import drop_unpacked
 from .model.plan import Machine, ResidencyPlan
 from .trace import Trace
 
@@ -115,6 +116,7 @@ class Residence:
             self.executor.close()
             self.executor = None
         self._prepared.scratch.close()
+        drop_unpacked(self._prepared.skeleton)
 
     def _fitting(self, work: Work) -> int | None:
         """Tokens at a time with which ``work`` fits the plan in force.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,20 +15,22 @@ from .checkpoint.convert import encode_jobs
 from .checkpoint.folder import hold, locked
 from .checkpoint.gguf import convert_gguf
 from .checkpoint.gguf_packed import write_rest
-from .checkpoint.index import read_index
+from .checkpoint.hub_headers import Headers
+from .checkpoint.index import TensorInfo, read_index
 from .checkpoint.journal import write_atomically
 from .checkpoint.layout import Choice, companions
 from .checkpoint.legacy.normalised import write_normalised
 from .checkpoint.mapping import map_checkpoint
 from .checkpoint.pickles import convert_pickles
+from .checkpoint.piecewise import Piecewise, begun
 from .checkpoint.rewrite import is_complete
 from .checkpoint.source import Source, store_folder
-from .checkpoint.store import MANIFEST, Store, StoreMeta, open_store, write_store
+from .checkpoint.store import MANIFEST, ShardJob, Store, StoreMeta, open_store, write_store
 from .config import LoadOptions
 from .errors import StoreError
 from .model.skeleton import kept_in_float32
 from .trace import ProgressCallback
-from .weights import Weights, dtype_name, gguf_in_place, mapped, normalised_names
+from .weights import Weights, dtype_name, expected, gguf_in_place, mapped, normalised_names
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +120,7 @@ def _write(
     if codec.name == "none":
         return Weights(plain, tensors, packed)
     folder = _folder(source, codec.name, dtype, options)
-    names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
-    exact = [name for name in tensors if is_exact(name)]
-    jobs = encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)
+    jobs = _jobs(tensors, skeleton, codec, dtype)
     beside = functools.partial(_copy_companions, plain)
     meta = _meta(source, codec, dtype)
     store = write_store(folder, jobs, meta, progress=progress, beside=beside, origin=source.origin)
@@ -132,6 +132,30 @@ def _write(
     if once.is_dir() and not once_was_there:
         _discard(once)
     return Weights(folder, store.index)
+
+
+def write_piecewise(
+    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback,
+    headers: Headers, known: Weights | None,
+) -> Weights | None:  # fmt: skip
+    """As :func:`write`, each file downloaded, encoded and deleted before the next; ``None`` where that is no better."""
+    if codec.name == "none" or source.format != "safetensors" or source.repo_id is None or normalised_names(source):
+        return None
+    folder = _folder(source, codec.name, dtype, options)
+    known = known or (expected(source, skeleton, headers) if begun(folder) else None)
+    if known is None or known.packed:
+        return None
+    jobs_of = functools.partial(_jobs, skeleton=skeleton, codec=codec, dtype=dtype)
+    pieces = Piecewise(source, known.tensors, headers, folder, jobs_of, _meta(source, codec, dtype), options, progress)
+    if not pieces.is_better():
+        return None
+    return Weights(folder, pieces.write(functools.partial(_copy_companions, source.folder)).index)
+
+
+def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Codec, dtype: torch.dtype) -> list[ShardJob]:
+    names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
+    exact = [name for name in tensors if is_exact(name)]
+    return encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)
 
 
 def _gguf(source: Source, skeleton: Any, dtype: torch.dtype, options: LoadOptions) -> Weights | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,12 @@ from .checkpoint.legacy.families import native_tensors, normalised
 from .checkpoint.mapping import map_checkpoint
 from .checkpoint.pickles import load_pickle
 from .checkpoint.source import Source, read_config
+from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def stored_dtype(source: Source, headers: Headers) -> torch.dtype | None:
 def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:
     """The parameters that are read in place, once what is missing is here; ``None`` where unknown.
 
-    Those that are written once are left out.
+    Those that are written once are left out. Where headers are no help, ``headers.why_not`` says why.
 
     Raises
     ------
@@ -77,7 +81,11 @@ def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:
     if index is None:
         return None
     once = normalised_names(source)
-    tensors, packed = mapped(index, source, skeleton)
+    try:
+        tensors, packed = mapped(index, source, skeleton)
+    except formats.UnknownShapeError as error:
+        headers.why_not = str(error)
+        return None
     return Weights(source.folder, {name: info for name, info in tensors.items() if name not in once}, packed)
 
 
@@ -89,9 +97,33 @@ def mapped(
         return map_checkpoint(index, skeleton), {}
     config = read_config(source)
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    if formats.quantisation(config) and not formats.are_here(index.values()):
+        shapes = _shapes_by_old_names(skeleton) | shapes
     plain, packed = formats.find(config, index, shapes)
+    if (lost := formats.unknown(plain)) and _are_wanted(lost, skeleton):
+        raise formats.UnknownShapeError(next(iter(lost)))
     mapped = map_checkpoint({**native_tensors(plain, config), **stand_ins(packed)}, skeleton)
     return split(mapped, packed)
+
+
+def _shapes_by_old_names(skeleton: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names that the model's checkpoints have, where those are others than the native ones."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        reverted = revert_weight_conversion(skeleton, skeleton.state_dict())
+    except Exception as error:  # whatever an architecture's own conversion runs into: then they are not known
+        log.info("no names of checkpoints for %s: %s", type(skeleton).__name__, error)
+        return {}
+    return {name: tuple(tensor.shape) for name, tensor in reverted.items()}
+
+
+def _are_wanted(tensors: Mapping[str, TensorInfo], skeleton: Any) -> bool:
+    """Whether the model has a use for any of them."""
+    try:
+        return bool(map_checkpoint(tensors, skeleton))
+    except UnsupportedModelError:  # it has, but not as they are
+        return True
 
 
 def gguf_in_place(source: Source, dtype: str) -> InPlace:

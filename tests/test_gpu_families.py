@@ -26,10 +26,10 @@ FAMILIES = (
 MiB = 1 << 20
 
 
-def streamed(folder: Path, dtype: str) -> StreamedModel:
+def streamed(folder: Path, dtype: str, **options: Any) -> StreamedModel:
     """With room for three units on the GPU, and less RAM than weights."""
     prepared = load.prepare(
-        folder, LoadOptions.create(vram_budget="1GiB", ram_budget="1GiB", max_seq_len=32, dtype=dtype)
+        folder, LoadOptions.create(vram_budget="1GiB", ram_budget="1GiB", dtype=dtype, **{"max_seq_len": 32} | options)
     )
     units = [align(unit.nbytes) for unit in prepared.sizes if unit.kind != "embedding"]
     needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total

@@ -36,7 +36,7 @@ ALLOWED = {
     "preview": BASE | ROOMS | {"load", "planning", "machine", "fit"},
     "engine": BASE | ROOMS | {"stores", "load", "planning", "machine", "residence", "preview", "fit"},
     "auto_model": BASE | ROOMS | {"stores", "load", "engine"},
-    "bench": BASE | ROOMS | {"replaced", "load", "machine", "engine"},
+    "bench": BASE | ROOMS | {"load", "machine", "engine"},
     "notebook": BASE | ENGINE | {"preview"},
     "kept": BASE | ROOMS,
     "cli": BASE | ENGINE | {"kept"},

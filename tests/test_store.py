@@ -23,8 +23,9 @@ from airllm_nb.checkpoint import rows
 from airllm_nb.checkpoint import shard as shards
 from airllm_nb.checkpoint import store as stores
 from airllm_nb.checkpoint.codec import get_codec
-from airllm_nb.checkpoint.convert import delete_original, encode_jobs, fingerprint, shard_name
+from airllm_nb.checkpoint.convert import encode_jobs, fingerprint, shard_name
 from airllm_nb.checkpoint.index import Extent, TensorInfo, read_header, read_index
+from airllm_nb.checkpoint.originals import delete_original
 from airllm_nb.checkpoint.shard import ALIGNMENT, PAD, PAGE
 from airllm_nb.checkpoint.store import ShardJob, StoreMeta, open_store, plain, write_store
 from airllm_nb.errors import CheckpointError, StoreError
@@ -507,6 +508,17 @@ def test_delete_original_follows_links_only_inside_the_repository(tmp_path):
     assert not inside.is_symlink() and not blob.exists() and not plain_file.exists()
     assert outside.is_symlink() and outside.read_bytes() == b"precious" and other.exists()
     store.verify()
+
+
+def test_delete_original_leaves_what_another_revision_has_too(tmp_path):
+    store = write_store(tmp_path / "store", jobs_of(a=torch.zeros(4)), META)
+    inside, _, blob = hub_cache(tmp_path / "hub")
+    newer = inside.parents[1] / "newer" / inside.name
+    newer.parent.mkdir()
+    newer.symlink_to(blob)
+    assert delete_original(store, [inside], tmp_path / "hub") == [inside]
+    assert newer.read_bytes() and not inside.is_symlink()
+    assert delete_original(store, [newer], tmp_path / "hub") == [newer, blob]
 
 
 def test_delete_original_deletes_nothing_when_the_store_is_damaged(tmp_path):

@@ -23,7 +23,6 @@ from ..engine import StreamedModel, open_model
 from ..errors import OptionError
 from ..model.device import choose_device
 from ..model.plan import ResidencyPlan
-from ..replaced import opened_store
 from ..trace import Progress, ProgressCallback, silent
 from .result import BenchResult
 
@@ -202,10 +201,9 @@ def _measure(
         again, times = _generate(
             pool, model, ids, tokens, lambda *at: progress(_report("measuring", tokens, tokens, *at))
         )
-    store = opened_store(model.folder, LoadOptions())
     summary, plan, cuda = model.trace.summary(), model.plan, model.device.type == "cuda"
     return BenchResult(
-        model=model.name, compression=store.meta.codec if store else None, device=str(model.device),
+        model=model.name, compression=model.status()["compression"], device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."), sweeps=sweeps, prompt_tokens=prompt_tokens, batch=batch,
         predicted_sweep_seconds=plan.sweep_seconds, bound_by=plan.bound_by, sweep_seconds=summary["sweep_seconds"],
         achieved_of_predicted=plan.sweep_seconds / summary["sweep_seconds"],

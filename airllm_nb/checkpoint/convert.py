@@ -16,7 +16,6 @@ from .codec import TORCH_DTYPES, Codec
 from .index import TensorInfo
 from .rows import RowWorkers
 from .shard import Chunk, Item, ShardJob
-from .store import Store
 
 log = logging.getLogger(__name__)
 
@@ -80,53 +79,6 @@ def fingerprint(files: Iterable[Path]) -> str:
                 file.seek((size - min(size, SAMPLE_BYTES)) * sample // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def delete_original(store: Store, files: Iterable[Path], cache_root: Path | None = None) -> list[Path]:
-    """Delete the source's weight files once every byte of the store is verified; returns what was deleted.
-
-    A file of the Hub's cache is a link into ``blobs`` of the same repository's folder: both are deleted. A link to
-    anywhere else is left alone, as is what it points to, and logged.
-
-    Parameters
-    ----------
-    files
-        The weight files, and nothing else.
-    cache_root
-        When given, links are only followed in folders below it.
-
-    Raises
-    ------
-    StoreError
-        If the store is damaged; then nothing is deleted.
-    """
-    store.verify()
-    deleted: list[Path] = []
-    own = {path.resolve() for path in store.files}
-    for path in files:
-        if path.is_symlink():
-            blob = _blob_of(path, cache_root)
-            if blob is None:
-                log.warning("%s is a link to %s, outside of its repository's cache: not deleted", path, path.resolve())
-                continue
-            path.unlink()
-            blob.unlink()
-            deleted += [path, blob]
-        elif path.is_file() and path.resolve() not in own:
-            path.unlink()
-            deleted.append(path)
-    return deleted
-
-
-def _blob_of(link: Path, cache_root: Path | None) -> Path | None:
-    """What a link in ``<repository>/snapshots/…`` points to, if that is a file in ``<repository>/blobs``."""
-    snapshots = next((parent for parent in link.absolute().parents if parent.name == "snapshots"), None)
-    if snapshots is None:
-        return None
-    repository, blob = snapshots.parent.resolve(), link.resolve()
-    if cache_root is not None and cache_root.resolve() not in repository.parents:
-        return None
-    return blob if blob.parent == repository / "blobs" and blob.is_file() else None
 
 
 def _target(info: TensorInfo, dtype: torch.dtype) -> str:

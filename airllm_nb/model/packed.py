@@ -48,6 +48,10 @@ class PackedLinear(EncodedLinear):
         product = super()._compute(x, None)[..., self._order]
         return product if bias is None else product.add_(bias)
 
+    def drop(self) -> None:
+        """Free what is kept."""
+        self._kept = None
+
     def _dequantise(self) -> torch.Tensor:
         return unpacked(self.packed, self._bound(), 0, self.compute_dtype, self._scratch)
 
@@ -117,6 +121,10 @@ class PackedWeight:
         if keeps:
             self._kept = whole
         return whole
+
+    def drop(self) -> None:
+        """Free what is kept."""
+        self._kept = None
 
     @property
     def unpacked_bytes(self) -> int:

@@ -106,8 +106,7 @@ def _place_view(
 
 def keep_unpacked(skeleton: nn.Module, room: int) -> int:
     """Keep matrices once they are unpacked, if there is ``room`` for all; returns their bytes, 0 if there is not."""
-    weights: list[PackedLinear | PackedWeight] = [m for m in skeleton.modules() if isinstance(m, PackedLinear)]
-    weights += [v for m in skeleton.modules() for v in vars(m).values() if isinstance(v, PackedWeight)]
+    weights = _packed_in(skeleton)
     nbytes = sum(weight.unpacked_bytes for weight in weights)
     if nbytes > room:
         log.info("packed weights are unpacked for each use: kept, they would take %s", format_bytes(nbytes))
@@ -116,6 +115,17 @@ def keep_unpacked(skeleton: nn.Module, room: int) -> int:
     for weight in weights:
         weight.keeps = True
     return nbytes
+
+
+def drop_unpacked(skeleton: nn.Module) -> None:
+    """Free the matrices that were kept; they are unpacked again when they are used."""
+    for weight in _packed_in(skeleton):
+        weight.drop()
+
+
+def _packed_in(skeleton: nn.Module) -> list[PackedLinear | PackedWeight]:
+    linears: list[PackedLinear | PackedWeight] = [m for m in skeleton.modules() if isinstance(m, PackedLinear)]
+    return linears + [v for m in skeleton.modules() for v in vars(m).values() if isinstance(v, PackedWeight)]
 
 
 def _on_meta(info: TensorInfo) -> nn.Parameter:

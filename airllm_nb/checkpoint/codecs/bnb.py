@@ -186,7 +186,8 @@ def _four_bits(weight: str, kind: str, index: Mapping[str, TensorInfo], shape: t
     try:
         packing_type = {"nf4": NF4, "fp4": FP4}[kind]
         rows, columns = (int(size) for size in shape)
-        block, nested = int(state.get("blocksize", 64)), int(state.get("nested_blocksize", NESTED_BLOCK))
+        block = int(state.get("blocksize", _block(rows * columns, absmax)))
+        nested = int(state.get("nested_blocksize", NESTED_BLOCK))
         offset = float(state.get("nested_offset", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise _wrong(info, f"its quantisation state cannot be read ({error})") from None
@@ -209,6 +210,11 @@ def _four_bits(weight: str, kind: str, index: Mapping[str, TensorInfo], shape: t
     nested_map = _part(index, f"{weight}.nested_quant_map")
     parts["nested_quant_map"] = _sized(nested_map, nested_map.dtype, (256,))
     return Packed((rows, columns), (packing_type(block, nested, offset, aligned),), parts)
+
+
+def _block(count: int, absmax: TensorInfo) -> int:
+    """Values in a block, by how many blocks there are, where the state is in a file that is not here."""
+    return next((size for size in BLOCKS if -(-count // size) == math.prod(absmax.shape)), 64)
 
 
 def _eight_bits(weight: str, index: Mapping[str, TensorInfo]) -> Packed:

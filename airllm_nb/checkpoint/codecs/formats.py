@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
 from ...errors import CheckpointError, UnsupportedModelError
 from ..index import TensorInfo
+from .bnb import STATE
 from .packing import Packed
 
-__all__ = ["check", "find", "quantisation"]
+__all__ = ["UnknownShapeError", "are_here", "check", "find", "quantisation", "unknown"]
 
 # What config.json calls the method → the module that knows it, imported when it is met. GGUF files have no config.
 FORMATS = {
     "bitsandbytes": "bnb", "fp8": "fp8", "fbgemm_fp8": "fp8", "compressed-tensors": "fp8", "gptq": "gptq",
     "awq": "awq", "mxfp4": "mxfp4",
 }  # fmt: skip
+
+
+class UnknownShapeError(Exception):
+    """A weight that the model needs lies packed in a shape that only its file knows, and that is not here."""
+
+    def __init__(self, name: str):
+        super().__init__(f"the shape of {name} is packed in a file that is not here")
 
 
 def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -81,9 +89,20 @@ def find(
     if not settings:
         return dict(index), {}
     packed = _format(settings).find(settings, index, shapes)
-    if index and not packed and all(info.extents[0].path.exists() for info in index.values()):
+    if index and not packed and are_here(index.values()):
         raise CheckpointError(f"config.json says that the weights are quantised ({settings['quant_method']}), but none "
                               "of them is; the two do not belong together: download the checkpoint again, or take "
                               "quantization_config out of config.json")  # fmt: skip
     taken = {info.name for weight in packed.values() for info in weight.parts.values()} | packed.keys()
     return {name: info for name, info in index.items() if name not in taken}, packed
+
+
+def unknown(plain: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Those of the tensors left over by :func:`find` that are packed weights, in shapes that the headers do not say."""
+    weights = {name.partition(STATE)[0] for name in plain if STATE in name}
+    return {name: plain[name] for name in sorted(weights & plain.keys())}
+
+
+def are_here(tensors: Iterable[TensorInfo]) -> bool:
+    """Whether all the files are on this machine, so that what is in them can be read."""
+    return all(path.is_file() for path in {extent.path for info in tensors for extent in info.extents})

@@ -1,0 +1,48 @@
+"""On a real GPU: every packed format says what its dequantised model says there, whatever streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from test_formats import CASES_BY_NAME
+from test_gpu_families import streamed
+
+from airllm_nb import AutoModel
+
+pytestmark = pytest.mark.gpu
+
+# Rounding of the compute dtype, through two layers and a head.
+NEAR = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+
+
+@pytest.fixture(scope="module", params=CASES_BY_NAME)
+def made(request: Any, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any) -> Iterator[tuple[Path, Any]]:
+    """A checkpoint and its dequantised model, in float32 on the GPU."""
+    case = CASES_BY_NAME[request.param]
+    path = case.make(tmp_path_factory.mktemp("packed"), tiny_llama())
+    yield path, case.reference(path).cuda()
+
+
+@pytest.mark.parametrize("dtype", NEAR)
+def test_it_says_what_the_dequantised_model_says(made: tuple[Path, Any], dtype: str, tmp_path: Path) -> None:
+    path, reference = made
+    ids = tiny_models.IDS.cuda()
+    with torch.inference_mode():
+        expected = reference(ids).logits
+    found = []
+    for budget in ("2GiB", None):
+        options = {"dtype": dtype, "max_seq_len": 32, "layer_shards_saving_path": tmp_path}
+        model = AutoModel.from_pretrained(path, vram_budget=budget, **options) if budget else streamed(path, **options)
+        with model:
+            assert model.device.type == "cuda" and bool(budget) != bool(model.plan.streamed_bytes)
+            found.append((model(ids).logits.float(), tiny_models.generated(model, ids)))
+    (resident, resident_tokens), (moved, moved_tokens) = found
+    assert torch.equal(resident, moved) and torch.equal(resident_tokens, moved_tokens)
+    assert ((resident - expected).abs().max() / expected.abs().max()).item() <= NEAR[dtype]
+    if dtype == "float32":
+        assert torch.equal(resident_tokens, tiny_models.generated(reference, ids))
