@@ -197,7 +197,8 @@ class StreamedModel:
         """Name, device, plan and last speed as plain values.
 
         ``compression`` is how the weights are encoded, in a store of ours or in the checkpoint itself; ``chosen`` says
-        which of several files they are of, and why.
+        which of several files they are of, and why; ``unpacked_bytes`` is RAM for packed matrices that are kept as they
+        were unpacked; ``left_on_disk`` names parts that text does not need.
         ``shrunk_from`` is the VRAM budget before other programs took of it, else ``None``.
         """
         return {"name": self.name, "device": str(self.device), "dtype": str(self.dtype).removeprefix("torch."),
@@ -205,6 +206,7 @@ class StreamedModel:
                 "plan": self.plan.as_dict(), "shrunk_from": self._residence.shrunk_from,
                 "chosen": self._prepared.source.why,
                 "adapter": str(self._prepared.adapter) if self._prepared.adapter else None,
+                "unpacked_bytes": self._prepared.kept_bytes, "left_on_disk": _left_on_disk(self.config),
                 "last": self.trace.summary()}  # fmt: skip
 
     def close(self) -> None:
@@ -255,3 +257,8 @@ class StreamedModel:
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"{self.plan.sweep_seconds:.3g} s a token predicted"
         return f"StreamedModel({self.name!r}, {self.device}, {str(self.dtype).removeprefix('torch.')}, {state})"
+
+
+def _left_on_disk(config: Any) -> str:
+    parts = [name for name in ("vision", "audio") if getattr(config, f"{name}_config", None) is not None]
+    return f"the {' and '.join(parts)} part: text is all that goes in here" if parts else ""

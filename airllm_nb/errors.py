@@ -75,8 +75,10 @@ _FLAGS = {
     "delete_original=True": "--delete-original",
 }
 _PYTHON_NAMES = re.compile("|".join(rf"\b{re.escape(name)}" for name in _FLAGS))
+_COMPRESSION = re.compile(r"\bcompression='(\w+)'(?:( or )'(\w+)')?")
 
 
 def in_flags(message: str) -> str:
     """A message with the flags' names of the options in it, for the shell and the magics."""
+    message = _COMPRESSION.sub(lambda match: f"--compression {''.join(filter(None, match.groups()))}", message)
     return _PYTHON_NAMES.sub(lambda match: _FLAGS[match[0]], message)

@@ -59,7 +59,7 @@ def choose(
     Parameters
     ----------
     names
-        Of stores, or of models: then all stores of each.
+        Of stores; or of models, or what stores were made from: then all stores of each.
     unfinished
         Those that a conversion left, but none that is being converted now.
     everything
@@ -70,20 +70,25 @@ def choose(
     StoreError
         If a name is of none.
     """
-    known = {name for store in kept.stores for name in (store.name, store.model)}
-    for name in names:
-        if name not in known:
+    wanted = {name: {name, str(Path(name).expanduser().absolute())} if "/" in name else {name} for name in names}
+    known = set().union(*map(_names, kept.stores))
+    for name, ways in wanted.items():
+        if not known & ways:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else "airllm-nb cache lists what is there"
             raise StoreError(f"there is no store {name!r} in {kept.folder}; {hint}")
+    given = set().union(*wanted.values())
     return [
         store
         for store in kept.stores
-        if everything
-        or store.name in names
-        or store.model in names
-        or (unfinished and store.state in ("unfinished", "half removed"))
+        if everything or given & _names(store) or (unfinished and store.state in ("unfinished", "half removed"))
     ]
+
+
+def _names(store: CachedStore) -> set[str]:
+    """What a store may be called by; of one that was made from a file on the Hub, its repository too."""
+    repo = store.made_from.partition(":")[0] if store.made_from != store.origin else ""
+    return {store.name, store.model, store.origin, store.made_from, repo} - {""}
 
 
 def source_is_here(store: CachedStore) -> bool | None:

@@ -30,7 +30,7 @@ from .model.device import choose_device, choose_dtype, has_memory, ram_budget, v
 from .model.placing import keep_unpacked, place
 from .model.skeleton import build, collect_weights, cut_units
 from .model.slices import slice_limit, slice_linears
-from .planning import Prepared
+from .planning import Prepared, needs
 from .trace import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def prepare(
         of those that are on the Hub only, or from the config alone.
     """
     device = choose_device(options)
+    model = replaced.meant(model)
     store = replaced.opened_store(model, options)
     codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)
@@ -84,20 +85,26 @@ def prepare(
         source, found, known, once = _find(
             source, skeleton, codec, dtype, headers, options, progress, resolved, weights
         )
-    held = hold(*found.folders) if found else hold()
+    held = hold(*found.folders, *([adapter.file.parent] if adapter else [])) if found else hold()
     compress(skeleton, codec, dtype, scratch)
     origin = "config" if known is None or codec.name != "none" else "files" if source.files else "headers"
     read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)
     bound = {**read.tensors, **place(skeleton, read.packed, dtype, scratch)}
-    if read.packed and not has_memory(options, device):
-        keep_unpacked(skeleton, ram - sum(info.nbytes for info in bound.values()))
     bound = lora.replace_weights(skeleton, adapter, bound)
     tensors = slice_linears(skeleton, bound, slice_limit(vram, ram, has_memory(options, device)))
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
     small += lora.attach(skeleton, adapter, dtype)
     progress(Progress("build", 1, 1, "models", source.name))
-    return Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, read.folder, vram,
-                    ram, origin, headers.why_not, once, _as_packed(packed_as, read), adapter, held)  # fmt: skip
+    made = Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, read.folder, vram,
+                    ram, origin, headers.why_not, once, _as_packed(packed_as, read), adapter, held=held)  # fmt: skip
+    if read.packed and not has_memory(options, device):
+        made.kept_bytes = keep_unpacked(skeleton, ram - sum(unit.nbytes for unit in made.sizes) - _beside(made))
+    return made
+
+
+def _beside(prepared: Prepared) -> int:
+    """RAM for what a run needs beside its streamed weights, where compute is in RAM."""
+    return needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
 
 
 def _find(
@@ -148,7 +155,7 @@ def _planned(skeleton: Any, codec: Codec, source: Source, known: at_rest.Weights
 
 def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, room: Room, weights: bool) -> Source:
     def check(config: dict[str, Any]) -> None:
-        check_supported(config, options.trust_remote_code)
+        check_supported(config, options.trust_remote_code, str(model))
 
     return resolve(model, options, progress=progress, weights=weights, check_config=check, room=room)
 

@@ -68,7 +68,11 @@ def _compute_bandwidth(prepared: Prepared) -> float:
     row = torch.zeros(1, module.in_features, dtype=prepared.dtype, device=device)
     with torch.inference_mode():
         seconds = best_seconds(lambda: module(row), device)
-    return sum(part.numel() * part.element_size() for part in parts.values()) / seconds
+    speed = sum(part.numel() * part.element_size() for part in parts.values()) / seconds
+    if packed is not None and packed.keeps:  # units count the packed bytes, compute reads the unpacked ones
+        stored = sum(part.numel() * part.element_size() for part in packed._parameters.values() if part is not None)
+        speed *= stored / packed.unpacked_bytes
+    return speed
 
 
 @functools.cache

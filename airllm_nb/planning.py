@@ -18,6 +18,7 @@ from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_le
 from .decode.prefill import Work, choose_chunk
 from .errors import BudgetError
 from .model.attention import ALIBI, NTK
+from .model.placing import temporary_bytes
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from .model.skeleton import ModelUnit, Weight, is_tied
 from .stream.ring import align
@@ -43,6 +44,8 @@ class Prepared:
         How the checkpoint's own weights are packed, for people; empty where they are plain.
     adapter
         The LoRA adapter that is applied, if any.
+    kept_bytes
+        RAM for matrices that lie packed and are kept as they were unpacked.
     held
         Keeps the folders that are read from being removed, until it is closed.
     """
@@ -65,6 +68,7 @@ class Prepared:
     written_once: int = 0
     packed_as: str = ""
     adapter: Adapter | None = None
+    kept_bytes: int = 0
     held: Hold = field(default_factory=hold)
 
     @property
@@ -91,7 +95,7 @@ class Prepared:
         dequantised = max((getattr(module, "scratch_bytes", 0) for module in self.skeleton.modules()), default=0)
         return Needs(
             small=sum(weight.elements * weight.dtype.itemsize for weight in self.small),
-            scratch=casts + dequantised + _WORKSPACE[self.device.type],
+            scratch=casts + dequantised + temporary_bytes(self.skeleton, self.device) + _WORKSPACE[self.device.type],
         )
 
     @functools.cached_property

@@ -6,18 +6,38 @@ import json
 import logging
 from pathlib import Path
 
+from .checkpoint.cached import named, written_beside
 from .checkpoint.folder import exclusively
 from .checkpoint.journal import write_atomically
 from .checkpoint.originals import delete_original
 from .checkpoint.source import Source
 from .checkpoint.store import Store, open_store
 from .config import LoadOptions
-from .errors import OptionError
+from .errors import OptionError, SourceError
 
 log = logging.getLogger(__name__)
 
 # Left in a local folder whose weights were deleted after compression; says where the store is.
 POINTER = "airllm_nb_store.json"
+
+
+def meant(model: str | Path) -> str | Path:
+    """The model that is opened by a name: of a folder that was written beside a GGUF file, that file.
+
+    Raises
+    ------
+    SourceError
+        If the file is not here any more, or was not noted.
+    """
+    folder = Path(model).expanduser()
+    beside = written_beside(folder) if str(model).strip() and folder.is_dir() else None
+    if beside is None:
+        return model
+    if beside.endswith(".gguf") and Path(beside).is_file():
+        log.info("%s was written beside %s, which is opened", folder, beside)
+        return Path(beside)
+    what, remedy = (named(beside), "name that file") if beside else ("a checkpoint", "name that checkpoint")
+    raise SourceError(f"{folder} holds only what was written beside {what}; {remedy}")
 
 
 def opened_store(model: str | Path, options: LoadOptions) -> Store | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from .checkpoint.legacy.families import native_tensors, normalised
 from .checkpoint.mapping import map_checkpoint
 from .checkpoint.pickles import load_pickle
 from .checkpoint.source import Source, read_config
-from .errors import UnsupportedModelError
+from .errors import CheckpointError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -100,10 +101,13 @@ def mapped(
     if formats.quantisation(config) and not formats.are_here(index.values()):
         shapes = _shapes_by_old_names(skeleton) | shapes
     plain, packed = formats.find(config, index, shapes)
-    if (lost := formats.unknown(plain)) and _are_wanted(lost, skeleton):
-        raise formats.UnknownShapeError(next(iter(lost)))
-    mapped = map_checkpoint({**native_tensors(plain, config), **stand_ins(packed)}, skeleton)
-    return split(mapped, packed)
+    if name := _wanted(formats.unknown(plain), skeleton):
+        raise formats.UnknownShapeError(name)
+    if formats.quantisation(config) and (name := _wanted(formats.coded(plain), skeleton)):
+        raise CheckpointError(f"{plain[name].extents[0].path}: {name} is quantised ({plain[name].dtype}) and has no "
+                              "scale beside it; a shard may be missing, download the checkpoint again")  # fmt: skip
+    native = map_checkpoint({**native_tensors(plain, config), **stand_ins(packed)}, skeleton)
+    return split(native, packed)
 
 
 def _shapes_by_old_names(skeleton: Any) -> dict[str, tuple[int, ...]]:
@@ -118,18 +122,31 @@ def _shapes_by_old_names(skeleton: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in reverted.items()}
 
 
-def _are_wanted(tensors: Mapping[str, TensorInfo], skeleton: Any) -> bool:
-    """Whether the model has a use for any of them."""
+def _wanted(tensors: Mapping[str, TensorInfo], skeleton: Any) -> str | None:
+    """The first of them that the model has as a parameter of floating point, or as a part of one."""
+    if not tensors:
+        return None
     try:
-        return bool(map_checkpoint(tensors, skeleton))
+        native = map_checkpoint(tensors, skeleton)
     except UnsupportedModelError:  # it has, but not as they are
-        return True
+        return next(iter(tensors))
+    parameters = skeleton.state_dict()
+    begins = {info.extents[0]: name for name, info in tensors.items() if info.extents}
+    found = (info for name, info in native.items() if parameters[name].is_floating_point())
+    return next((begins.get(info.extents[0], next(iter(tensors))) for info in found if info.extents), None)
 
 
 def gguf_in_place(source: Source, dtype: str) -> InPlace:
     # Of a file on the Hub the header alone; its table and the length of the file are the real ones.
     path = source.gguf_file or source.header
     assert path is not None
+    stat = path.stat()
+    return _gguf_in_place(path, stat.st_size, stat.st_mtime_ns, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _gguf_in_place(path: Path, nbytes: int, changed: int, dtype: str) -> InPlace:
+    """Seconds for a large model: a plan and a load after it ask several times."""
     file = read_gguf(path)
     return in_place(GGUFWeights(file, gguf_config(file), dtype))
 

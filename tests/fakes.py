@@ -309,7 +309,10 @@ class Simulation:
         self.cancelled, self.cancel_next = False, False
         self.in_place = self.stops[0].device is None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prefetcher_module, "threading", SimpleNamespace(Condition=lambda: _Now(self)))
+            now = _Now(self)
+            patch.setattr(
+                prefetcher_module, "threading", SimpleNamespace(RLock=lambda: now, Condition=lambda lock: lock)
+            )
             self.prefetcher = Prefetcher(
                 self.stops, self.reader, self.device, depth, self.clock, cancelled=lambda: self.cancelled
             )
@@ -357,7 +360,7 @@ class Simulation:
 
 
 class _Now:
-    """Stands in for a condition: one thread holds every lock, and to wait is to let something happen."""
+    """Stands in for a condition and its lock: one thread holds every lock, and to wait is to let something happen."""
 
     def __init__(self, simulation: Simulation):
         self._simulation = simulation

@@ -20,7 +20,8 @@ import pytest
 from airllm_nb.checkpoint.folder import LOCK, MANIFEST, hold, locked
 from airllm_nb.checkpoint.store import ShardJob, StoreMeta, plain, write_store
 from airllm_nb.cli import main
-from airllm_nb.errors import StoreError
+from airllm_nb.errors import SourceError, StoreError
+from airllm_nb.replaced import meant
 from airllm_nb.trace import silent
 
 ROOT = Path(__file__).parents[1]
@@ -350,3 +351,98 @@ def test_help(cli: Callable[..., Any], arguments: tuple[str, ...]) -> None:
 def test_a_mistake_is_one_line(cli: Callable[..., Any], remedy: str, arguments: tuple[str, ...]) -> None:
     code, out, err = cli(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and remedy in err
+
+
+# ---- what is no store of a whole model -------------------------------------------------------------------------------
+
+
+def beside_gguf(base: Path, origin: str, number: int = 1) -> Path:
+    """What is written beside a GGUF file: its name says so, its manifest has no codec."""
+    folder = base / f"tiny--normalised--bfloat16--{number:08x}"
+    return write_store(folder, jobs(), StoreMeta("none", "bfloat16", "f" * 16), origin=origin).folder
+
+
+def snapshot_of(tmp_path: Path, repo: str, file: str) -> Path:
+    """A file in the Hub's cache."""
+    path = tmp_path / "hub" / f"models--{repo.replace('/', '--')}" / "snapshots" / "c0ffee" / file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"GGUF")
+    return path
+
+
+def test_what_lies_beside_a_file_of_the_hub_has_its_name(cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    file = snapshot_of(tmp_path, "org/tiny-GGUF", "tiny.gguf")
+    ours = beside_gguf(base, str(file))
+    finished(base, "gone--none--float32--00000005", origin="/nowhere/gone")
+    found = listed(cli)
+    assert (found[ours.name]["holds"], found[ours.name]["origin"]) == ("beside GGUF", "org/tiny-GGUF:tiny.gguf")
+    assert found[ours.name]["origin_is_here"] is True
+    assert found["gone--none--float32--00000005"]["holds"] == "plain"
+    row = next(line for line in cli()[1].splitlines() if line.startswith("tiny--"))
+    assert "beside GGUF" in row and row.endswith("org/tiny-GGUF:tiny.gguf") and "normalised  " not in row
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("", "holds only what was written beside a checkpoint; name that checkpoint"),
+        ("models--org--tiny/snapshots/c0ffee/x.gguf", "written beside org/tiny:x.gguf; name that file"),
+    ],
+)
+def test_what_lies_beside_a_model_that_has_gone_is_none(base: Path, tmp_path: Path, file: str, words: str) -> None:
+    with pytest.raises(SourceError, match=words):
+        meant(beside_gguf(base, str(tmp_path / file) if file else ""))
+
+
+@pytest.mark.parametrize("name", ["org/tiny-GGUF", "org/tiny-GGUF:tiny.gguf", "snapshot"])
+def test_what_from_says_removes_it(cli: Callable[..., Any], base: Path, tmp_path: Path, name: str) -> None:
+    file = snapshot_of(tmp_path, "org/tiny-GGUF", "tiny.gguf")
+    beside_gguf(base, str(file))
+    finished(base, ONE, origin="org/tiny")
+    assert cli("remove", file if name == "snapshot" else name, "-y")[0] == 0
+    assert names(base) == {ONE} and file.is_file()
+
+
+def test_the_path_or_the_id_that_stores_were_made_from(
+    cli: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    finished(base, ONE, origin=str(source))
+    finished(base, TWO, origin="org/name")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli("remove", "org/nam", "-y")
+    assert code == 1 and "did you mean org/name?" in err
+    assert cli("remove", "org/name", "-y")[0] == 0 and names(base) == {ONE}
+    assert cli("remove", "./source", "-y")[0] == 0 and names(base) == set() and source.is_dir()
+
+
+def test_copies_of_adapters_are_listed_and_removed(cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    import torch
+
+    from airllm_nb.checkpoint.adapter_files import find_adapter, read_tensors
+    from airllm_nb.config import LoadOptions
+
+    adapter, options = tmp_path / "my-lora", LoadOptions()
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    torch.save({"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 4)}, adapter / "adapter_model.bin")
+    read_tensors(find_adapter(adapter, options), options, silent, weights=True)
+    [copy] = (base / "adapters").iterdir()
+    others = {"mine--0123456789abcdef.safetensors": b"not of ours", "notes.txt": b"mine"}
+    for name, data in others.items():
+        (copy.parent / name).write_bytes(data)
+    (copy.parent / "link--0123456789abcdef.safetensors").symlink_to(copy)
+    found = listed(cli)
+    assert set(found) == {f"adapters/{copy.name}"}
+    facts = found[f"adapters/{copy.name}"]
+    assert (facts["model"], facts["holds"], facts["state"]) == ("my-lora", "adapter", "finished")
+    assert facts["bytes"] == copy.stat().st_size
+    with hold(copy.parent):
+        code, _, err = cli("remove", "my-lora", "-y")
+        assert code == 1 and "in use" in err and copy.is_file()
+    for name in others:
+        assert cli("remove", f"adapters/{name}", "-y")[0] == 1
+    assert cli("remove", "my-lora", "-y")[0] == 0
+    assert names(copy.parent) == {*others, "link--0123456789abcdef.safetensors"}
+    assert (adapter / "adapter_model.bin").is_file()

@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import tiny_llama_gguf
 
-from airllm_nb import __version__
+from airllm_nb import AutoModel, __version__
 from airllm_nb.cli import main
+from airllm_nb.cli.commands import ProgressLine
 from airllm_nb.cli.doctor import PACKAGES
+from airllm_nb.config import LoadOptions
+from airllm_nb.errors import SourceError, in_flags
+from airllm_nb.notebook.progress_line import Meter
+from airllm_nb.replaced import meant
+from airllm_nb.trace import Progress
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
@@ -250,3 +257,149 @@ def test_a_full_gpu_is_one_line(cli: Callable[..., Any], endless: Path, monkeypa
     monkeypatch.setattr(airllm_nb.engine, "open_model", fails)
     code, out, err = cli("generate", endless, "hi")
     assert (code, out, err.count("\n")) == (1, "", 1) and "--vram" in err
+
+
+# ---- the prompt's place ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("MODEL", "-n", "2", "a prompt"),
+        ("MODEL", "a prompt", "-n", "2"),
+        ("-n", "2", "MODEL", "a prompt"),
+        ("-n", "2", "MODEL", "--seed", "1", "a prompt"),
+        ("MODEL", "--stop", "x", "-n", "2", "--", "-a prompt"),
+    ],
+)
+def test_the_prompt_may_stand_behind_the_options(
+    cli: Callable[..., Any], endless: Path, words: tuple[str, ...]
+) -> None:
+    code, out, err = cli("generate", "--json", *(endless if word == "MODEL" else word for word in words))
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["prompt"] == next(word for word in words if word.endswith("prompt"))
+    assert len(document["token_ids"]) == 2
+
+
+def test_a_dash_behind_the_options_reads_stdin(endless: Path) -> None:
+    done = shell("generate", endless, "-n", 2, "--json", "-", input="hi\n")
+    assert done.returncode == 0 and json.loads(done.stdout)["prompt"] == "hi", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (("x", "-n", "2", "two", "words"), "quotes"),
+        (("x", "one", "-n", "2", "more"), "quotes"),
+        (("x", "-n", "2", "--stpo", "a"), "did you mean --stop?"),
+        (("x", "-n", "2", "-q"), "unknown option -q"),
+    ],
+)
+def test_other_words_are_still_refused(cli: Callable[..., Any], words: tuple[str, ...], remedy: str) -> None:
+    code, out, err = cli("generate", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1) and remedy in err, err
+
+
+# ---- what was opened -------------------------------------------------------------------------------------------------
+
+
+def test_generate_says_which_file_was_chosen(cli: Callable[..., Any], tmp_path: Path) -> None:
+    for kind in ("Q4_0", "Q8_0"):
+        tiny_llama_gguf(tmp_path / f"tiny.{kind}.gguf", kind=kind)
+    asked = ("generate", tmp_path, "a b", "-n", 2, "--shards", tmp_path / "shards")
+    code, _, err = cli(*asked)
+    chosen = next(line for line in err.splitlines() if line.startswith("chosen: "))
+    assert code == 0 and "tiny.Q8_0.gguf" in chosen and err.count("\n") == 2
+    code, out, err = cli(*asked, "--json")
+    document = json.loads(out)
+    assert (code, err) == (0, "") and f"chosen: {document['chosen']}" == chosen
+    assert "Q8_0" in document["compression"] and document["adapter"] is None
+
+
+def test_generate_names_the_adapter(cli: Callable[..., Any], endless: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    name = "base_model.model.model.layers.0.mlp.up_proj.lora_{}.weight"
+    save_file({name.format("A"): torch.zeros(2, 64), name.format("B"): torch.zeros(128, 2)},
+              tmp_path / "adapter_model.safetensors")  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["up_proj"], "task_type": "CAUSAL_LM"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    asked = ("generate", endless, "hello", "-n", 2, "--adapter", tmp_path)
+    code, _, err = cli(*asked)
+    said = next(line for line in err.splitlines() if line.startswith("adapter: "))
+    assert code == 0 and tmp_path.name in said
+    document = json.loads(cli(*asked, "--json")[1])
+    assert f"adapter: {document['adapter']}" == said and document["chosen"] is document["compression"] is None
+
+
+# ---- a folder beside a GGUF file -------------------------------------------------------------------------------------
+
+
+def test_the_folder_beside_a_file_stands_for_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tiny_llama_gguf(tmp_path / "tiny.gguf")
+    with AutoModel.from_pretrained(path, layer_shards_saving_path=tmp_path / "shards") as model:
+        beside = model.folder
+    assert "--normalised--" in beside.name
+    with caplog.at_level("INFO"):
+        assert meant(beside) == path
+    assert str(path) in caplog.text
+    for other in (path, tmp_path, tmp_path / "shards", "org/name", ""):
+        assert meant(other) == other
+    path.unlink()
+    words = f"holds only what was written beside {path}; name that file"
+    with pytest.raises(SourceError, match=re.escape(words)):
+        meant(beside)
+
+
+def test_a_store_of_a_file_stands_for_itself(tmp_path: Path) -> None:
+    """Whole, though it was made of one."""
+    from airllm_nb.checkpoint.gguf import convert_gguf
+    from airllm_nb.checkpoint.source import resolve
+
+    source = resolve(tiny_llama_gguf(tmp_path / "tiny.gguf"), LoadOptions())
+    whole = convert_gguf(source, tmp_path / "tiny--none--float32--00000001", "float32")
+    assert meant(whole) == whole
+
+
+# ---- words and rates -------------------------------------------------------------------------------------------------
+
+
+def test_compression_is_named_as_the_flag_is() -> None:
+    assert in_flags("load it, with compression='4bit' if it should be small") == (
+        "load it, with --compression 4bit if it should be small"
+    )
+    assert in_flags("delete_original=True needs compression='4bit' or '8bit': x") == (
+        "--delete-original needs --compression 4bit or 8bit: x"
+    )
+    assert in_flags("compression=None") == "compression=None"
+
+
+def test_a_refusal_names_the_flag(cli: Callable[..., Any], tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    config = json.loads((tiny_llama() / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
+    (tmp_path / "model.safetensors").symlink_to(tiny_llama() / "model.safetensors")
+    code, _, err = cli("plan", tmp_path)
+    assert code == 1 and "quantised with hqq" in err and "--compression 4bit" in err and "compression=" not in err
+
+
+GiB = 1 << 30
+# Two conversions one after the other: what the second had to begin with is no speed of its own.
+FOLLOWS = {
+    "another total": (Progress("convert", 2 * GiB, 8 * GiB), Progress("convert", 3 * GiB, 8 * GiB)),
+    "less done": (Progress("convert", 0, 4 * GiB), Progress("convert", GiB, 4 * GiB)),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWS)
+def test_the_rate_counts_from_the_beginning_of_a_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("airllm_nb.cli.commands.time.monotonic", lambda: now[0])
+    line, meter, texts = ProgressLine(), Meter(lambda: now[0]), {}
+    reports = [Progress("convert", GiB, 4 * GiB), Progress("convert", 2 * GiB, 4 * GiB), *FOLLOWS[name]]
+    for now[0], report in zip((0.0, 10.0, 20.0, 30.0), reports, strict=True):
+        line.show(report)
+        texts[now[0]] = (line._text(report, now[0]), meter.text(report))
+    for at, has_rate in ((10.0, True), (20.0, False), (30.0, True)):
+        assert all(("102.4 MiB/s" in text) is has_rate and ("/s" in text) is has_rate for text in texts[at]), texts

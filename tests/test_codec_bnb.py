@@ -243,6 +243,20 @@ def _state(**entries):
     return change
 
 
+def _without(key):
+    def change(tensors):
+        name = f"{NAME}{bnb.STATE}nf4"
+        state = json.loads(bytes(tensors[name].tolist()))
+        del state[key]
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def _as(part, dtype):
+    return lambda tensors: tensors.update({f"{NAME}{part}": tensors[f"{NAME}{part}"].to(dtype)})
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -258,11 +272,30 @@ def _state(**entries):
         (_state(blocksize="many"), "cannot be read"),
         (_state(nested_blocksize=0), "and 0"),
         (_state(nested_blocksize=8), "should be"),
+        (_state(nested_blocksize=1 << 40), "1,099,511,627,776"),
+        (_state(nested_blocksize=math.inf), "cannot be read"),
+        (_state(blocksize=math.inf), "cannot be read"),
+        (_state(shape=[math.inf, 2]), "OverflowError"),
+        (_state(nested_offset=math.nan), "nested_offset is nan"),
+        (_state(nested_offset=math.inf), "nested_offset is inf"),
+        (_state(nested_offset=10**400), "nested_offset cannot be read"),
+        (_state(nested_offset=None), "nested_offset cannot be read"),
+        (_without("nested_offset"), "nested_offset cannot be read"),
+        (_as(".nested_absmax", torch.int32), "scales are floats"),
+        (_as(".nested_quant_map", torch.uint8), "scales are floats"),
+        (_as(".absmax", torch.float32), "says that it is quantised"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(made, tmp_path, change, reason):
     index = changed(made("nf4-double"), tmp_path, change)
     with pytest.raises(CheckpointError, match=reason):
+        bnb.find({}, index, {})
+
+
+@pytest.mark.parametrize(("variant", "part"), [("nf4", f"{NAME}.absmax"), ("int8", f"{NAME[:-6]}SCB")])
+def test_scales_that_are_no_floats_are_refused(made, tmp_path, variant, part):
+    index = changed(made(variant), tmp_path, lambda tensors: tensors.update({part: tensors[part].int()}))
+    with pytest.raises(CheckpointError, match="scales are floats"):
         bnb.find({}, index, {})
 
 
@@ -286,6 +319,9 @@ def test_unknown_types_are_refused():
     bnb.check({"load_in_8bit": True})
     with pytest.raises(UnsupportedModelError, match="'af4'"):
         bnb.check({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"})
+    for kind in (["nf4"], {"nf4": 1}, None, 4):
+        with pytest.raises(UnsupportedModelError, match="4-bit type"):
+            bnb.check({"load_in_4bit": True, "bnb_4bit_quant_type": kind})
 
 
 def test_the_codes_are_those_of_bitsandbytes():

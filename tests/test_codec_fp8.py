@@ -206,7 +206,10 @@ def test_a_stack_of_matrices(tmp_path):
     scales = {"experts.up": torch.rand(3, 2, 2), "experts.down": torch.rand(3, 1, 64), "experts.one": torch.rand(3)}
     tensors = dict.fromkeys(scales, values) | {f"{name}_scale_inv": scale for name, scale in scales.items()}
     save_file({name: value.clone() for name, value in tensors.items()}, tmp_path / "model.safetensors")
-    found = fp8.find({"weight_block_size": [16, 32]}, read_index(tmp_path), {})
+    index = read_index(tmp_path)
+    blocks, columns = ({name: info for name, info in index.items() if ("down" in name) == is_down}
+                       for is_down in (False, True))  # fmt: skip
+    found = fp8.find({"weight_block_size": [16, 32]}, blocks, {}) | fp8.find({}, columns, {})
     wide = {"experts.up": scales["experts.up"].repeat_interleave(16, 1).repeat_interleave(32, 2),
             "experts.down": scales["experts.down"], "experts.one": scales["experts.one"][:, None, None]}  # fmt: skip
     assert found.keys() == wide.keys()
@@ -236,13 +239,31 @@ def test_other_names_of_scales(made, tmp_path, sibling):
     assert all(packed.parts["scale"].name.endswith(f".{sibling}") for packed in found.values())
 
 
-@pytest.mark.parametrize("shape", [(7, 2), (6,), (6, 2, 1), (0, 2), (6, 3)])
+@pytest.mark.parametrize("shape", [(7, 2), (6,), (6, 2, 1), (0, 2), (6, 3), (12, 2), (6, 1), (1, 2)])
 def test_scales_that_do_not_fit_are_refused(made, tmp_path, shape):
     name = "model.layers.0.mlp.up_proj.weight"  # [96, 64], blocks of 16 x 32
     tensors = load_file(made("blocks") / "model.safetensors") | {f"{name}_scale_inv": torch.ones(shape)}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="do not fit"):
         fp8.find(settings_of(made("blocks")), read_index(tmp_path), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.float64, torch.bool])
+def test_scales_of_another_dtype_are_refused(made, tmp_path, dtype):
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(made("blocks") / "model.safetensors") | {f"{name}_scale_inv": torch.ones((6, 2), dtype=dtype)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="do not fit"):
+        fp8.find(settings_of(made("blocks")), read_index(tmp_path), {})
+
+
+def test_rows_and_whole_matrices_may_have_a_scale_beside_blocks(made, tmp_path):
+    """Of several groups one may name blocks: the scales of the others have one meaning all the same."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    for shape, block in (((96, 1), (1, None)), ((96,), (1, None)), ((1,), (None, None)), ((), (None, None))):
+        tensors = load_file(made("blocks") / "model.safetensors") | {f"{name}_scale_inv": torch.ones(shape)}
+        save_file(tensors, tmp_path / "model.safetensors")
+        assert fp8.find(settings_of(made("blocks")), read_index(tmp_path), {})[name].packing == (fp8.FP8(block),)
 
 
 def _group(**weights):
@@ -254,9 +275,14 @@ def _group(**weights):
     [
         ({"quant_method": "fp8", "expert_dtype": "fp4"}, "experts are fp4"),
         ({"quant_method": "fp8", "fmt": "e3m4"}, "e3m4"),
-        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size is \[128\]"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size"),
-        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"block size is \[128\]"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "block size"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "block size"),
+        ({"weight_block_size": [128]}, r"block size is \[128\]"),
+        ({"format": "float-quantized", **_group(block_structure=[128, 128, 1])}, "block size"),
+        ({"format": "float-quantized", **_group(block_structure="128xmany")}, "block size"),
+        ({"format": "float-quantized", **_group(block_structure="128x²")}, "block size"),
+        ({"format": "float-quantized", **_group(block_structure={"rows": 128})}, "block size"),
         ({"format": "pack-quantized", **_group(num_bits=4, type="int")}, "'pack-quantized'"),
         ({"format": "mixed-precision"}, "'mixed-precision'"),
         ({"format": "float-quantized", **_group(num_bits=4)}, "4 bits of type 'float'"),

@@ -168,6 +168,8 @@ def test_experts_have_names_of_their_own(tiny_llama: Callable[..., Path], tmp_pa
         ({"is_marlin_format": True}, "'marlin'"),
         ({"checkpoint_format": "gptq_p"}, "'gptq_p'"),
         ({"bits": 5}, "5 bits"),
+        ({"bits": 4.0}, "4.0 bits"),
+        ({"bits": [4]}, r"\[4\] bits"),
         ({"bits": 4, "dynamic": {"+:.*q_proj": {"bits": 6}}}, "6 bits"),
         ({"bits": 4, "pack_dtype": "int64"}, "int64"),
     ],
@@ -180,6 +182,19 @@ def test_other_layouts_are_refused(settings: dict[str, Any], words: str) -> None
 def test_plain_settings_pass() -> None:
     for settings in ({}, {"bits": 3, "format": "gptq"}, {"pack_dtype": "torch.int32", "dynamic": None}):
         gptq.check(settings)
+
+
+@pytest.mark.parametrize("dynamic", [[], ["+:.*"], 3, "all", {"+:.*": 4}, {"+:.*": None}], ids=str)
+def test_rules_that_are_none_say_nothing(dynamic: Any) -> None:
+    index = {name: _info(name.removeprefix("a."), *entry) for name, entry in WHOLE.items()}
+    settings = {"bits": 4, "desc_act": False, "dynamic": dynamic}
+    gptq.check(settings)
+    assert gptq.find(settings, index, {})["a.weight"].packing == (gptq.GPTQ(4, 32, 1),)
+
+
+WHOLE: dict[str, tuple[Any, ...]] = {
+    "a.qweight": ("I32", 8, 32), "a.qzeros": ("I32", 2, 4), "a.scales": ("F16", 2, 32), "a.g_idx": ("I32", 64),
+}  # fmt: skip
 
 
 def _info(name: str, dtype: str, *shape: int) -> TensorInfo:
@@ -207,6 +222,30 @@ def test_tensors_that_do_not_fit_are_refused(wrong: TensorInfo) -> None:
     assert gptq.find({"bits": 4, "desc_act": True}, index, {})["a.weight"].shape == (32, 64)
     with pytest.raises(CheckpointError, match=r"a: its packed tensors do not fit"):
         gptq.find({"bits": 4, "desc_act": True}, index | {wrong.name: wrong}, {})
+
+
+def test_a_lost_order_is_refused() -> None:
+    index = {name: _info(name.removeprefix("a."), *entry) for name, entry in WHOLE.items() if "g_idx" not in name}
+    for settings in ({"bits": 4}, {"bits": 4, "desc_act": False}):
+        assert "group_index" not in gptq.find(settings, index, {})["a.weight"].parts
+    with pytest.raises(CheckpointError, match=r"a\.g_idx is missing"):
+        gptq.find({"bits": 4, "desc_act": True}, index, {})
+    one = {"a.qzeros": _info("qzeros", "I32", 1, 4), "a.scales": _info("scales", "F16", 1, 32)}
+    assert gptq.find({"bits": 4, "desc_act": True}, index | one, {}).keys() == {"a.weight"}  # one group has no order
+
+
+@pytest.mark.parametrize("desc_act", [None, 0, "", "false"])
+def test_only_a_plain_no_lets_an_order_be_left_out(desc_act: Any) -> None:
+    index = {name: _info(name.removeprefix("a."), *entry) for name, entry in WHOLE.items()}
+    assert "group_index" in gptq.find({"bits": 4, "desc_act": desc_act}, index, {})["a.weight"].parts
+    assert "group_index" not in gptq.find({"bits": 4, "desc_act": False}, index, {})["a.weight"].parts
+
+
+def test_no_groups_at_all_are_refused() -> None:
+    index = {name: _info(name.removeprefix("a."), *entry) for name, entry in WHOLE.items()}
+    none = {"a.qzeros": _info("qzeros", "I32", 0, 4), "a.scales": _info("scales", "F16", 0, 32)}
+    with pytest.raises(CheckpointError, match="do not fit"):
+        gptq.find({"bits": 4, "desc_act": True}, index | none, {})
 
 
 def test_a_missing_tensor_and_another_shape_are_refused() -> None:

@@ -116,7 +116,7 @@ def test_smollm2_says_what_transformers_says(smollm2_gguf: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    "budgets", [{}, {"vram_budget": "1200MiB", "ram_budget": "120MiB"}], ids=["in place", "streamed"]
+    "budgets", [{}, {"vram_budget": "330MiB", "ram_budget": "260MiB"}], ids=["in place", "streamed"]
 )
 def test_gemma3_says_what_transformers_says(gemma3: tuple[Path, Any], tmp_path: Path, budgets: dict[str, str]) -> None:
     """Q4_K, Q6_K, Q5_0 and Q8_0 in one file, a table of a quarter million rows that is also the head."""

@@ -19,9 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import kernel_stacks as kernels
 import nbformat
+import numpy as np
 import pytest
+from gguf_files import blocks
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
@@ -223,13 +226,9 @@ def test_only_the_import_of_the_guides_example_is_changed() -> None:
     assert ast.dump(ast.parse(ours.replace("airllm_nb", "airllm"))) == ast.dump(ast.parse(GUIDE))
 
 
-def test_from_airllm(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    model = tiny_llama(shards=2)
-    files = sorted(path.name for path in model.iterdir())
+def check_from_airllm(model: Path, tmp_path: Path) -> dict[str, str]:
     environ = {"AIRLLM_NB_DEMO_MODEL": str(model), "HF_TOKEN": SECRET, "TMPDIR": str(tmp_path)}
     texts = execute("from_airllm", Place(**environ), tmp_path)
-    code = "".join(sources("from_airllm").values())
-    assert not [name for name in OPTIONS if f"{name}=" not in code and f'"{name}":' not in code]
     assert "What is the capital of United States?" in texts["guide"]
     assert texts["compression"].count("weights in") == 2
     assert "--4bit--" in texts["compression"] and "--8bit--" in texts["compression"]
@@ -238,8 +237,56 @@ def test_from_airllm(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     assert "torch.float32" in texts["place"]
     assert texts["delete"].count("--8bit--") == 2
     assert texts["transformers"].count("the same") == 2
-    assert sorted(path.name for path in model.iterdir()) == files, "the user's own folder is as it was"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")], "what it wrote is gone"
+    return texts
+
+
+def test_from_airllm(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    model = tiny_llama(shards=2)
+    files = sorted(path.name for path in model.iterdir())
+    code = "".join(sources("from_airllm").values())
+    assert not [name for name in OPTIONS if f"{name}=" not in code and f'"{name}":' not in code]
+    check_from_airllm(model, tmp_path)
+    assert sorted(path.name for path in model.iterdir()) == files, "the user's own folder is as it was"
+
+
+@pytest.fixture
+def small_gguf(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample model's own header, with two layers of 64, random blocks of its types and its first 1,024 tokens."""
+    words, lengths = 1024, {576: 64, 192: 32, 1536: 128, 49152: 1024}
+    sizes: dict[str, Any] = {"llama.block_count": 2, "llama.embedding_length": 64, "llama.feed_forward_length": 128,
+             "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.rope.dimension_count": 16,
+             "llama.vocab_size": words}  # fmt: skip
+    whole = gguf.GGUFReader(smollm2_gguf)
+    tokens = whole.fields["tokenizer.ggml.tokens"].contents()[:words]
+    merges = whole.fields["tokenizer.ggml.merges"].contents()
+    sizes |= {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": whole.fields["tokenizer.ggml.token_type"].contents()[:words],
+        "tokenizer.ggml.merges": [merge for merge in merges if merge.replace(" ", "") in tokens],
+    }
+    writer = gguf.GGUFWriter(path := tmp_path_factory.mktemp("sample") / smollm2_gguf.name, "llama")
+    for name, field in whole.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            value = sizes.get(name) or field.contents()
+            writer.add_key_value(name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    for tensor in whole.tensors:
+        if not tensor.name.startswith("blk.") or tensor.name.split(".")[1] in ("0", "1"):
+            shape = tuple(lengths.get(int(length), int(length)) for length in reversed(tensor.shape))
+            writer.add_tensor(tensor.name, blocks(np.random.default_rng(0), shape, tensor.tensor_type),
+                              raw_dtype=tensor.tensor_type)  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_from_airllm_with_a_file(small_gguf: Path, tmp_path: Path) -> None:
+    """As the sample model comes where the Hub is out of reach."""
+    texts = check_from_airllm(small_gguf, tmp_path)
+    assert "bfloat16: the same" in texts["transformers"]
+    assert [path.name for path in small_gguf.parent.iterdir()] == [small_gguf.name]
 
 
 # ---- under_the_hood --------------------------------------------------------------------------------------------------

@@ -158,7 +158,8 @@ def _unpickled(file: Path, options: LoadOptions, weights: bool) -> Mapping[str, 
         }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(copy, save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}))
+        plain = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        write_atomically(copy, save(plain, metadata={"origin": str(file)}))
     except OSError as error:
         raise StoreError(f"{folder} cannot be written ({error}); name another folder: "
                          "layer_shards_saving_path") from None  # fmt: skip

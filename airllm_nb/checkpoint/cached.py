@@ -1,6 +1,6 @@
 """The stores below a folder: what each is of, its size, who uses it; and removing one, whole or not at all.
 
-Only folders that are provably stores are listed, and only what is listed can be removed. Links are never followed.
+Only what is provably a store is listed, and only what is listed can be removed. Links are never followed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import StoreError
-from .folder import JOURNAL, LOCK, MANIFEST, in_use, vacated
+from .folder import JOURNAL, LOCK, MANIFEST, exclusively, in_use, vacated
+from .index import header_length
 
 # Random checkpoints of known shapes, kept by a bench: their folder, and what marks one.
 SYNTHETIC, SYNTHETIC_MARKER = "synthetic", "synthetic.json"
 
+# The codec in the name of a folder that holds only what was written beside a checkpoint that is read in place.
+BESIDE = "normalised"
+# Adapters that came as pickles, written once as safetensors: their folder, and how they are named in it.
+ADAPTERS = "adapters"
+_COPY = re.compile(r"(?P<model>.+)--[0-9a-f]{16}\.safetensors")
+# Before all names in an adapter that peft saved.
+_PEFT = "base_model."
 # As the stores are named: model, codec, dtype, and the beginning of the source's fingerprint.
 _NAME = re.compile(r"(?P<model>.+)--(?P<codec>[a-z0-9]+)--(?P<dtype>b?float\d+)--[0-9a-f]{8}")
 # Renamed first, so that what is left of a removal that was cut short is never taken for a store.
@@ -29,13 +37,14 @@ _REMOVED = re.compile(r".+\.[0-9a-f]{8}\.removing")
 _PARTIAL = re.compile(r"\..+\.partial")
 _MANIFEST_KEYS = {"codec", "dtype", "source", "format", "shards", "parameters"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/(.+)")
 
 State = Literal["finished", "unfinished", "converting", "damaged", "half removed"]
 
 
 @dataclass(frozen=True)
 class CachedStore:
-    """One store on the disk.
+    """One store on the disk; of an adapter, the one file.
 
     Attributes
     ----------
@@ -66,10 +75,39 @@ class CachedStore:
     is_open: bool
     origin: str = ""
 
+    @property
+    def what(self) -> str:
+        """What it holds, in a word or two; empty where that is not known."""
+        if self.codec == BESIDE:
+            return "beside GGUF" if self.origin.endswith(".gguf") else "beside"
+        return "plain" if self.codec == "none" else self.codec
+
+    @property
+    def made_from(self) -> str:
+        """``origin`` as a model is named: a file in the Hub's cache as ``ORG/REPO:FILE``."""
+        return named(self.origin)
+
 
 def cached_stores(base: Path) -> list[CachedStore]:
     """The stores directly below ``base``, by name; none where there is no such folder."""
-    return [store for folder in _folders(base) if (store := _look(folder, base)) is not None]
+    stores = [store for folder in _folders(base) if (store := _look(folder, base)) is not None]
+    return stores + [copy for path in _files(base / ADAPTERS) if (copy := _copy(path, base)) is not None]
+
+
+def written_beside(folder: Path) -> str | None:
+    """Of a folder that holds only what was written beside a checkpoint: that checkpoint, empty where it was not noted.
+
+    ``None`` of any other folder.
+    """
+    parts = _NAME.fullmatch(folder.resolve().name)
+    manifest = _json(folder / MANIFEST) if parts and parts["codec"] == BESIDE else {}
+    return str(manifest.get("origin", "")) if _is_manifest(manifest) else None
+
+
+def named(origin: str) -> str:
+    """A path in the Hub's cache as ``ORG/REPO:FILE``, any other as it is."""
+    found = _SNAPSHOT.fullmatch(Path(origin).as_posix())
+    return f"{found[1].replace('--', '/', 1)}:{found[2]}" if found else origin
 
 
 def remove_store(folder: Path) -> int:
@@ -80,8 +118,10 @@ def remove_store(folder: Path) -> int:
     StoreError
         If a process writes into it or reads from it, or it cannot be removed.
     """
-    named = folder
+    before = folder
     try:
+        if folder.is_file() and _copied_from(folder) is not None:
+            return _remove_copy(folder)
         if folder.is_symlink() or not folder.is_dir():
             return 0
         with vacated(folder):
@@ -99,9 +139,18 @@ def remove_store(folder: Path) -> int:
     except FileNotFoundError:
         return 0
     except OSError as error:
-        left = f"; what is left is in {folder}" if folder != named else ""
-        raise StoreError(f"{named} cannot be removed ({error.strerror or error}){left}; check who owns it and "
+        left = f"; what is left is in {folder}" if folder != before else ""
+        raise StoreError(f"{before} cannot be removed ({error.strerror or error}){left}; check who owns it and "
                          "remove it again") from error  # fmt: skip
+
+
+def _remove_copy(path: Path) -> int:
+    with exclusively(path.parent) as is_free:
+        if not is_free:
+            raise StoreError(f"{path} may be in use; unload the model, or end the process that has it open")
+        nbytes = path.stat().st_size
+        path.unlink()
+        return nbytes
 
 
 def _empty(folder: Path) -> None:
@@ -156,13 +205,46 @@ def _look(folder: Path, base: Path) -> CachedStore | None:
         return None
     name = folder.relative_to(base).as_posix()
     before = folder.name.rsplit(".", 2)[0] if state == "half removed" else folder.name
-    named = _NAME.fullmatch(before)
-    said = named.groupdict() if named else {"model": before, "codec": "", "dtype": ""}
+    parts = _NAME.fullmatch(before)
+    said = parts.groupdict() if parts else {"model": before, "codec": "", "dtype": ""}
     codec, dtype = manifest.get("codec", said["codec"]), manifest.get("dtype", said["dtype"])
     # The codec of the name says more where the manifest's is none: what of the model it holds.
     codec = said["codec"] if codec == "none" and said["codec"] else codec
     return CachedStore(name, folder, said["model"], str(codec), str(dtype), nbytes, state, used, use == "open",
                        str(manifest.get("origin", "")))  # fmt: skip
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        if not folder.is_symlink():
+            yield from sorted(path for path in folder.iterdir() if path.is_file())
+
+
+def _copied_from(path: Path) -> str | None:
+    """What an adapter's copy was made from, empty where it was not noted; ``None`` if the file is no such copy."""
+    if path.is_symlink() or path.parent.name != ADAPTERS or not _COPY.fullmatch(path.name):
+        return None
+    header: Any = None
+    with suppress(OSError, ValueError), path.open("rb") as file:
+        header = json.loads(file.read(header_length(path, file.read(8), path.stat().st_size)))
+    if not isinstance(header, dict):
+        return None
+    about = header.pop("__metadata__", None) or {}
+    is_ours = header and all(name.startswith(_PEFT) for name in header)
+    return str(about.get("origin", "")) if is_ours else None
+
+
+def _copy(path: Path, base: Path) -> CachedStore | None:
+    origin, parts = _copied_from(path), _COPY.fullmatch(path.name)
+    if origin is None or parts is None:
+        return None
+    try:
+        found, use = path.stat(), in_use(path.parent)
+    except FileNotFoundError:
+        return None
+    used = max(found.st_atime, found.st_mtime)
+    return CachedStore(path.relative_to(base).as_posix(), path, parts["model"], "adapter", "", found.st_size,
+                       "finished", used, use == "open", origin)  # fmt: skip
 
 
 def _state(folder: Path, manifest: dict[str, Any], use: str) -> State:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import AirLLMError, CheckpointError, UnsupportedModelError
 from ..trace import ProgressCallback, silent
 from .convert import DTYPE_NAMES
 from .gguf_file import GGUFFile, GGUFTensor, damaged, read_gguf
@@ -81,7 +81,14 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
         import numpy as np
 
         # A copy of what is still a view of the file: its pages are read-only, and a tensor is not.
-        values = self.rearranged(name, lambda source: _dequantise(self.file.path, source))
+        try:
+            values = self.rearranged(name, lambda source: _dequantise(self.file.path, source))
+        except AirLLMError:
+            raise
+        except (ValueError, IndexError, RuntimeError) as error:  # transformers' rules trust the shapes of the file
+            shapes = ", ".join(f"{source.name} {list(source.shape)}" for source in self._sources[name])
+            raise damaged(self.file.path, f"{name!r} of shape {self.specs[name].shape} cannot be made of {shapes} "
+                                          f"({error})") from None  # fmt: skip
         tensor = values if isinstance(values, torch.Tensor) else torch.from_numpy(np.require(values, requirements="CW"))
         if tuple(tensor.shape) != self.specs[name].shape:
             raise damaged(self.file.path, f"{name!r} has shape {tuple(tensor.shape)}, the config of the same file "

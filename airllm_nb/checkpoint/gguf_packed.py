@@ -143,7 +143,8 @@ def _row_order(weights: GGUFWeights, name: str, spec: Entry) -> Any:
         return np.arange(first[source.name], first[source.name] + rows).reshape(*source.shape[:-1], 1)
 
     try:
-        moved = np.asarray(weights.rearranged(name, numbers))
+        with np.errstate(all="ignore"):  # a rule that computes (Mamba's logarithm) gets row numbers here
+            moved = np.asarray(weights.rearranged(name, numbers))
     except (ValueError, IndexError, RuntimeError):  # a rule that needs whole rows
         return None
     if moved.shape != (*spec.shape[:-1], 1) or not np.array_equal(np.sort(moved, axis=None), np.arange(count)):

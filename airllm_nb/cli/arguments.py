@@ -6,7 +6,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__, config
@@ -24,6 +24,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         given, unknown = self.parse_known_args(args, namespace)
+        if getattr(given, "prompt", "") is None and (word := _only_word(unknown)) is not None:
+            # Where the options stand between them, argparse has taken the prompt for left out at the model already.
+            given.prompt, unknown = word, []
         if not unknown:
             return given
         flag = unknown[0].partition("=")[0]
@@ -32,6 +35,13 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in given.parser._actions for name in action.option_strings]
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
         given.parser.error(f"unknown option {flag}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _only_word(left: Sequence[str]) -> str | None:
+    """What is left over, if that is one word and no option: a dash alone is none, nor is what stands behind ``--``."""
+    if len(left) == 2 and left[0] == "--":
+        return left[1]
+    return left[0] if len(left) == 1 and (left[0] == "-" or not left[0].startswith("-")) else None
 
 
 def make_parser(
@@ -128,7 +138,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
     action("list", "list the stores, as without an action", False)
     made = action("remove", "remove stores, none that is in use; asks first", True)
-    made.add_argument("names", metavar="NAME", nargs="*", help="a store, or a model: all its stores")
+    made.add_argument("names", metavar="NAME", nargs="*", help="a store; or a model, or what FROM says: all its stores")
     made.add_argument("--unfinished", action="store_true", help="what conversions and removals that were ended left")
     made.add_argument("--all", action="store_true", help="all stores there")
     made.add_argument("-y", "--yes", action="store_true", help="do not ask")

@@ -29,7 +29,7 @@ def _list(given: argparse.Namespace) -> int:
                     "bytes": kept.nbytes, "free_bytes": kept.free})  # fmt: skip
         return 0
     if kept.stores:
-        rows = [("NAME", "CODEC", "DTYPE", "SIZE", "LAST USED", "STATE", "FROM"), *map(_row, kept.stores)]
+        rows = [("NAME", "HOLDS", "DTYPE", "SIZE", "LAST USED", "STATE", "FROM"), *map(_row, kept.stores)]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             cells = [cell.rjust(width) if column == 3 else cell.ljust(width)
@@ -99,17 +99,17 @@ def _facts(store: CachedStore) -> dict[str, Any]:
     from ..kept import source_is_here
 
     return {"name": store.name, "folder": str(store.folder), "model": store.model, "codec": store.codec,
-            "dtype": store.dtype, "bytes": store.nbytes, "state": store.state, "in_use": _in_use(store),
-            "last_used": _when(store.used, "%Y-%m-%dT%H:%M:%S"), "origin": store.origin or None,
-            "origin_is_here": source_is_here(store)}  # fmt: skip
+            "holds": store.what, "dtype": store.dtype, "bytes": store.nbytes, "state": store.state,
+            "in_use": _in_use(store), "last_used": _when(store.used, "%Y-%m-%dT%H:%M:%S"),
+            "origin": store.made_from or None, "origin_is_here": source_is_here(store)}  # fmt: skip
 
 
 def _row(store: CachedStore) -> tuple[str, ...]:
     from ..kept import source_is_here
 
     here = {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]
-    return (store.name, store.codec or "-", store.dtype or "-", format_bytes(store.nbytes),
-            _when(store.used, "%Y-%m-%d %H:%M"), _state(store), f"{store.origin or '-'}{here}")  # fmt: skip
+    return (store.name, store.what or "-", store.dtype or "-", format_bytes(store.nbytes),
+            _when(store.used, "%Y-%m-%d %H:%M"), _state(store), f"{store.made_from or '-'}{here}")  # fmt: skip
 
 
 def _state(store: CachedStore) -> str:

@@ -58,6 +58,9 @@ def generate(given: argparse.Namespace) -> int:
 
         model = open_model(given.model, options, progress=line.show)
     with model:
+        status = model.status()
+        if not given.json:
+            sys.stderr.write(_notes(status))
         if given.seed is not None:
             import torch
 
@@ -68,7 +71,7 @@ def generate(given: argparse.Namespace) -> int:
     if result is None:
         raise KeyboardInterrupt
     if given.json:
-        write_json(_facts(given.model, result))
+        write_json(_facts(given.model, status, result))
     else:
         sys.stderr.write(_summary(result) + "\n")
         if given.profile:
@@ -98,10 +101,17 @@ def _stream(generation: Any, show: bool) -> bool:
     return interrupted
 
 
-def _facts(model: str, result: Any) -> dict[str, Any]:
+def _notes(status: dict[str, Any]) -> str:
+    """What was chosen, put on and left out, a line each; empty where nothing was."""
+    labels = {"chosen": "chosen", "adapter": "adapter", "left_on_disk": "left on disk"}
+    return "".join(f"{label}: {status[name]}\n" for name, label in labels.items() if status.get(name))
+
+
+def _facts(model: str, status: dict[str, Any], result: Any) -> dict[str, Any]:
+    opened = {name: status[name] or None for name in ("chosen", "adapter", "compression")}
     names = "prompt text prompt_tokens stopped_by seconds tokens_per_second sweep_seconds peak_bytes"
     facts = {name: getattr(result, name) for name in names.split()}
-    return {"model": model, **facts, "token_ids": list(result.token_ids), "trace": result.trace.summary()}
+    return {"model": model, **opened, **facts, "token_ids": list(result.token_ids), "trace": result.trace.summary()}
 
 
 def _summary(result: Any) -> str:
@@ -119,13 +129,16 @@ class ProgressLine:
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
-        self._stage, self._first, self._since, self._next = "", 0, 0.0, 0.0
+        self._counted: tuple[str, float] = "", 0
+        self._first, self._last, self._since, self._next = 0.0, 0.0, 0.0, 0.0
 
     def show(self, progress: Progress) -> None:
         """Draw a report, at most four times a second."""
         now = time.monotonic()
-        if progress.stage != self._stage:
-            self._stage, self._first, self._since = progress.stage, progress.done, now
+        last, self._last = self._last, progress.done
+        # One stage may follow another of the same name.
+        if (counted := (progress.stage, progress.total)) != self._counted or progress.done < last:
+            self._counted, self._first, self._since = counted, progress.done, now
         elif now < self._next:
             return
         if self._live:

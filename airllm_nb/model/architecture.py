@@ -57,8 +57,8 @@ def _without(config: Mapping[str, Any], names: Collection[str]) -> dict[str, Any
             for key, value in config.items() if key not in names}  # fmt: skip
 
 
-def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) -> None:
-    """Refuse what cannot run here, from ``config.json`` alone; see :func:`native_config`."""
+def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False, model: str = "") -> None:
+    """Refuse what cannot run here, from ``config.json`` alone; ``model`` is its name. See :func:`native_config`."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
@@ -82,4 +82,4 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False) 
     if quantisation(config) and family_of(given) is not None:
         raise UnsupportedModelError(f"{name} is quantised ({quantisation(config)['quant_method']}) in a layout of its "
                                     "own; load the unquantised checkpoint, with compression='4bit'")  # fmt: skip
-    check_quantisation(config, name)
+    check_quantisation(config, model or name)

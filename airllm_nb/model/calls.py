@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from .packed import PackedWeight
+
 # What may be asked of a weight that is not here.
 _OF_META = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "is_floating_point"})
 # Functions that look at a module and run nothing.
@@ -172,7 +174,8 @@ class _Reader:
         at, path, rest = _descend(scope, _dotted(node))
         if at is None:
             return False
-        is_weight = bool(rest) and isinstance(at._parameters.get(rest[0]), nn.Parameter)
+        weight = _weight(at, rest[0]) if rest else None
+        is_weight = weight is not None
         if is_weight and len(rest) > 1 and rest[1] in _OF_META:
             return True
         runs = called and len(rest) == 1 and not is_weight
@@ -182,9 +185,9 @@ class _Reader:
             if not scope.optional:
                 self.always.append(child)
         if is_weight:
-            if path and _is_matrix(at._parameters[rest[0]]):
+            if path and weight is not None and weight.dim() > 1:
                 self.taken.add(path)
-        elif handed and not rest and path and any(map(_is_matrix, at._parameters.values())):
+        elif handed and not rest and path and _has_matrix(at):
             self.taken.add(path)
         elif runs:
             self._run(at, path, rest[0], scope.optional)
@@ -230,8 +233,15 @@ def _dotted(node: ast.AST) -> list[str]:
     return [node.id, *reversed(names)] if isinstance(node, ast.Name) else []
 
 
-def _is_matrix(parameter: Any) -> bool:
-    return isinstance(parameter, nn.Parameter) and parameter.dim() > 1
+def _weight(at: nn.Module, name: str) -> Any:
+    """A weight of a module by its attribute, one that lies packed included."""
+    found = at._parameters.get(name)
+    found = at.__dict__.get(name) if found is None else found
+    return found if isinstance(found, (nn.Parameter, PackedWeight)) else None
+
+
+def _has_matrix(at: nn.Module) -> bool:
+    return any(found.dim() > 1 for name in (*at._parameters, *at.__dict__) if (found := _weight(at, name)) is not None)
 
 
 def _says_given(test: ast.AST) -> bool:

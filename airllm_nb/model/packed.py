@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..checkpoint.codecs.packing import DEVICE_VALUES, Packed
+from ..checkpoint.codecs.packing import Packed
 from ..checkpoint.encoded import EncodedLinear, Part, Scratch
 from ..checkpoint.index import TensorInfo
 
@@ -30,11 +30,18 @@ class PackedLinear(EncodedLinear):
         self.packed, self.keeps = packed, False
         self._kept: torch.Tensor | None = None
         self._order = None if packed.order is None else torch.tensor(packed.order, device="cpu")
+        self._view = PackedWeight(self._bound, packed, compute_dtype, scratch)
+
+    def __getattr__(self, name: str) -> Any:
+        # Native code looks at the weight of others, if only at its dtype: it is what is stored for nobody else.
+        if name == "weight" and "_view" in self.__dict__:
+            return self._view
+        return super().__getattr__(name)
 
     def _compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.keeps:
             if self._kept is None:
-                self._kept = _in_order(self._dequantise(), self.packed).clone()
+                self._kept = self._view.matrix(0).clone()
             return functional.linear(x, self._kept, bias)
         if self.packed.pieces is None and self._order is None:
             shape = (self.out_features, self.in_features)
@@ -68,12 +75,12 @@ class PackedLinear(EncodedLinear):
         return made
 
     @property
-    def scratch_bytes(self) -> int:
-        return scratch_bytes((self.out_features, self.in_features), self.compute_dtype)
+    def dtype(self) -> torch.dtype:
+        return self.compute_dtype
 
     @property
     def unpacked_bytes(self) -> int:
-        return self.in_features * self.out_features * self.compute_dtype.itemsize
+        return self.scratch_bytes
 
     @property
     def row_steps(self) -> Mapping[str, int] | None:
@@ -95,30 +102,35 @@ class PackedWeight:
     An index into a stack of matrices unpacks that one alone, into the scratch: it lasts until the next is unpacked.
     """
 
-    def __init__(self, module: nn.Module, attribute: str, packed: Packed, dtype: torch.dtype, scratch: Scratch):
-        self._module, self._attribute, self._packed, self._scratch = module, attribute, packed, scratch
+    def __init__(
+        self, bound: Callable[[], dict[str, torch.Tensor]], packed: Packed, dtype: torch.dtype, scratch: Scratch
+    ):
+        self._bound, self._packed, self._scratch = bound, packed, scratch
         self.dtype, self.shape, self.ndim = dtype, torch.Size(packed.shape), len(packed.shape)
         self.requires_grad, self.keeps = False, False
         self._kept: torch.Tensor | None = None
+        self._order = None if packed.order is None else torch.tensor(packed.order, device="cpu")
 
     def matrix(self, number: int) -> torch.Tensor:
         """One of the matrices, in the scratch."""
         if self.keeps:
             return self.whole().view(-1, *self.shape[-2:])[number]
-        return _in_order(unpacked(self._packed, self._bound(), number, self.dtype, self._scratch), self._packed)
+        return self._unpacked(number)
+
+    def _unpacked(self, number: int) -> torch.Tensor:
+        matrix = unpacked(self._packed, self._bound(), number, self.dtype, self._scratch)
+        return matrix if self._order is None else matrix[self._order.to(matrix.device)]
 
     def whole(self) -> torch.Tensor:
         """All of it, in memory of its own."""
         if self._kept is not None:
             return self._kept
-        keeps, self.keeps = self.keeps, False
         count = math.prod(self.shape[:-2])
         whole = torch.empty(count, *self.shape[-2:], dtype=self.dtype, device=self.device)
         for number in range(count):
-            whole[number] = self.matrix(number)
-        self.keeps = keeps
+            whole[number] = self._unpacked(number)
         whole = whole.view(self.shape)
-        if keeps:
+        if self.keeps:
             self._kept = whole
         return whole
 
@@ -129,9 +141,6 @@ class PackedWeight:
     @property
     def unpacked_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    def _bound(self) -> dict[str, torch.Tensor]:
-        return {a: getattr(self._module, part_name(self._attribute, a)) for a in self._packed.parts}
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         is_number = isinstance(index, int) or (isinstance(index, torch.Tensor) and index.dim() == 0)
@@ -147,6 +156,13 @@ class PackedWeight:
     def dim(self) -> int:
         return self.ndim
 
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def T(self) -> torch.Tensor:
+        return (self.matrix(0) if self.ndim == 2 else self.whole()).T
+
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
@@ -158,21 +174,23 @@ class PackedWeight:
         return self._bound()["weight"].device
 
     def __matmul__(self, other: Any) -> torch.Tensor:
-        return self.whole() @ other
+        return torch.matmul(self, other)  # type: ignore[call-overload]
 
     def __rmatmul__(self, other: Any) -> torch.Tensor:
-        return other @ self.whole()
+        return torch.matmul(other, self)  # type: ignore[call-overload]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.linear and args[1].ndim == 2 and not isinstance(args[0], cls):
-            return func(args[0], args[1].matrix(0), *args[2:], **(kwargs or {}))
-        args, kwargs = tree_map(_real, (args, kwargs or {}))
+        values = (args, kwargs or {})
+        mine = [value for value in tree_leaves(values) if isinstance(value, cls)]
+        # A product is done with the scratch when it returns; anything else may give a view of it.
+        is_product = func in _PRODUCTS and len(mine) == 1 and mine[0].ndim == 2
+        real = mine[0].matrix(0) if is_product else None
+        args, kwargs = tree_map(lambda v: (v.whole() if real is None else real) if isinstance(v, cls) else v, values)
         return func(*args, **kwargs)
 
 
-def _real(value: Any) -> Any:
-    return value.whole() if isinstance(value, PackedWeight) else value
+_PRODUCTS = {functional.linear, torch.matmul, torch.mm, torch.addmm, torch.Tensor.matmul, torch.Tensor.mm}
 
 
 def unpacked(
@@ -194,16 +212,6 @@ def unpacked(
             each = packed.packing[at if len(packed.packing) > 1 else 0]
             each.unpack({name: part[at] for name, part in parts.items()}, below.t() if packing.transposed else below)
     return matrix
-
-
-def _in_order(matrix: torch.Tensor, packed: Packed) -> torch.Tensor:
-    return matrix if packed.order is None else matrix[list(packed.order)]
-
-
-def scratch_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    """Memory to unpack a matrix: itself, and the integers of as many values as are unpacked at once."""
-    values = math.prod(shape[-2:])
-    return values * dtype.itemsize + 4 * min(values, DEVICE_VALUES)
 
 
 def part_name(attribute: str, part: str) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.codecs.packing import Packed
+from ..checkpoint.codecs.packing import DEVICE_VALUES, HOST_VALUES, Packed
 from ..checkpoint.encoded import TORCH_DTYPES, Scratch
 from ..checkpoint.index import TensorInfo
 from ..config import format_bytes
 from ..errors import CheckpointError, UnsupportedModelError
 from .gather import is_gatherable
-from .packed import PackedLinear, PackedWeight, part_name, scratch_bytes
+from .packed import PackedLinear, PackedWeight, part_name
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ def place(skeleton: Any, packed: Mapping[str, Packed], dtype: torch.dtype, scrat
         If a packed table or weight is used in a way that needs it whole.
     """
     parts: dict[str, TensorInfo] = {}
+    one_by_one = skeleton._can_set_experts_implementation()
     for name, weight in packed.items():
         path, _, attribute = name.rpartition(".")
         module = skeleton.get_submodule(path)
@@ -51,57 +53,66 @@ def place(skeleton: Any, packed: Mapping[str, Packed], dtype: torch.dtype, scrat
             raise CheckpointError(f"{name} is packed as {list(weight.shape)}, the model's config asks for "
                                   f"{list(native.shape)}; config.json and weights do not belong together")  # fmt: skip
         if isinstance(module, nn.Embedding) and is_gatherable(module):
-            parts |= _place_table(skeleton, module, name, weight, dtype, scratch)
+            parts |= _place_table(skeleton, name, native, weight, dtype, scratch)
         elif type(module) is nn.Linear and not hasattr(module, "reads_weight"):
-            parts |= _place_linear(skeleton, path, weight, dtype, scratch)
+            bound = {part: _on_meta(info) for part, info in weight.parts.items()}
+            _replace_linears(skeleton, native, bound, weight, dtype, scratch)
+            parts |= {f"{path}.{part}": info for part, info in weight.parts.items()}
         else:
-            parts |= _place_view(module, path, attribute, weight, dtype, scratch)
-    if any(len(weight.shape) == 3 for weight in packed.values()) and skeleton._can_set_experts_implementation():
+            parts |= _place_view(module, path, attribute, weight, dtype, scratch, one_by_one)
+    if one_by_one and any(len(weight.shape) == 3 for weight in packed.values()):
         # The others take all experts' matrices at once.
         skeleton.set_experts_implementation("eager")
     return parts
 
 
-def _place_linear(
-    skeleton: Any, path: str, weight: Packed, dtype: torch.dtype, scratch: Scratch
-) -> dict[str, TensorInfo]:
-    skeleton.set_submodule(path, PackedLinear(skeleton.get_submodule(path), weight, dtype, scratch))
-    return {f"{path}.{attribute}": info for attribute, info in weight.parts.items()}
+def _replace_linears(
+    skeleton: Any, native: Any, bound: Mapping[str, nn.Parameter], weight: Packed, dtype: torch.dtype, scratch: Scratch
+) -> None:
+    """Every layer that knows the weight, tied ones too, computes on the same parts."""
+    for path, other in list(skeleton.named_modules()):
+        if other._parameters.get("weight") is not native or isinstance(other, nn.Embedding):
+            continue
+        if type(other) is not nn.Linear:
+            raise UnsupportedModelError(f"{path} shares a packed weight and is a {type(other).__name__}, which cannot "
+                                        "compute on packed bytes; load the unquantised checkpoint")  # fmt: skip
+        layer = PackedLinear(other, weight, dtype, scratch)
+        layer._parameters.update(bound)
+        skeleton.set_submodule(path, layer)
 
 
 def _place_table(
-    skeleton: Any, module: nn.Embedding, name: str, weight: Packed, dtype: torch.dtype, scratch: Scratch
+    skeleton: Any, name: str, native: Any, weight: Packed, dtype: torch.dtype, scratch: Scratch
 ) -> dict[str, TensorInfo]:
     """Rows are gathered packed. Whatever is tied to the table computes on the same bytes."""
     if set(weight.parts) != {"weight"} or weight.packing[0].row_steps != {"weight": 1} or weight.order is not None:
         raise UnsupportedModelError(f"{name} is a table packed as {weight.packing[0].name}, whose rows cannot be read "
                                     "one by one; load the unquantised checkpoint")  # fmt: skip
-    native, table = module.weight, _on_meta(weight.parts["weight"])
-    for path, other in list(skeleton.named_modules()):
-        if other is module or other._parameters.get("weight") is not native:
-            continue
-        if isinstance(other, nn.Embedding):
-            other._parameters["weight"], other.packing = table, weight.packing[0]  # type: ignore[assignment]
-            continue
-        if type(other) is not nn.Linear:
-            raise UnsupportedModelError(f"{path} shares the packed table {name} and is a {type(other).__name__}, which "
-                                        "cannot compute on packed bytes; load the unquantised checkpoint")  # fmt: skip
-        skeleton.set_submodule(path, PackedLinear(other, weight, dtype, scratch))
-        skeleton.get_submodule(path)._parameters["weight"] = table
-    module._parameters["weight"], module.packing = table, weight.packing[0]  # type: ignore[assignment]
+    table = _on_meta(weight.parts["weight"])
+    _replace_linears(skeleton, native, {"weight": table}, weight, dtype, scratch)
+    for module in skeleton.modules():
+        if isinstance(module, nn.Embedding) and module._parameters.get("weight") is native:
+            module._parameters["weight"], module.packing = table, weight.packing[0]  # type: ignore[assignment]
     return {name: weight.parts["weight"]}
 
 
 def _place_view(
-    module: nn.Module, path: str, attribute: str, weight: Packed, dtype: torch.dtype, scratch: Scratch
+    module: nn.Module, path: str, attribute: str, weight: Packed, dtype: torch.dtype, scratch: Scratch, one_by_one: bool
 ) -> dict[str, TensorInfo]:
+    names = {part: part_name(attribute, part) for part in weight.parts}
+
+    def bound() -> dict[str, torch.Tensor]:
+        return {part: module._parameters[name] for part, name in names.items()}  # type: ignore[misc]
+
     del module._parameters[attribute]
-    module.__dict__[attribute] = PackedWeight(module, attribute, weight, dtype, scratch)
-    needed = scratch_bytes(weight.shape, dtype)
+    module.__dict__[attribute] = view = PackedWeight(bound, weight, dtype, scratch)
+    needed = math.prod(weight.shape[-2:]) * dtype.itemsize
+    if len(weight.shape) > 2 and not one_by_one:  # this model takes all of them at once
+        needed += view.unpacked_bytes
     module.scratch_bytes = max(getattr(module, "scratch_bytes", 0), needed)  # type: ignore[assignment, arg-type]
     for part, info in weight.parts.items():
-        module.register_parameter(part_name(attribute, part), _on_meta(info))
-    return {f"{path}.{part_name(attribute, part)}": info for part, info in weight.parts.items()}
+        module.register_parameter(names[part], _on_meta(info))
+    return {f"{path}.{names[part]}": info for part, info in weight.parts.items()}
 
 
 def keep_unpacked(skeleton: nn.Module, room: int) -> int:
@@ -125,7 +136,15 @@ def drop_unpacked(skeleton: nn.Module) -> None:
 
 def _packed_in(skeleton: nn.Module) -> list[PackedLinear | PackedWeight]:
     linears: list[PackedLinear | PackedWeight] = [m for m in skeleton.modules() if isinstance(m, PackedLinear)]
-    return linears + [v for m in skeleton.modules() for v in vars(m).values() if isinstance(v, PackedWeight)]
+    others = (module for module in skeleton.modules() if not isinstance(module, PackedLinear))
+    return linears + [value for module in others for value in vars(module).values() if isinstance(value, PackedWeight)]
+
+
+def temporary_bytes(skeleton: nn.Module, device: torch.device) -> int:
+    """Memory beside the scratch while a packed matrix is unpacked; 0 where nothing is packed."""
+    elements = [weight.unpacked_bytes // weight.dtype.itemsize for weight in _packed_in(skeleton)]
+    most = HOST_VALUES if device.type == "cpu" else DEVICE_VALUES
+    return 4 * min(max(elements, default=0), most)
 
 
 def _on_meta(info: TensorInfo) -> nn.Parameter:

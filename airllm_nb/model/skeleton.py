@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.encoded import EncodedLinear
+from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear
 from ..checkpoint.index import TensorInfo
 from ..errors import CheckpointError
 from .slices import SlicedLinear
@@ -94,6 +94,9 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
                 f"{info.extents[0].path}: {name} has shape {list(info.shape)}, the model's config "
                 f"asks for {list(tensor.shape)}; config.json and weights do not belong together"
             )
+        if tensor.dtype.is_floating_point and not TORCH_DTYPES[info.dtype].is_floating_point:
+            raise CheckpointError(f"{info.extents[0].path}: {name} is stored as {info.dtype}, which is no weight: what "
+                                  "says how it is packed is missing; download the checkpoint again")  # fmt: skip
         rounds = tensor.dtype.is_floating_point and not isinstance(module, EncodedLinear)
         wanted = torch.float32 if rounds and high(name) else tensor.dtype
         weights[id(tensor)] = Weight(name, info, wanted, owned[id(tensor)], tensor, is_buffer)
@@ -115,7 +118,7 @@ def _state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor
             if tensor is not None and attribute not in module._non_persistent_buffers_set:
                 yield dot + attribute, module, attribute, tensor, True
         if isinstance(module, SlicedLinear) and module.is_tied:
-            yield dot + "weight", module, "weight", module.weight, False
+            yield dot + "weight", module, "weight" if module.tied is module.weight else "tied", module.tied, False
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:

@@ -37,18 +37,24 @@ class SlicedLinear(nn.Module):
         ``nn.Linear`` (or encoded) layers over the same input, in the order of the rows.
     weight, bias
         What stood for the whole, on ``meta``: of its shape and dtype, tied as before, and no parameters of this module.
+    tied
+        The parameter that stood for the whole, as other modules may know it.
     is_tied
-        Whether other modules know the weight.
+        Whether they do.
     """
 
-    weight: nn.Parameter
+    weight: torch.Tensor
+    tied: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear | EncodedLinear, slices: Sequence[nn.Module], is_tied: bool):
         super().__init__()
         self.in_features, self.out_features, self.is_tied = linear.in_features, linear.out_features, is_tied
         # Past nn.Module's own bookkeeping: the parameters are those of the slices.
-        self.__dict__.update(weight=linear.weight, bias=linear.bias)
+        self.__dict__.update(weight=linear._parameters["weight"], bias=linear.bias, tied=linear._parameters["weight"])
+        if isinstance(linear, EncodedLinear):  # what others see of it is not what is stored
+            shape = linear.out_features, linear.in_features
+            self.__dict__["weight"] = torch.empty(shape, dtype=linear.compute_dtype, device="meta")
         self.slices = nn.ModuleList(slices)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +108,7 @@ def slice_linears(skeleton: Any, tensors: Mapping[str, TensorInfo], limit: int) 
     places = Counter(id(child) for module in skeleton.modules() for child in module.children())
     added: dict[str, TensorInfo] = {}
     for name, linear in list(_called(skeleton, "")):
-        tied = [module for _, module in owners[id(linear.weight)] if module is not linear]
+        tied = [module for _, module in owners[id(linear._parameters["weight"])] if module is not linear]
         if places[id(linear)] > 1 or not all(isinstance(m, nn.Embedding) and is_gatherable(m) for m in tied):
             continue
         infos = _at_rest(linear, tensors, owners)
@@ -167,7 +173,8 @@ def _called(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Linear | Enc
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
         if type(child) is nn.Linear or isinstance(child, EncodedLinear):
-            yield path, child
+            if child._parameters.get("weight") is not None:  # a packed one may be another object's
+                yield path, child
         else:
             yield from _called(child, path)
 

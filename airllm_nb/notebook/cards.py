@@ -61,6 +61,7 @@ class Line:
 def model_card(name: str, model: StreamedModel) -> Card:
     """What a model is, where its weights are and how fast it will be."""
     status, plan = model.status(), model.plan
+    kept = status["unpacked_bytes"]
     weights = sum(tier["bytes"] for tier in status["plan"]["tiers"].values()) + status["plan"]["small_bytes"]
     size = [format_bytes(weights), status["compression"] or "not compressed"]
     if not status["compression"]:
@@ -70,15 +71,11 @@ def model_card(name: str, model: StreamedModel) -> Card:
         ("runs on", f"{status['device']}, {status['dtype']}"),
         *([("chosen", status["chosen"])] if status["chosen"] else []),
         *([("adapter", status["adapter"])] if status["adapter"] else []),
-        *_parts_left(model.config),
+        *([("left on disk", status["left_on_disk"])] if status["left_on_disk"] else []),
+        *([("unpacked", f"{format_bytes(kept)} of RAM keep the packed matrices unpacked")] if kept else []),
         *_plan_rows(str(plan)),
     ]
     return Card(f"{status['name']} is loaded as {name!r}", rows, _units(plan))
-
-
-def _parts_left(config: Any) -> list[tuple[str, str]]:
-    parts = [name for name in ("vision", "audio") if getattr(config, f"{name}_config", None) is not None]
-    return [("left on disk", f"the {' and '.join(parts)} part: text is all that goes in here")] if parts else []
 
 
 def _parameters(model: StreamedModel) -> int:

@@ -128,19 +128,22 @@ def progress_line(shell: Any, dashboard: str = "bar") -> ProgressLine:
 class Meter:
     """Reports of long work as text, with rate and time left.
 
-    The rate counts from the first report of a stage, so that what an earlier attempt left does not flatter it.
+    The rate counts from the first report of a stage, so that what an earlier attempt left does not flatter it. Another
+    total, or less done than before, is another stage of the same name.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._stage, self._done, self._since = clock, "", 0, 0.0
+        self._clock, self._counted = clock, ("", 0.0)
+        self._done, self._last, self._since = 0.0, 0.0, 0.0
 
     def text(self, progress: Progress | None) -> str:
         """``"download · ███░░░░░░░ · 1.2 GiB of 4.0 GiB · 95.0 MiB/s · 0:30 left"``"""
         now = self._clock()
         if progress is None:
             return "loading …"
-        if progress.stage != self._stage:
-            self._stage, self._done, self._since = progress.stage, progress.done, now
+        last, self._last = self._last, progress.done
+        if (counted := (progress.stage, progress.total)) != self._counted or progress.done < last:
+            self._counted, self._done, self._since = counted, progress.done, now
         is_bytes = progress.unit == "bytes"
         amount = format_bytes if is_bytes else "{:,.0f}".format
         of = f" of {amount(progress.total)}" if progress.total else ""

@@ -73,7 +73,10 @@ class Prefetcher:
         self._stops, self._reader, self._copier = Schedule(stops), reader, copier
         self._depth = len(self._stops) if depth is None else min(depth, len(self._stops))
         self._clock, self._cancelled = clock, cancelled
-        self._changed = threading.Condition()
+        # The lock itself is taken, never by way of the condition: that is Python code, and an interrupt within it would
+        # leave the lock held for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._error: BaseException | None = None
         self._closed, self._epoch, self._reading, self._last_read_end = False, 0, 0, 0.0
         self._held: int | None = None
@@ -94,7 +97,7 @@ class Prefetcher:
         GenerationStopped
             If it was cancelled while waiting.
         """
-        with self._changed, self._sound():
+        with self._lock, self._sound():
             self._check()
             if self._broken or self._held is not None or self._done % len(self._stops) != index:
                 self._restart(index)
@@ -110,7 +113,7 @@ class Prefetcher:
 
     def release(self, index: int, mark: Mark | None = None) -> None:
         """Compute on stop ``index`` is queued, up to ``mark`` (now); its memory may be used again after that."""
-        with self._changed, self._sound():
+        with self._lock, self._sound():
             if self._held is None or self._held % len(self._stops) != index:
                 return
             step, self._held = self._held, None
@@ -126,7 +129,7 @@ class Prefetcher:
 
     def close(self) -> None:
         """Refuse further use and wake whoever waits; the reader and the memory have their own owners."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
             self._drain()
@@ -228,7 +231,7 @@ class Prefetcher:
         def done(error: BaseException | None) -> None:
             if error is None and stop.keep:
                 error = _lock(stop)
-            with self._changed:
+            with self._lock:
                 self._reading -= 1
                 self._finish_read(step, stop, epoch, started, error)
                 self._changed.notify_all()

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 STATE = ".quant_state.bitsandbytes__"  # weight, this, kind: the tensor that holds a weight's settings as JSON
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK = 256
+FLOATS = ("F16", "BF16", "F32", "F64")
 # The code of fp4 is a number of one sign, two exponent and one fraction bit, by 12.
 CODES = {
     "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -144,7 +145,7 @@ def _pairs(kind: str, device: torch.device) -> torch.Tensor:
 def check(settings: Mapping[str, Any]) -> None:
     """Refuse what cannot be unpacked; see :mod:`.formats`."""
     kind = settings.get("bnb_4bit_quant_type", "fp4")
-    if settings.get("load_in_4bit") and kind not in CODES:
+    if settings.get("load_in_4bit") and kind not in tuple(CODES):  # it may be anything, a list too
         raise UnsupportedModelError(f"bitsandbytes' 4-bit type {kind!r} is not known (these are: {', '.join(CODES)}); "
                                     "load the unquantised checkpoint, with compression='4bit'")  # fmt: skip
 
@@ -188,12 +189,13 @@ def _four_bits(weight: str, kind: str, index: Mapping[str, TensorInfo], shape: t
         rows, columns = (int(size) for size in shape)
         block = int(state.get("blocksize", _block(rows * columns, absmax)))
         nested = int(state.get("nested_blocksize", NESTED_BLOCK))
-        offset = float(state.get("nested_offset", 0))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _wrong(info, f"its quantisation state cannot be read ({error})") from None
     if block not in BLOCKS or min(rows, columns, nested) < 1:
         raise _wrong(info, f"its shape is {rows} x {columns}, its blocks are {block} and {nested}")
     count, blocks = rows * columns, -(-rows * columns // block)
+    if nested > max(blocks, NESTED_BLOCK):
+        raise _wrong(info, f"its {blocks:,} blocks are quantised in blocks of {nested:,}")
     if not 0 <= info.nbytes - (count + 1) // 2 < 8:
         raise _wrong(info, f"{info.nbytes:,} bytes do not hold {rows} x {columns} values of 4 bits")
     aligned = columns % block == 0
@@ -204,12 +206,33 @@ def _four_bits(weight: str, kind: str, index: Mapping[str, TensorInfo], shape: t
     if f"{weight}.nested_absmax" not in index:
         if absmax.dtype == "U8":
             raise _wrong(absmax, f"it is quantised, and {weight}.nested_absmax is missing")
+        _check_floats(absmax)
         return Packed((rows, columns), (packing_type(block, aligned=aligned),), parts)
+    if absmax.dtype != "U8":
+        raise _wrong(absmax, f"it is {absmax.dtype}, and {weight}.nested_absmax says that it is quantised")
     nested_absmax = _part(index, f"{weight}.nested_absmax")
     parts["nested_absmax"] = _sized(nested_absmax, nested_absmax.dtype, (-(-blocks // nested),))
     nested_map = _part(index, f"{weight}.nested_quant_map")
     parts["nested_quant_map"] = _sized(nested_map, nested_map.dtype, (256,))
+    _check_floats(nested_absmax, nested_map)
+    offset = _offset(info, state) if state else 0.0
     return Packed((rows, columns), (packing_type(block, nested, offset, aligned),), parts)
+
+
+def _offset(info: TensorInfo, state: Mapping[str, Any]) -> float:
+    try:
+        offset = float(state["nested_offset"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _wrong(info, f"its nested_offset cannot be read ({type(error).__name__})") from None
+    if not math.isfinite(offset):
+        raise _wrong(info, f"its nested_offset is {offset}")
+    return offset
+
+
+def _check_floats(*scales: TensorInfo) -> None:
+    for scale in scales:
+        if scale.dtype not in FLOATS:
+            raise _wrong(scale, f"it is {scale.dtype}, and scales are floats")
 
 
 def _block(count: int, absmax: TensorInfo) -> int:
@@ -225,6 +248,7 @@ def _eight_bits(weight: str, index: Mapping[str, TensorInfo]) -> Packed:
                                     "save the model again with a bitsandbytes of today")  # fmt: skip
     if info.dtype != "I8" or len(info.shape) != 2:
         raise _wrong(info, f"{info.dtype} of shape {list(info.shape)} is no matrix of LLM.int8")
+    _check_floats(scale)
     parts = {"weight": info, "scale": _sized(scale, scale.dtype, (info.shape[0],))}
     return Packed(info.shape, (Int8(),), parts)
 
@@ -251,7 +275,7 @@ def _state(info: TensorInfo) -> dict[str, Any]:
     try:
         state = json.loads(data)
         return {**state, "shape": [int(size) for size in state["shape"]]}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _wrong(info, f"it is no quantisation state ({type(error).__name__})") from None
 
 

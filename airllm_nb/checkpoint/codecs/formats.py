@@ -11,13 +11,15 @@ from ..index import TensorInfo
 from .bnb import STATE
 from .packing import Packed
 
-__all__ = ["UnknownShapeError", "are_here", "check", "find", "quantisation", "unknown"]
+__all__ = ["UnknownShapeError", "are_here", "check", "coded", "find", "quantisation", "unknown"]
 
 # What config.json calls the method → the module that knows it, imported when it is met. GGUF files have no config.
 FORMATS = {
     "bitsandbytes": "bnb", "fp8": "fp8", "fbgemm_fp8": "fp8", "compressed-tensors": "fp8", "gptq": "gptq",
     "awq": "awq", "mxfp4": "mxfp4",
 }  # fmt: skip
+# What a weight of floating point has at rest only where something beside it says what its numbers mean.
+CODED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I32")
 
 
 class UnknownShapeError(Exception):
@@ -101,6 +103,11 @@ def unknown(plain: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Those of the tensors left over by :func:`find` that are packed weights, in shapes that the headers do not say."""
     weights = {name.partition(STATE)[0] for name in plain if STATE in name}
     return {name: plain[name] for name in sorted(weights & plain.keys())}
+
+
+def coded(plain: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Those of the tensors left over by :func:`find` that are no weights as they lie: a scale should be beside them."""
+    return {name: info for name, info in sorted(plain.items()) if info.dtype in CODED}
 
 
 def are_here(tensors: Iterable[TensorInfo]) -> bool:

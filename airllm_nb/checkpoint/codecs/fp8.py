@@ -23,6 +23,8 @@ from .packing import Packed, Packing, row_chunks
 FORMATS = ("float-quantized", "naive-quantized", "dense")  # of compressed-tensors
 # What the name of a weight's scales ends in: after "x.weight", or in the place of "weight".
 _ENDINGS, _SIBLINGS = ("_scale_inv", "_scale"), ("scale", "qscale_weight")
+_EXPONENTS = ("F8_E8M0", "U8")
+_SCALES = ("F16", "BF16", "F32", *_EXPONENTS)
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,9 @@ def check(settings: Mapping[str, Any]) -> None:
         reason = f"its values are {settings['fmt']}"
     else:
         reason = ""
-        for block in _blocks(settings):
-            if len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
-                reason = f"its weight_block_size is {list(block)}"
+    for block in _blocks(settings):
+        if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+            reason = reason or f"its block size is {list(block)}"
     if reason:
         raise UnsupportedModelError(f"an FP8 checkpoint that cannot be streamed: {reason}; load the unquantised "
                                     "checkpoint, with compression='4bit' if it should be small")  # fmt: skip
@@ -110,30 +112,40 @@ def check(settings: Mapping[str, Any]) -> None:
 
 def _why_not(settings: Mapping[str, Any]) -> str:
     """Why a checkpoint of compressed-tensors is not only a byte and a scale; empty if it is."""
-    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    groups = _groups(settings)
     for form in [settings.get("format"), *(group.get("format") for group in groups)]:
         if form not in (None, *FORMATS):
             return f"compressed-tensors' format {form!r} is not one of {', '.join(FORMATS)}"
     for group in groups:
-        weights = group.get("weights") or {}
+        weights = _mapping(group.get("weights"))
         if weights and (weights.get("type"), weights.get("num_bits")) != ("float", 8):
             return f"its weights are {weights.get('num_bits')} bits of type {weights.get('type')!r}"
         if weights and not weights.get("symmetric", True):
             return "its weights have zero points"
-    sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
+    sparsity = _mapping(settings.get("sparsity_config")).get("format", "dense")
     if sparsity != "dense":
         return f"its sparse weights are stored as {sparsity!r}"
     return "its activations are transformed (transform_config)" if settings.get("transform_config") else ""
 
 
 def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """The block sizes that a config names."""
-    groups = (settings.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
+    """The block sizes that a config names, whatever it holds there."""
+    weights = [_mapping(group.get("weights")) for group in _groups(settings)]
     for block in (settings.get("weight_block_size"), *(given.get("block_structure") for given in weights)):
-        if block is not None:
-            sizes = [int(size) for size in block.split("x") if size.isdigit()] if isinstance(block, str) else block
-            yield tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
+        if isinstance(block, str):
+            yield tuple(int(size) if size.isdecimal() and len(size) < 10 else size for size in block.split("x"))
+        elif block is not None:
+            yield tuple(block) if isinstance(block, (list, tuple)) else (block,)
+
+
+def _groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The groups of modules that compressed-tensors quantises each in its own way."""
+    groups = _mapping(settings.get("config_groups")).values()
+    return [group for group in groups if isinstance(group, Mapping)]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def find(
@@ -162,13 +174,14 @@ def _packed(info: TensorInfo, scale: TensorInfo, blocks: list[tuple[int, int]]) 
     if scale.shape[: len(stack)] != tuple(stack):
         raise _wrong(info, scale)
     grid = (math.prod(given), 1) if len(given) < 2 else given
-    if len(grid) != 2 or (len(given) == 1 and given[0] not in (1, rows)):
+    if len(grid) != 2 or (len(given) == 1 and given[0] not in (1, rows)) or scale.dtype not in _SCALES:
         raise _wrong(info, scale)
     shared = _share(rows, grid[0]), _share(columns, grid[1])
     block = next((one for one in blocks if grid == (-(-rows // one[0]), -(-columns // one[1]))), shared)
-    if 0 in block:
+    # Where a config names blocks, another grid would be taken for blocks of another size, which it is not.
+    if 0 in block or (blocks and block not in blocks and grid not in ((1, 1), (rows, 1))):
         raise _wrong(info, scale)
-    is_exponent = scale.dtype in ("F8_E8M0", "U8")
+    is_exponent = scale.dtype in _EXPONENTS
     packing = FP8(block, is_exponent)
     head = (count,) if stack else ()
     parts = {
@@ -188,4 +201,5 @@ def _share(size: int, scales: int) -> int | None:
 
 def _wrong(info: TensorInfo, scale: TensorInfo) -> CheckpointError:
     return CheckpointError(f"{info.extents[0].path}: {info.name} of shape {list(info.shape)} and its scales "
-                           f"{scale.name} of shape {list(scale.shape)} do not fit; download it again")  # fmt: skip
+                           f"{scale.name} ({scale.dtype}) of shape {list(scale.shape)} do not fit one another or the "
+                           "config; download it again")  # fmt: skip

@@ -180,9 +180,8 @@ def check(settings: Mapping[str, Any]) -> None:
             f"GPTQ checkpoints of format {layout!r} are laid out for one kernel and cannot be unpacked here; use the "
             "same model in format 'gptq' or 'gptq_v2'"
         )
-    rules = (settings.get("dynamic") or {}).values()
-    for rule in (settings, *(rule for rule in rules if isinstance(rule, Mapping))):
-        if (bits := rule.get("bits", 4)) not in _BITS:
+    for rule in (settings, *_rules(settings)):
+        if type(bits := rule.get("bits", 4)) is not int or bits not in _BITS:
             raise UnsupportedModelError(f"GPTQ with {bits} bits cannot be unpacked here; 2, 3, 4 and 8 bits can")
     if (word := str(settings.get("pack_dtype") or "int32").removeprefix("torch.")) != "int32":
         raise UnsupportedModelError(f"GPTQ packed into words of {word} cannot be unpacked here; int32 can")
@@ -214,7 +213,8 @@ def _packed(
     likely = dict.fromkeys((settings.get("bits", 4), *_BITS))
     bits = next((bits for bits in likely if zeros.shape[1] == -(-rows // _unit(bits)) * _unit(bits) * bits // 32), 0)
     columns = words * 32 // bits if bits else 0
-    if not bits or words * 32 % (bits * _unit(bits)) or weight.shape[1] != rows or zeros.shape[0] != groups:
+    fits = bits and groups and words * 32 % (bits * _unit(bits)) == 0
+    if not fits or weight.shape[1] != rows or zeros.shape[0] != groups:
         raise misfit(stem, parts)
     if native is not None and native != (rows, columns):
         raise UnsupportedModelError(
@@ -226,6 +226,8 @@ def _packed(
         if order.shape != (columns,) or order.dtype != "I32":
             raise misfit(stem, parts | {"group_index": order})
         parts["group_index"] = order
+    elif order is None and groups > 1 and settings.get("desc_act") is True:
+        raise _missing(stem, "g_idx")
     elif -(-columns // group) != groups:
         raise misfit(stem, parts)
     return Packed((rows, columns), (GPTQ(bits, group, _FORMATS[_layout(settings)]),), parts)
@@ -236,12 +238,16 @@ def related(stem: str, index: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]
     parts = {}
     for attribute, suffix in (("zeros", "qzeros"), ("scale", "scales")):
         if (info := index.get(f"{stem}.{suffix}")) is None:
-            raise CheckpointError(f"{stem}.{suffix} is missing beside {stem}.qweight; download the checkpoint again")
+            raise _missing(stem, suffix)
         parts[attribute] = info
     wanted = {f"{stem}.qweight": {"I32"}, f"{stem}.qzeros": {"I32"}, f"{stem}.scales": _FLOATS}
     if any(len(index[name].shape) != 2 or index[name].dtype not in dtypes for name, dtypes in wanted.items()):
         raise misfit(stem, {"weight": index[f"{stem}.qweight"], **parts})
     return parts
+
+
+def _missing(stem: str, suffix: str) -> CheckpointError:
+    return CheckpointError(f"{stem}.{suffix} is missing beside {stem}.qweight; download the checkpoint again")
 
 
 def misfit(stem: str, parts: Mapping[str, TensorInfo]) -> CheckpointError:
@@ -262,5 +268,10 @@ def _group(settings: Mapping[str, Any], columns: int, groups: int) -> int:
 
 def _may_be_ordered(settings: Mapping[str, Any]) -> bool:
     """Whether ``g_idx`` may say more than that groups follow one another."""
-    rules = [rule for rule in (settings.get("dynamic") or {}).values() if isinstance(rule, Mapping)]
-    return bool(settings.get("desc_act", True)) or any(rule.get("desc_act") for rule in rules)
+    return settings.get("desc_act") is not False or any(rule.get("desc_act") for rule in _rules(settings))
+
+
+def _rules(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What GPTQModel says of single matrices."""
+    rules = settings.get("dynamic")
+    return [rule for rule in rules.values() if isinstance(rule, Mapping)] if isinstance(rules, Mapping) else []

@@ -19,7 +19,7 @@ from .packing import Packed
 def stand_ins(packed: Mapping[str, Packed]) -> dict[str, TensorInfo]:
     """What stands for packed weights in a mapping of names."""
     return {
-        name: TensorInfo(name, "U8", weight.shape, (Extent(Path(name), 0, math.prod(weight.shape)),))
+        name: TensorInfo(name, "F8_E4M3", weight.shape, (Extent(Path(name), 0, math.prod(weight.shape)),))
         for name, weight in packed.items()
     }
 
