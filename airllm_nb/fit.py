@@ -124,7 +124,8 @@ class Fit:
                             f"VRAM in part: {format_bytes(self.in_vram)} of {format_bytes(self.weights)} stay "
                             "there, the rest streams")  # fmt: skip
         rows = [f"chosen    {self.chosen}"] if self.chosen else []
-        rows += [f"packed    {self.compression}"] if self.compression else []
+        label = "encoded" if self.compression in ("4bit", "8bit") else "packed"
+        rows += [f"{label:<10}{self.compression}"] if self.compression else []
         rows += [*(f"disk      {space}" for space in self.spaces), f"fits      {' | '.join(verdicts)}"]
         if self.sizes_from == "headers":
             rows.append("sizes     from the headers of the weight files on the Hub; no weights were downloaded")

@@ -55,7 +55,7 @@ def _compute_bandwidth(prepared: Prepared) -> float:
     device, kind = prepared.device, prepared.device.type
     # The probe itself must stay far inside the budget that it serves.
     side = _PROBE_SIDE[kind] if kind == "cpu" or prepared.vram_budget > GiB else 2048
-    packed = next((each for each in prepared.skeleton.modules() if isinstance(each, PackedLinear)), None)
+    packed = _typical([each for each in prepared.skeleton.modules() if isinstance(each, PackedLinear)])
     if packed is not None and not packed.keeps:
         module = packed.sample(device)
         parts = {name: part for name, part in module._parameters.items() if part is not None}
@@ -73,6 +73,12 @@ def _compute_bandwidth(prepared: Prepared) -> float:
         stored = sum(part.numel() * part.element_size() for part in packed._parameters.values() if part is not None)
         speed *= stored / packed.unpacked_bytes
     return speed
+
+
+def _typical(layers: list[PackedLinear]) -> PackedLinear | None:
+    """The largest layer that is quickly unpacked: of a small one, the launches would be measured."""
+    quick = [layer for layer in layers if layer.in_features * layer.out_features <= _PROBE_SIDE["cuda"] ** 2]
+    return max(quick or layers[:1], key=lambda layer: layer.in_features * layer.out_features, default=None)
 
 
 @functools.cache

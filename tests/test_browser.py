@@ -19,7 +19,7 @@ from lab import ROOT, Kernel, Lab, Server
 KERNELS = {"kaggle": "6.17.1 8.1.5", "7.3": "7.3.0 8.1.9"}
 # Some of it in each tier.
 LOAD = '%airllm_load "{model}" --vram 150MiB --ram 160MiB'
-SETUP = "%load_ext airllm_nb\nimport airllm_nb\n\nmodel = airllm_nb.sample_model()"
+SETUP = '%load_ext airllm_nb\nimport os\n\nmodel = os.environ["AIRLLM_NB_DEMO_MODEL"]'
 # Too long to end before it is stopped, also where pictures are drawn seldom because drawing is slow.
 LONG = "%%airllm_generate --chat -n 1500\nTell me a long story about a river and the people who live beside it."
 SHORT = "%%airllm_generate --chat -n 12\nWhat is the capital of France?"
@@ -31,18 +31,18 @@ pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, smollm2_gguf: Path) -> Iterator[Server]:
-    """JupyterLab with a kernel of the newest packages and some of others; SmolLM2 lies in their cache."""
+def server(tmp_path_factory: pytest.TempPathFactory, smollm2_folder: Path) -> Iterator[Server]:
+    """JupyterLab with a kernel of the newest packages and some of others, which know where SmolLM2 is."""
     if reason := laboratory.missing():
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     cache, folder = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("notebooks")
-    (cache / "samples").mkdir()
-    (cache / "samples" / smollm2_gguf.name).symlink_to(smollm2_gguf)
     environment = {"AIRLLM_NB_CACHE": str(cache)}
     kernels = {"python3": Kernel((), environment)}
     kernels |= {name: Kernel([_overlay(name)], environment) for name in KERNELS}
-    with laboratory.serve(folder, kernels) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIRLLM_NB_DEMO_MODEL", str(smollm2_folder))  # kernels inherit what the server has
+        with laboratory.serve(folder, kernels) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
