@@ -29,7 +29,6 @@ from airllm_nb.model.slices import (
     UNIT_BYTES,
     SlicedLinear,
     row_counts,
-    rows_of,
     slice_limit,
     slice_linears,
 )
@@ -161,7 +160,7 @@ def test_rows_lie_where_the_whole_has_them(data: st.DataObject) -> None:
 
     first = data.draw(st.integers(0, rows - 1))
     last = data.draw(st.integers(first + 1, rows))
-    part = rows_of(whole, "part", first, last)
+    part = whole.rows("part", [(first, last)])
     assert part.shape == (last - first, width)
     assert part.dtype == "BF16"
     assert read(part) == read(whole)[first * width * 2 : last * width * 2]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear, Part
-from ..checkpoint.index import Extent, TensorInfo
+from ..checkpoint.index import TensorInfo
 from .calls import calls_of
 from .gather import is_gatherable
 
@@ -124,7 +124,7 @@ def slice_linears(skeleton: Any, tensors: Mapping[str, TensorInfo], limit: int) 
             for attribute, info in infos.items():
                 part = f"{name}.slices.{index}.{attribute}"
                 step = _step(linear, attribute)
-                added[part] = rows_of(info, part, first // step, -(-(first + rows) // step))
+                added[part] = info.rows(part, [(first // step, -(-(first + rows) // step))])
             first += rows
         skeleton.set_submodule(name, SlicedLinear(linear, [_slice(linear, rows) for rows in counts], bool(tied)))
     return {**tensors, **added} if added else tensors
@@ -142,18 +142,6 @@ def row_counts(rows: int, nbytes: int, limit: int, step: int = ROW_STEP) -> list
     count = -(-steps // most)
     ends = [min(steps * (index + 1) // count * step, rows) for index in range(count)]
     return [end - start for start, end in itertools.pairwise([0, *ends])]
-
-
-def rows_of(info: TensorInfo, name: str, first: int, last: int) -> TensorInfo:
-    """The rows ``[first, last)`` of a tensor, as a tensor of its own that lies where they lie."""
-    row = info.nbytes // info.shape[0]
-    begin, end, at, extents = first * row, last * row, 0, []
-    for extent in info.extents:
-        low, high = max(begin, at), min(end, at + extent.nbytes)
-        if low < high:
-            extents.append(Extent(extent.path, extent.offset + low - at, high - low))
-        at += extent.nbytes
-    return TensorInfo(name, info.dtype, (last - first, *info.shape[1:]), tuple(extents))
 
 
 def _owners(skeleton: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
