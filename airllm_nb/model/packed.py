@@ -27,8 +27,7 @@ class PackedLinear(EncodedLinear):
 
     def __init__(self, linear: nn.Linear, packed: Packed, compute_dtype: torch.dtype, scratch: Scratch):
         super().__init__(linear, _parts(packed), compute_dtype, scratch)
-        self.packed, self.keeps = packed, False
-        self._kept: torch.Tensor | None = None
+        self.packed = packed
         self._order = None if packed.order is None else torch.tensor(packed.order, device="cpu")
         self._view = PackedWeight(self._bound, packed, compute_dtype, scratch)
 
@@ -40,9 +39,7 @@ class PackedLinear(EncodedLinear):
 
     def _compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.keeps:
-            if self._kept is None:
-                self._kept = self._view.matrix(0).clone()
-            return functional.linear(x, self._kept, bias)
+            return functional.linear(x, self._view.whole(), bias)
         if self.packed.pieces is None and self._order is None:
             shape = (self.out_features, self.in_features)
             product = self.packed.packing[0].multiply(x, self._bound(), shape, bias)
@@ -55,9 +52,9 @@ class PackedLinear(EncodedLinear):
         product = super()._compute(x, None)[..., self._order]
         return product if bias is None else product.add_(bias)
 
-    def drop(self) -> None:
-        """Free what is kept."""
-        self._kept = None
+    @property
+    def keeps(self) -> bool:
+        return self._view.keeps
 
     def _dequantise(self) -> torch.Tensor:
         return unpacked(self.packed, self._bound(), 0, self.compute_dtype, self._scratch)
@@ -73,10 +70,6 @@ class PackedLinear(EncodedLinear):
             if part is not None:
                 made._parameters[name] = nn.Parameter(torch.zeros_like(part, device=device), requires_grad=False)
         return made
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.compute_dtype
 
     @property
     def unpacked_bytes(self) -> int:

@@ -134,10 +134,10 @@ def drop_unpacked(skeleton: nn.Module) -> None:
         weight.drop()
 
 
-def _packed_in(skeleton: nn.Module) -> list[PackedLinear | PackedWeight]:
-    linears: list[PackedLinear | PackedWeight] = [m for m in skeleton.modules() if isinstance(m, PackedLinear)]
-    others = (module for module in skeleton.modules() if not isinstance(module, PackedLinear))
-    return linears + [value for module in others for value in vars(module).values() if isinstance(value, PackedWeight)]
+def _packed_in(skeleton: nn.Module) -> list[PackedWeight]:
+    return [
+        value for module in skeleton.modules() for value in vars(module).values() if isinstance(value, PackedWeight)
+    ]
 
 
 def temporary_bytes(skeleton: nn.Module, device: torch.device) -> int:
