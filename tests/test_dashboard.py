@@ -114,7 +114,7 @@ def test_stop_ends_the_running_cell_and_keeps_the_text(kernel: Kernel) -> None:
     clicked = time.monotonic()
     kernel.click(stop)
     assert kernel.reply(request)["content"]["status"] == "ok"
-    assert time.monotonic() - clicked < 5
+    assert time.monotonic() - clicked < 15
     check_static(kernel, request)
     assert kernel.run("print(answer.stopped_by, len(answer.token_ids) > 0)") == "user True\n"
     request = kernel.execute("%%airllm_generate -n 5\nagain")
@@ -232,16 +232,17 @@ def live():
 def generate(times):
     for _ in range(times):
         get_ipython().run_cell_magic("airllm_generate", "-n 1", "hello")
-generate(60); before = live()  # by then the allocator has taken what drawing needs
+generate(60); seen = [live()]  # by then the allocator has taken what drawing needs
 """)
     for _ in range(5):
-        newest.run("generate(28)")
+        newest.run("generate(28); seen.append(live())")
         newest.messages.clear()
-    found = newest.run("after = live(); import matplotlib.pyplot as plt\n"
-                       "print(after[0] - before[0], after[1] - before[1], len(plt.get_fignums()))")  # fmt: skip
+    found = newest.run("import itertools, matplotlib.pyplot as plt\n"
+                       "print(seen[-1][0] - seen[0][0], min(b - a for (_, a), (_, b) in itertools.pairwise(seen)),"
+                       " len(plt.get_fignums()))")  # fmt: skip
     widgets, megabytes, figures = (float(word) for word in found.split())
     assert (widgets, figures) == (0, 0)
-    assert megabytes < 25
+    assert megabytes < 5, "what leaks grows with every 28 generations"
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_closing_while_it_generates_ends_it(tiny_llama):
     next(generation)
     start = time.monotonic()
     model.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 15
     list(generation)
     assert generation.result.stopped_by == "user"
     assert model.closed

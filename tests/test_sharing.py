@@ -175,7 +175,7 @@ def test_ctrl_c_ends_the_waiting_and_leaves_the_lock_to_the_other(tmp_path: Path
         with python("-c", HOLDER, "writes", folder) as waiting:
             assert waiting.stdout is not None and "stage='wait'" in waiting.stdout.readline()
             waiting.send_signal(signal.SIGINT)
-            _, err = waiting.communicate(timeout=10)
+            _, err = waiting.communicate(timeout=30)
             assert err.splitlines()[-1] == "KeyboardInterrupt"
         assert in_use(folder) == "converting"
     assert [path.name for path in folder.iterdir()] == [LOCK]

@@ -144,10 +144,10 @@ def test_memory_samples_become_rarer_and_span_the_whole_trace(clock: FakeClock) 
 def test_recording_is_cheap() -> None:
     """A layer of streamed units is a few spans; they may cost 2% of a sweep, and a layer takes milliseconds."""
     trace = Trace()
-    start = time.process_time()
+    start = time.thread_time()
     for _ in range(20_000):
         trace.add("read", "model.layers.0.mlp", 0.0, 1.0, 1)
-    assert (time.process_time() - start) / 20_000 < 50e-6
+    assert (time.thread_time() - start) / 20_000 < 50e-6
 
 
 def test_an_unknown_stage_is_an_error() -> None:
