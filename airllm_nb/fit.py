@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from .planning import Prepared
 
 
+_VERBS = {
+    "download": "download to", "store": "write once to",
+    "piecewise": "write once, each weight file deleted before the next is downloaded, to",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Space:
     """Bytes that would be put into a folder.
@@ -24,7 +30,8 @@ class Space:
     Attributes
     ----------
     what
-        ``"download"`` into the Hub's cache, or ``"store"``: what is written once, compressed or in another format.
+        ``"download"`` into the Hub's cache; ``"store"``: what is written once, compressed or in another format;
+        ``"piecewise"``: such a store and one weight file at a time.
     free
         Free bytes there; ``None`` where nobody tells.
     beside
@@ -43,8 +50,7 @@ class Space:
         return None if self.free is None else self.nbytes + self.beside <= self.free
 
     def __str__(self) -> str:
-        verb = "download to" if self.what == "download" else "write once to"
-        text = f"{format_bytes(self.nbytes)} to {verb} {self.folder}"
+        text = f"{format_bytes(self.nbytes)} to {_VERBS[self.what]} {self.folder}"
         if self.beside:
             text += f" beside those {format_bytes(self.beside)}"
         if self.free is None:
@@ -154,12 +160,14 @@ class FittedPlan(ResidencyPlan):
 def spaces(prepared: Prepared) -> tuple[Space, ...]:
     """What loading this model would put on which disk."""
     source, options, found = prepared.source, prepared.options, []
+    folder = Path(options.layer_shards_saving_path or cache_dir())
+    if prepared.piecewise is not None:
+        return (Space("piecewise", prepared.piecewise, folder, free_disk(folder)),)
     if not source.files and prepared.sizes_from != "files":  # a store may have taken their place
         needed = _weights(prepared) if source.missing is None else source.missing
         found.append(("download", needed, cache_folder()))
     is_here = prepared.codec.name == "none" or prepared.sizes_from == "files"
     if store := prepared.written_once + (0 if is_here else _weights(prepared)):
-        folder = Path(options.layer_shards_saving_path or cache_dir())
         found.append(("store", store, folder))
     made: list[Space] = []
     for what, nbytes, folder in found:

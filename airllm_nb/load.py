@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import replaced, stores
 from . import weights as at_rest
@@ -77,12 +77,11 @@ def prepare(
     if codec.name != "none" and not compressible(skeleton):
         raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
                                     "are); load it without compression")  # fmt: skip
-    found: at_rest.Weights | None
     if store:
-        found, known, once = at_rest.Weights(store.folder, store.index), None, 0
+        source, found, known, once, piecewise = _Found(source, at_rest.Weights(store.folder, store.index))
     else:
         resolved = functools.partial(_resolve, model, options, progress, room, weights=True)
-        source, found, known, once = _find(
+        source, found, known, once, piecewise = _find(
             source, skeleton, codec, dtype, headers, options, progress, resolved, weights
         )
     held = hold(*found.folders, *([adapter.file.parent] if adapter else [])) if found else hold()
@@ -95,11 +94,53 @@ def prepare(
     units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
     small += lora.attach(skeleton, adapter, dtype)
     progress(Progress("build", 1, 1, "models", source.name))
-    made = Prepared(source, options, config, device, dtype, codec, scratch, skeleton, units, small, read.folder, vram,
-                    ram, origin, headers.why_not, once, _as_packed(packed_as, read), adapter, held=held)  # fmt: skip
+    made = Prepared(
+        source,
+        options,
+        config,
+        device,
+        dtype,
+        codec,
+        scratch,
+        skeleton,
+        units,
+        small,
+        read.folder,
+        vram,
+        ram,
+        origin,
+        headers.why_not,
+        once,
+        piecewise,
+        _as_packed(packed_as, read),
+        adapter,
+        held=held,
+    )
     if read.packed and not has_memory(options, device):
         made.kept_bytes = keep_unpacked(skeleton, ram - sum(unit.nbytes for unit in made.sizes) - _beside(made))
     return made
+
+
+class _Found(NamedTuple):
+    """What is known of the weights.
+
+    Attributes
+    ----------
+    source
+        With what of it is here now.
+    weights
+        Where they are, if they are here.
+    known
+        What is known of them otherwise.
+    once, piecewise
+        As of :class:`~airllm_nb.planning.Prepared`.
+    """
+
+    source: Source
+    weights: at_rest.Weights | None
+    known: at_rest.Weights | None = None
+    once: int = 0
+    piecewise: int | None = None
 
 
 def _beside(prepared: Prepared) -> int:
@@ -110,12 +151,8 @@ def _beside(prepared: Prepared) -> int:
 def _find(
     source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, headers: Headers, options: LoadOptions,
     progress: ProgressCallback, resolved: Callable[[], Source], weights: bool,
-) -> tuple[Source, at_rest.Weights | None, at_rest.Weights | None, int]:  # fmt: skip
-    """The weights, downloaded and written as far as ``weights`` asks for it.
-
-    Returns the source with what is here now, the weights if they are, else what is known of them, and the bytes that
-    had or have to be written once beside a store.
-    """
+) -> _Found:  # fmt: skip
+    """The weights, downloaded and written as far as ``weights`` asks for it."""
     found = stores.find(source, skeleton, codec, dtype, options)
     # Before a load downloads anything too: a layout that cannot be streamed is refused here.
     known = None if found or (weights and source.files) else at_rest.expected(source, skeleton, headers)
@@ -124,7 +161,10 @@ def _find(
         whole = _planned(skeleton, NONE, source, known)
         collect_weights(skeleton, {**whole.tensors, **stand_ins(whole.packed)}, dtype)
     once = 0 if found else stores.to_write(source, skeleton, codec, dtype, options)
-    if found is None and weights:
+    if found is None and not weights:
+        pieces = stores.piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
+        return _Found(source, None, known, once, pieces.nbytes if pieces and pieces.is_better() else None)
+    if found is None:
         with stores.alone(source, codec, dtype, options, progress):
             # Looked for again: another process may have written it meanwhile, and deleted what it was made from.
             found = stores.find(source, skeleton, codec, dtype, options)
@@ -135,7 +175,7 @@ def _find(
                 found = stores.write(source, skeleton, codec, dtype, options, progress)
     if found and options.delete_original:
         replaced.replace_original(source, found.folder)
-    return source, found, known, once
+    return _Found(source, found, known, once)
 
 
 def _as_packed(kind: str, weights: at_rest.Weights) -> str:

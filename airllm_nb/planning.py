@@ -40,6 +40,9 @@ class Prepared:
         ``"files"`` that are here, ``"headers"`` on the Hub, or the ``"config"`` alone; ``why_config`` may say why.
     written_once
         Bytes beside the compressed store that are written before the model can run.
+    piecewise
+        Bytes that the disk must have room for where each weight file is downloaded, encoded and deleted before the
+        next; ``None`` where the whole download comes first.
     packed_as
         How the checkpoint's own weights are packed, for people; empty where they are plain.
     adapter
@@ -66,6 +69,7 @@ class Prepared:
     sizes_from: str = "files"
     why_config: str = ""
     written_once: int = 0
+    piecewise: int | None = None
     packed_as: str = ""
     adapter: Adapter | None = None
     kept_bytes: int = 0

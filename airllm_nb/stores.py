@@ -139,17 +139,27 @@ def write_piecewise(
     headers: Headers, known: Weights | None,
 ) -> Weights | None:  # fmt: skip
     """As :func:`write`, each file downloaded, encoded and deleted before the next; ``None`` where that is no better."""
+    if known is None and begun(_folder(source, codec.name, dtype, options)):
+        known = expected(source, skeleton, headers)
+    pieces = piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
+    if pieces is None or not pieces.is_better():
+        return None
+    store = pieces.write(functools.partial(_copy_companions, source.folder))
+    return Weights(store.folder, store.index)
+
+
+def piecewise(
+    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback,
+    headers: Headers, known: Weights | None,
+) -> Piecewise | None:  # fmt: skip
+    """What would write the store from one file of the Hub after the other; ``None`` where that cannot be done."""
     if codec.name == "none" or source.format != "safetensors" or source.repo_id is None or normalised_names(source):
         return None
-    folder = _folder(source, codec.name, dtype, options)
-    known = known or (expected(source, skeleton, headers) if begun(folder) else None)
     if known is None or known.packed:
         return None
+    folder, meta = _folder(source, codec.name, dtype, options), _meta(source, codec, dtype)
     jobs_of = functools.partial(_jobs, skeleton=skeleton, codec=codec, dtype=dtype)
-    pieces = Piecewise(source, known.tensors, headers, folder, jobs_of, _meta(source, codec, dtype), options, progress)
-    if not pieces.is_better():
-        return None
-    return Weights(folder, pieces.write(functools.partial(_copy_companions, source.folder)).index)
+    return Piecewise(source, known.tensors, headers, folder, jobs_of, meta, options, progress)
 
 
 def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Codec, dtype: torch.dtype) -> list[ShardJob]:

@@ -24,14 +24,17 @@ from airllm_nb.notebook.cards import plan_card
 GOLDEN = Path(__file__).parent / "golden"
 BUDGETS = {"vram_budget": "400KiB", "ram_budget": "300KiB", "max_seq_len": 32}
 
-# Each call is [name, options]; one fresh process, whose Hub and cache are the test's own.
+# Each call is [name, options]; one fresh process, whose Hub and cache are the test's own. "free" is what disks have.
 CALLS = """
-import json, sys
+import json, shutil, sys, types
 from airllm_nb import LoadOptions, plan_model
 from airllm_nb.errors import AirLLMError
 
+usage = shutil.disk_usage
+
 def plan(name, options):
-    seen = []
+    seen, free = [], options.pop("free", None)
+    shutil.disk_usage = usage if free is None else lambda _: types.SimpleNamespace(free=free)
     try:
         made = plan_model(name, LoadOptions.create(**options), progress=seen.append)
     except AirLLMError as error:
@@ -314,6 +317,27 @@ def test_a_store_must_fit_its_disk(
     rows = plan_card("tiny", full).rows
     assert any(label == "disk" and "set --shards to a folder on a larger disk" in value for label, value in rows)
     assert any(label == "fits" and value.startswith("disk no") for label, value in rows)
+
+
+def test_a_store_that_fits_file_by_file_fits(answers: Answers, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The verdict is that of the way which loading goes."""
+    environment = _environment(answers.hub, tmp_path)
+    options = {"compression": "8bit", "layer_shards_saving_path": str(tmp_path / "store")}
+    calls: list[dict[str, Any]] = [{}, {"delete_original": True}]
+    ample, asked = planned(environment, *[("org/sharded", options | call) for call in calls])
+    download, store = (space["nbytes"] for space in ample["fit"]["spaces"])
+    (space,) = asked["fit"]["spaces"]
+    one = max(path.stat().st_size for path in folders["sharded"].glob("*.safetensors"))
+    assert space["what"] == "piecewise" and store < space["nbytes"] and one < download
+    frees = [space["nbytes"] + download, space["nbytes"], space["nbytes"] - 1]
+    every = planned(environment, *[("org/sharded", options | {"free": free}) for free in frees])
+    assert [[space["what"] for space in plan["fit"]["spaces"]] for plan in every] == [
+        ["download", "store"], ["piecewise"], ["piecewise"]
+    ]  # fmt: skip
+    assert [plan["fit"]["disk"] for plan in every] == [True, True, False]
+    assert "each weight file deleted before the next is downloaded" in every[1]["text"]
+    assert "fits      disk yes" in every[1]["text"] and "set layer_shards_saving_path to" in every[2]["text"]
+    assert not list(tmp_path.glob("store*"))
 
 
 def test_a_disk_that_nobody_knows_is_not_believed(

@@ -80,6 +80,11 @@ class Piecewise:
         self._options, self._progress = options, progress
         self._written = self._total = 0
 
+    @property
+    def nbytes(self) -> int:
+        """How much fuller than now the disk becomes at most while the store is written."""
+        return self._need(self._plan(), {})
+
     def is_better(self) -> bool:
         """Whether it was begun so, was asked for, or the disk has no room for both download and store."""
         if begun(self._folder):
@@ -88,17 +93,15 @@ class Piecewise:
             return False
         if self._options.delete_original:
             return True
+        download, store = self._both
+        return not _fits(cache_folder(), download, self._folder, store + OVERHEAD)
+
+    @property
+    def _both(self) -> tuple[int, int]:
+        """Bytes of the download and of the store that would lie beside each other otherwise."""
         download = self._source.missing if self._source.missing is not None else self._source.nbytes
         store = sum(job.nbytes for stage in self._plan() for job in stage.jobs)
-        store = max(store - sum(path.stat().st_size for path in self._folder.glob("*.safetensors")), 0)
-        short = not _fits(cache_folder(), download, self._folder, store + OVERHEAD)
-        if short:
-            log.warning(
-                "%s: the disk has no room for the download (%s) beside the store (%s): each weight file is encoded and "
-                "deleted before the next one is downloaded", self._source.repo_id, format_bytes(download),
-                format_bytes(store),
-            )  # fmt: skip
-        return short
+        return download, max(store - sum(path.stat().st_size for path in self._folder.glob("*.safetensors")), 0)
 
     def write(self, beside: Callable[[Path], None]) -> Store:
         """Write the store, or what an earlier start left to write, and open it.
@@ -116,6 +119,11 @@ class Piecewise:
         SourceError
             If a weight file cannot be downloaded. What is finished stays.
         """
+        if not self._options.delete_original and not begun(self._folder):
+            log.warning(
+                "%s: the disk has no room for the download (%s) beside the store (%s): each weight file is encoded and "
+                "deleted before the next one is downloaded", self._source.repo_id, *map(format_bytes, self._both),
+            )  # fmt: skip
         try:
             with locked(self._folder, self._progress):
                 stages = self._plan()
@@ -205,8 +213,7 @@ class Piecewise:
         return done
 
     def _check_space(self, stages: list[Stage], done: Mapping[str, int]) -> None:
-        folder = nearest(self._folder)
-        need = bytes_needed(stages, folder, lambda job: job.file in done) + OVERHEAD
+        need, folder = self._need(stages, done), nearest(self._folder)
         free = free_disk(folder)
         if free is not None and need > free:
             store = sum(job.nbytes for stage in stages for job in stage.jobs if job.file not in done)
@@ -215,6 +222,9 @@ class Piecewise:
                              f"are deleted one by one (the store {format_bytes(store)}, the largest of them "
                              f"{format_bytes(file)}) but {folder} has {format_bytes(free)} free; free some, or name a "
                              "folder on a larger disk with layer_shards_saving_path=…")  # fmt: skip
+
+    def _need(self, stages: list[Stage], done: Mapping[str, int]) -> int:
+        return bytes_needed(stages, nearest(self._folder), lambda job: job.file in done) + OVERHEAD
 
     def _bring(self, file: WeightFile, arrived: int, total: int) -> None:
         """Download a weight file, if it is not here."""
