@@ -84,6 +84,7 @@ class Lab:
 
     def __init__(self, page: Any, server: Server):
         self.page, self.server = page, server
+        page.set_default_timeout(180_000)  # machines that test are busy; what comes, comes at once elsewhere
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(f"page: {error}"))
         page.on("console", self._said)
@@ -96,7 +97,7 @@ class Lab:
         """Load the page anew with this notebook; without a kernel as by "Open With: Notebook (no kernel)"."""
         place = f"/tree/{notebook}" if kernel else ""
         self.page.goto(f"{self.server.url}/lab{place}?reset&token={self.server.token}")
-        self.page.wait_for_function("() => window.jupyterapp !== undefined", timeout=60_000)
+        self.page.wait_for_function("() => window.jupyterapp !== undefined", timeout=180_000)
         self.page.evaluate("() => window.jupyterapp.restored.then(() => true)")
         if not kernel:
             preference = {"canStart": False, "shouldStart": False}
@@ -104,7 +105,7 @@ class Lab:
         state = "nb.sessionContext.session?.kernel?.status === 'idle'" if kernel else "nb.sessionContext"
         self.page.wait_for_function(
             f"() => {{ {NOTEBOOK} return !!nb?.content?.model && !!nb.context.isReady && !!({state}); }}",
-            timeout=60_000,
+            timeout=180_000,
         )
         if kernel:
             self._do("await nb.sessionContext.ready; await nb.sessionContext.session.kernel.info")
@@ -132,7 +133,7 @@ class Lab:
         self._do("nb.content.deselectAll(); nb.content.activeCellIndex = argument;", index)
         self.command("notebook:run-cell")
 
-    def run(self, source: str, seconds: float = 60) -> int:
+    def run(self, source: str, seconds: float = 180) -> int:
         """Write a cell, run it and wait for its end."""
         index = self.write(source)
         self.start(index)
@@ -143,7 +144,7 @@ class Lab:
         """Whether the prompt shows ``[*]``. The kernel's status says idle during a cell, with ipykernel 7."""
         return "*" in (self.cell(index).locator(".jp-InputPrompt").text_content() or "")
 
-    def wait_end(self, index: int, seconds: float = 60) -> None:
+    def wait_end(self, index: int, seconds: float = 180) -> None:
         """Wait until a cell that was started has ended and has its number."""
         self.page.wait_for_function(
             f"i => {{ {NOTEBOOK} return nb.content.model.cells.get(i).executionCount !== null; }}",
@@ -175,7 +176,7 @@ class Lab:
         """A cell in the page."""
         return self.page.locator(".jp-Notebook .jp-Cell").nth(index)
 
-    def until(self, condition: str, argument: Any = None, seconds: float = 30) -> None:
+    def until(self, condition: str, argument: Any = None, seconds: float = 120) -> None:
         """Wait for a JavaScript function of ``argument`` to say yes."""
         self.page.wait_for_function(condition, arg=argument, timeout=seconds * 1000, polling=50)
 

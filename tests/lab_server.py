@@ -53,7 +53,7 @@ class Server(NamedTuple):
 
 
 @contextmanager
-def serve(folder: Path, kernels: Mapping[str, Kernel], seconds: float = 60) -> Iterator[Server]:
+def serve(folder: Path, kernels: Mapping[str, Kernel], seconds: float = 180) -> Iterator[Server]:
     """Start JupyterLab on a free port of this machine, apart from its user's settings; stop it and its kernels."""
     with tempfile.TemporaryDirectory(prefix="lab-", ignore_cleanup_errors=True) as made:
         home, token, port = Path(made), secrets.token_hex(16), _free_port()

@@ -84,7 +84,7 @@ def _live(lab: Lab, source: str = LONG) -> tuple[int, Any]:
     lab.start(index)
     cell = lab.cell(index)
     for name in ("vram", "overlap"):
-        cell.locator(f".airllm-{name} img").wait_for(timeout=30_000)
+        cell.locator(f".airllm-{name} img").wait_for(timeout=120_000)
     lab.until("el => el.innerText.includes(' ')", _text(cell).element_handle())
     assert lab.is_running(index)
     return index, cell
@@ -246,7 +246,7 @@ def test_a_panel_plans_and_loads(lab: Lab) -> None:
     lab.wait_end(index)
     cell = lab.cell(index)
     root = cell.locator(".airllm-panel")
-    root.locator("img").wait_for(timeout=60_000)
+    root.locator("img").wait_for(timeout=180_000)
     for name in ("Model", "Compression", "VRAM, GiB", "RAM, GiB"):
         assert root.get_by_label(name, exact=True).count() == 1, name
     before = root.locator("img").get_attribute("src")
@@ -256,7 +256,7 @@ def test_a_panel_plans_and_loads(lab: Lab) -> None:
     lab.screen("panel", cell)
     root.get_by_label("Compression").select_option("none")
     root.get_by_role("button", name="Load").click()
-    cell.locator("table").wait_for(timeout=60_000)
+    cell.locator("table").wait_for(timeout=180_000)
     said = cell.inner_text()
     assert "loaded with: %airllm_load" in said and "is loaded as" in said
     _assert_drawn(lab, cell.locator(".jp-RenderedImage img"))

@@ -307,7 +307,7 @@ def test_other_words_are_still_refused(cli: Callable[..., Any], words: tuple[str
 def test_generate_says_which_file_was_chosen(cli: Callable[..., Any], tmp_path: Path) -> None:
     for kind in ("Q4_0", "Q8_0"):
         tiny_llama_gguf(tmp_path / f"tiny.{kind}.gguf", kind=kind)
-    asked = ("generate", tmp_path, "a b", "-n", 2, "--shards", tmp_path / "shards")
+    asked = ("generate", tmp_path, "a b", "-n", 2, "--shards", tmp_path / "shards", "--ram", "1GiB")
     code, _, err = cli(*asked)
     chosen = next(line for line in err.splitlines() if line.startswith("chosen: "))
     assert code == 0 and "tiny.Q8_0.gguf" in chosen and err.count("\n") == 2
