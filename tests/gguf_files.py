@@ -13,7 +13,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 # Types whose blocks the library cannot make from values → where their float16 scales lie in a block.
-SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+SCALES = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ3_XXS": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
 
 
 def blocks(rng: np.random.Generator, shape: tuple[int, ...], kind: Any) -> np.ndarray:
@@ -35,10 +38,16 @@ def write(
     tensors: dict[str, Any],
     kind: Callable[[str], str] | str = "Q8_0",
     words: int = 64,
+    limit: int = 0,
+    small_first: bool = False,
 ) -> Path:
-    """A GGUF file of ``tensors``: name → shape; ``kind`` is the type of the matrices, or says it by their name."""
+    """A GGUF file of ``tensors``: name → shape; ``kind`` is the type of the matrices, or says it by their name.
+
+    With a ``limit`` of tensors a file it is split, as ``path`` with ``-00001-of-…`` in their names; ``small_first``
+    leaves the first without tensors.
+    """
     rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=limit, small_first_shard=small_first)
     writer.add_name("tiny")
     for key, value in fields.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32

@@ -12,7 +12,9 @@ from gemma3 import gemma3_gguf
 from gguf_files import dequantised_gguf, mixed, tiny_gpt2_gguf, tiny_llama_gguf, tiny_qwen2moe_gguf
 
 from airllm_nb import AutoModel
+from airllm_nb.checkpoint.gguf import GGUFWeights, gguf_config
 from airllm_nb.checkpoint.gguf_file import read_gguf
+from airllm_nb.checkpoint.gguf_packed import in_place
 from airllm_nb.model.slices import SlicedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +39,8 @@ def check(path: Path, expected: Any, shards: Path, **options: Any) -> None:
 LLAMAS = {
     **{kind: {"kind": kind} for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "F32", "BF16")},
     **{kind: {"kind": kind, "hidden": 256, "inner": 512} for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")},
+    **{kind: {"kind": kind, "hidden": 256, "inner": 512} for kind in ("IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ4_XS")},
+    "IQ4_NL": {"kind": "IQ4_NL"},
     "Q4_K_M": {"kind": mixed, "hidden": 256, "inner": 512},
     "Q4_K_M, tied": {"kind": mixed, "hidden": 256, "inner": 512, "tied": True},
 }
@@ -95,6 +99,42 @@ def test_experts_are_read_where_they_lie(tmp_path: Path) -> None:
         experts = model.native.model.layers[0].mlp.experts
         assert experts.gate_up_proj.shape == (4, 2 * experts.intermediate_dim, 64)
         assert "gate_up_proj" not in experts._parameters and experts.gate_up_proj__weight.dtype == torch.uint8
+
+
+MIXED_EXPERTS = {
+    "gate smaller": lambda name: "Q4_0" if "ffn_gate_exps" in name else "Q8_0",
+    "up smaller": lambda name: "Q5_1" if "ffn_up_exps" in name else "Q8_0",
+    "gate not packed": lambda name: "F16" if "ffn_gate_exps" in name else "Q8_0",
+}
+
+
+@pytest.mark.parametrize("name", MIXED_EXPERTS)
+def test_experts_of_two_types_stay_packed(tmp_path: Path, name: str) -> None:
+    path = tiny_qwen2moe_gguf(tmp_path / "tiny.gguf", kind=MIXED_EXPERTS[name])
+    expected = dequantised_gguf(path)
+    check(path, expected, tmp_path / "shards")
+    check(path, expected, tmp_path / "shards", vram_budget="60MiB", ram_budget="1MiB")
+    file = read_gguf(path)
+    found = in_place(GGUFWeights(file, gguf_config(file), "float32"))
+    experts = {tensor.name: tensor.nbytes for tensor in file.tensors.values() if "_exps" in tensor.name}
+    assert sum(weight.nbytes for weight in found.packed.values() if len(weight.shape) == 3) == sum(experts.values())
+    assert not any("experts" in name for name in found.rest)
+
+
+def test_much_that_is_written_once_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GPT-2's matrices lie transposed: they are the values of others."""
+    path = tiny_gpt2_gguf(tmp_path / "tiny.gguf")
+    file = read_gguf(path)
+    weights = GGUFWeights(file, gguf_config(file), "float32")
+    in_place(weights)
+    assert not caplog.records, "so little"
+    monkeypatch.setattr("airllm_nb.checkpoint.gguf_packed.WORTH_A_WARNING", 1)
+    in_place(weights)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line.startswith("tiny.gguf: 8 matrices (transformer.h.0.attn.c_attn.weight, …) cannot be streamed")
+    assert line.endswith("which takes 384.0 KiB")
 
 
 # ---- real models -----------------------------------------------------------------------------------------------------

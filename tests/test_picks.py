@@ -14,6 +14,7 @@ import gguf
 import hub_server
 import numpy as np
 import pytest
+from gguf_files import write
 
 from airllm_nb.checkpoint.layout import Choice, choose
 from airllm_nb.checkpoint.picks import Room, models, pick, quantisation
@@ -111,6 +112,10 @@ def test_the_reason_is_one_line_that_people_understand() -> None:
         ("BF16/Model-BF16.gguf", "BF16"),
         ("gpt-oss-20b-MXFP4_MOE.gguf", "MXFP4_MOE"),
         ("QwQ-32B-Q6_K.gguf", "Q6_K"),
+        ("Model-Q8_0_L.gguf", "Q8_0_L"),
+        ("Model-Q4_K_M-f16.gguf", "Q4_K_M"),
+        ("Model-f16.gguf", "F16"),
+        ("Model-IQ4_NL-00001-of-00002.gguf", "IQ4_NL"),
         ("QwQ-32B.gguf", ""),
     ],
 )
@@ -126,17 +131,70 @@ def test_files_of_several_models_are_not_chosen_among() -> None:
             pick(dict.fromkeys([*same, other], 1), Room(), "org/m")
 
 
+@pytest.mark.parametrize(
+    "other",
+    ["Some-8B-Q8_0_L.gguf", "Some-8B-Q4_K_M-f16.gguf", "Some-8B-f16-Q4_K_M.gguf", "Some-8B-UD-Q4_K_XL.gguf",
+     "Some-8B-Q6_K-q8.gguf", "Some-8B-Q4_K_M_L.gguf", "Some-8B.f16.q6.gguf", "Some-8B-Q4_K_S-fp16-output.gguf",
+     "Q8_0/Some-8B-Q8_0-00001-of-00002.gguf"],
+)  # fmt: skip
+def test_marks_behind_a_quantisation_make_no_other_model(other: str) -> None:
+    assert pick({"Some-8B-Q4_0.gguf": 4, other: 8}, Room(ram=GiB), "org/m")[0] == other
+
+
+@pytest.mark.parametrize(
+    "aside",
+    ["mtp/Some-8B-MTP-Q8_0.gguf", "draft/Some-0.6B-Q8_0.gguf", "Some-8B-draft-Q4_0.gguf", "mmproj/model-f16.gguf",
+     "Some-8B-EAGLE3-F16.gguf"],
+)  # fmt: skip
+def test_drafts_and_eyes_make_no_other_model(aside: str) -> None:
+    sizes = {"Some-8B-Q4_0.gguf": 4, "Some-8B-Q8_0.gguf": 8, aside: 16}
+    assert choose(sizes, "org/m", room=Room(ram=GiB)).weights == ("Some-8B-Q8_0.gguf",)
+
+
+def test_a_model_with_drafting_layers_inside_is_one() -> None:
+    sizes = {"Some-8B-MTP-Q4_0.gguf": 4, "Some-8B-MTP-Q8_0.gguf": 8}
+    assert choose(sizes, "org/m", room=Room(ram=GiB)).weights == ("Some-8B-MTP-Q8_0.gguf",)
+
+
 def test_not_every_gguf_file_is_a_model() -> None:
     beside = ["mmproj-Some-F16.gguf", "Some-mmproj-F16.gguf", "imatrix.gguf", "Some-lora-F16.gguf", "ggml-vocab-a.gguf",
               "Some-Q4_0_4_8.gguf", "README.md"]  # fmt: skip
-    parts = ["Some-Q8_0-00001-of-00002.gguf", "Some-Q8_0-00002-of-00002.gguf"]
-    assert models([*beside, *parts, "Some-Q4_0.gguf", "Explora-Q4_0.gguf"]) == (
-        ["Explora-Q4_0.gguf", "Some-Q4_0.gguf"], parts)  # fmt: skip
-    assert choose({"Some-Q4_0.gguf": 4, **dict.fromkeys(parts, 8)}, "org/m") == Choice(
-        "gguf", None, ("Some-Q4_0.gguf",)
-    )
-    with pytest.raises(CheckpointError, match="one part of a split GGUF"):
-        choose(dict.fromkeys(parts, 8), "org/m")
+    assert models(dict.fromkeys([*beside, "Some-Q4_0.gguf", "Explora-Q4_0.gguf"], 1)) == {
+        "Explora-Q4_0.gguf": 1, "Some-Q4_0.gguf": 1,
+    }  # fmt: skip
+
+
+PARTS = {f"q8/Some-Q8_0-0000{number}-of-00003.gguf": 5 * GiB for number in (1, 2, 3)}
+
+
+def test_parts_count_as_one_file() -> None:
+    sizes = {"Some-Q4_0.gguf": 8 * GiB, **PARTS}
+    found = choose(sizes, "org/m", room=Room(ram=64 * GiB))
+    assert found.weights == tuple(PARTS)
+    assert found.why.startswith("took q8/Some-Q8_0.gguf (15.0 GiB, 3 parts) of 2 GGUF files: the best that fits 64.0")
+    assert choose(sizes, "org/m", room=Room(disk=10 * GiB, ram=64 * GiB)).weights == ("Some-Q4_0.gguf",)
+    some, every = list(PARTS)[:2], list(PARTS)
+    assert choose(sizes, "org/m", room=Room(disk=10 * GiB), here=some).weights == ("Some-Q4_0.gguf",)
+    assert choose(sizes, "org/m", room=Room(disk=10 * GiB), here=every).weights == tuple(PARTS)
+
+
+def test_parts_are_named_by_any_of_them_or_all() -> None:
+    for name in (*PARTS, "q8/Some-Q8_0.gguf"):
+        assert choose(PARTS, "org/m", name) == Choice("gguf", None, tuple(PARTS))
+    with pytest.raises(CheckpointError, match=r"org/m holds no Some-Q8_0\.gguf; GGUF files there: q8/Some-Q8_0-00001"):
+        choose(PARTS, "org/m", "Some-Q8_0.gguf")
+
+
+def test_a_missing_part_is_named() -> None:
+    first, second, third = PARTS
+    sizes = {first: GiB, third: GiB}
+    missing = rf"{first} is one of 3 parts, of which {second} is missing \(1 in all\); bring it into the same folder"
+    for name in (None, first, third, "q8/Some-Q8_0.gguf"):
+        with pytest.raises(CheckpointError, match=f"org/m: {missing}"):
+            choose(sizes, "org/m", name)
+    beside = choose({**sizes, "Some-Q4_0.gguf": GiB}, "org/m")
+    assert beside.weights == ("Some-Q4_0.gguf",)
+    assert beside.why.startswith(f"took Some-Q4_0.gguf; left out: {first} is one of 3 parts")
 
 
 # ---- between formats -------------------------------------------------------------------------------------------------
@@ -247,13 +305,13 @@ def test_only_the_chosen_file_is_downloaded(hub: hub_server.Hub, ask: Callable[.
     hub.repositories["org/m-GGUF"] = {
         "README.md": b"r", "imatrix.dat": b"i" * 50, "mmproj-m-F16.gguf": b"p" * 60, "trainer_state.json": b"{}",
         "m-F16.gguf": b"f" * 160_000, "m-Q8_0.gguf": b"8" * 85_000, "m-Q4_K_M.gguf": b"4" * 49_000,
-        "m-Q6_K-00001-of-00002.gguf": b"6" * 30_000, "m-Q6_K-00002-of-00002.gguf": b"6" * 30_000,
+        "m-Q6_K-00001-of-00002.gguf": b"6" * 30_000, "m-Q6_K-00002-of-00002.gguf": b"6" * 36_000,
     }  # fmt: skip
     memory = {"ram": 60_000, "vram": 50_000}
     (first,) = ask({"name": "org/m-GGUF", "room": memory})
     assert first["files"] == ["m-Q8_0.gguf"] and first["missing"] == 0
     assert first["why"].startswith(
-        "took m-Q8_0.gguf (83.0 KiB) of 3 GGUF files: the best that fits 107.4 KiB of memory"
+        "took m-Q8_0.gguf (83.0 KiB) of 4 GGUF files: the best that fits 107.4 KiB of memory"
     )
     assert hub.downloads() == ["m-Q8_0.gguf"]
     assert {name for name, _, _ in hub.sent} == {"m-Q8_0.gguf"} and sum(count for *_, count in hub.sent) == 85_000
@@ -348,3 +406,33 @@ def test_a_header_that_cannot_be_had(hub: hub_server.Hub, ask: Callable[..., Any
     assert damaged["text"].startswith("org/damaged:m.gguf is not a GGUF file")
     assert flux["error"] == "UnsupportedModelError" and flux["text"].startswith("org/flux:m.gguf: GGUF architecture")
     assert gated["error"] == "SourceError" and "accept its licence" in gated["text"]
+
+
+def test_a_split_model_on_the_hub(hub: hub_server.Hub, ask: Callable[..., Any], tmp_path: Path) -> None:
+    """Planned from the headers of all parts; what scales its RoPE is a tensor, and belongs to its config."""
+    tensors = {f"blk.0.ffn_{name}.weight": (64, 256) for name in ("gate", "up", "down")}
+    fields = {"block_count": 1, "context_length": 64, "embedding_length": 64, "feed_forward_length": 256,
+              "attention.head_count": 4, "attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4}  # fmt: skip
+    tensors = {"token_embd.weight": (64, 64), "rope_freqs.weight": (8,), **tensors, "output.weight": (64, 64)}
+    write(tmp_path / "m-F16.gguf", "llama", fields, tensors, kind="F32", limit=2)
+    parts = sorted(tmp_path.iterdir())
+    names, whole = [f"f16/{part.name}" for part in parts], sum(part.stat().st_size for part in parts)
+    assert len(parts) == 3
+    hub.repositories["org/m-GGUF"] = {name: part.read_bytes() for name, part in zip(names, parts, strict=True)}
+    hub.repositories["org/m-GGUF"] |= {"m-Q4_0.gguf": b"4" * 900, "README.md": b""}
+    hub.repositories["org/lost"] = {names[0]: parts[0].read_bytes(), names[2]: parts[2].read_bytes()}
+    planned, first, loaded, lost = ask(
+        {"name": "org/m-GGUF:f16/m-F16.gguf", "weights": False}, {"name": f"org/m-GGUF:{names[1]}", "weights": False},
+        {"name": "org/m-GGUF", "room": {"ram": GiB}}, {"name": "org/lost"},
+    )  # fmt: skip
+    local = read_config(resolve(parts[0], OPTIONS))
+    assert planned["config"]["rope_parameters"] == local["rope_parameters"] == first["config"]["rope_parameters"]
+    assert local["rope_parameters"]["rope_type"] == "longrope" and local["tie_word_embeddings"] is False
+    assert planned["config"]["tie_word_embeddings"] is False
+    assert planned["wanted"] == first["wanted"] == names and planned["nbytes"] == planned["missing"] == whole
+    assert loaded["files"] == [part.name for part in parts] and loaded["nbytes"] == whole
+    assert set(hub.downloads()) == set(loaded["files"]), "and nothing else"
+    assert f"{names[0]} is one of 3 parts, of which {names[1]} is missing (1 in all)" in lost["text"]
+    for name in ("org/m-GGUF", "org/m-GGUF:f16/m-F16.gguf", f"org/m-GGUF:{names[2]}"):
+        (offline,) = ask({"name": name, "room": {"ram": GiB}}, HF_HUB_OFFLINE="1")
+        assert offline.get("files") == loaded["files"], offline

@@ -1,7 +1,7 @@
 """GGUF → a plain checkpoint: config, tokenizer, and the weights dequantised one parameter at a time.
 
 Names, permutations and merges come from transformers' own GGUF tables, so that the result is bit for bit what
-``AutoModelForCausalLM.from_pretrained(folder, gguf_file=…, dtype=…)`` loads.
+``AutoModelForCausalLM.from_pretrained(folder, gguf_file=…, dtype=…)`` loads; RoPE scaling apart, which that leaves out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 from ..errors import AirLLMError, CheckpointError, UnsupportedModelError
 from ..trace import ProgressCallback, silent
 from .convert import DTYPE_NAMES
-from .gguf_file import GGUFFile, GGUFTensor, damaged, read_gguf
+from .gguf_file import GGUFFile, GGUFTensor, damaged, dequantised, read_gguf
+from .gguf_rope import TENSORS, scale_rope
 from .rewrite import is_complete, rewrite
 from .shard import Entry
 from .store import StoreMeta
@@ -82,7 +83,7 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
 
         # A copy of what is still a view of the file: its pages are read-only, and a tensor is not.
         try:
-            values = self.rearranged(name, lambda source: _dequantise(self.file.path, source))
+            values = self.rearranged(name, dequantised)
         except AirLLMError:
             raise
         except (ValueError, IndexError, RuntimeError) as error:  # transformers' rules trust the shapes of the file
@@ -166,10 +167,15 @@ def gguf_config(file: GGUFFile) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _parsed_config(path: Path, nbytes: int, changed: int) -> Any:
-    """As transformers reads it, which takes seconds: a plan and a load after it ask for the same."""
+    """Which takes transformers seconds: a plan and a load after it ask for the same."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    file = read_gguf(path)
+    if file.is_split:  # transformers looks for the head in the first part alone
+        config.tie_word_embeddings = "output.weight" not in file.tensors or file.architecture in ("falcon", "bloom")
+    scale_rope(config, file)
+    return config
 
 
 def supported_architectures() -> tuple[str, ...]:
@@ -247,32 +253,16 @@ def _group(file: GGUFFile, names: dict[str, str]) -> dict[str, list[GGUFTensor]]
     for tensor in file.tensors.values():
         # Merged expert parameters have no ".weight" of their own, the file's tensors do.
         target = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
-        if target is None:
-            log.info("%s: tensor %s has no place in the native model", file.path.name, tensor.name)
-        else:
+        if target is not None:
             groups.setdefault(target, []).append(tensor)
+        elif tensor.name not in TENSORS:
+            log.info("%s: tensor %s has no place in the native model", file.path.name, tensor.name)
     return groups
 
 
 def _tied_names(model: Any) -> set[str]:
     tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {}
     return set(tied)
-
-
-def _dequantise(path: Path, tensor: GGUFTensor) -> Any:
-    """The tensor's values as float32; at rest it is a whole number of blocks a row."""
-    import gguf
-    import numpy as np
-
-    kind = gguf.GGMLQuantizationType(tensor.ggml_type)
-    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    data = np.memmap(path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,))
-    rows = (*tensor.shape[:-1], tensor.shape[-1] // block * nbytes) if tensor.shape else (nbytes,)
-    try:
-        return gguf.dequantize(data.reshape(rows), kind)
-    except NotImplementedError:
-        raise UnsupportedModelError(f"{path}: tensor {tensor.name!r} is {kind.name}, which the installed gguf package "
-                                    "cannot dequantise; pip install -U gguf") from None  # fmt: skip
 
 
 def _unsupported(file: GGUFFile, known: tuple[str, ...]) -> UnsupportedModelError:
@@ -285,6 +275,8 @@ def _guard(file: GGUFFile) -> Iterator[None]:
     """Errors of transformers' GGUF readers, as one line."""
     try:
         yield
+    except AirLLMError:
+        raise
     except ImportError as error:
         raise UnsupportedModelError(f"reading GGUF files needs a package: {str(error).splitlines()[0]}") from None
     except Exception as error:  # the tokenizers library raises plain Exception

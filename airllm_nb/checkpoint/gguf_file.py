@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, UnsupportedModelError
+from .gguf_split import part_names
 
 # GGUF value type → struct format; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -33,11 +34,22 @@ class GGUFTensor:
     ggml_type: int
     offset: int
     nbytes: int
+    path: Path
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """The checked header of one file. ``metadata`` holds numbers, flags and strings; of arrays only the length."""
+    """The checked header of one file, or those of all its parts, joined.
+
+    Attributes
+    ----------
+    path
+        Of several parts that of the first, which has the metadata.
+    metadata
+        Numbers, flags and strings; of arrays only the length.
+    tensors
+        By their names, each with the file that it is in.
+    """
 
     path: Path
     metadata: dict[str, Any]
@@ -46,6 +58,10 @@ class GGUFFile:
     @property
     def architecture(self) -> str:
         return str(self.metadata["general.architecture"])
+
+    @property
+    def is_split(self) -> bool:
+        return _parts(self) > 1
 
 
 class _Cursor:
@@ -93,15 +109,27 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Read and check the header of a GGUF file.
+    """Read and check the header of a GGUF file; of any part of a split one, the headers of all its parts.
 
     Raises
     ------
     CheckpointError
-        If the file is no GGUF file, truncated or damaged; the message names the file and what is wrong.
+        If the file is no GGUF file, truncated or damaged, or a part is missing; the message names it and what is wrong.
     UnsupportedModelError
-        If the file is one of several parts, big-endian, or uses a tensor type that the `gguf` package does not know.
+        If the file is big-endian, or uses a tensor type that the `gguf` package does not know.
     """
+    found = read_part(path)
+    if found.is_split:
+        found = _joined(path, _parts(found))
+    if not isinstance(found.metadata.get("general.architecture"), str):
+        raise damaged(found.path, "general.architecture is missing")
+    if not found.tensors:
+        raise damaged(found.path, "it holds no tensors")
+    return found
+
+
+def read_part(path: Path) -> GGUFFile:
+    """As :func:`read_gguf`, of this file alone; only the first of several parts says the architecture."""
     size = path.stat().st_size
     if size < 24:
         raise damaged(path, f"it has only {size} bytes")
@@ -121,19 +149,38 @@ def read_gguf(path: Path) -> GGUFFile:
             metadata[key] = cursor.value(cursor.scalar("I"))
         table = [_entry(cursor) for _ in range(tensor_count)]
         end = cursor.pos
-    if not isinstance(metadata.get("general.architecture"), str):
-        raise damaged(path, "general.architecture is missing")
-    if metadata.get("split.count", 0) > 1:
-        raise UnsupportedModelError(f"{path} is one of {metadata['split.count']} parts; join them first: "
-                                    "llama-gguf-split --merge FIRST_PART JOINED.gguf")  # fmt: skip
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1:
         raise damaged(path, f"general.alignment is {alignment!r}")
     start = end + -end % alignment
     tensors = {name: _checked(path, name, dims, kind, start + offset, size) for name, dims, kind, offset in table}
-    if not tensors:
-        raise damaged(path, "it holds no tensors")
     return GGUFFile(path, metadata, tensors)
+
+
+def _parts(file: GGUFFile) -> int:
+    count = file.metadata.get("split.count", 1)
+    return count if isinstance(count, int) else 1
+
+
+def _joined(path: Path, count: int) -> GGUFFile:
+    """All parts of a split file, whichever of them is named."""
+    paths = [path.with_name(name) for name in part_names(path.name)]
+    if len(paths) != count:
+        raise CheckpointError(f"{path} is one of {count} parts and is not named as one; give it back its name, "
+                              f"NAME-00001-of-{count:05}.gguf, as all parts have it")  # fmt: skip
+    if missing := [part for part in paths if not part.is_file()]:
+        raise CheckpointError(f"{path} is one of {count} parts, of which {missing[0].name} is missing beside it "
+                              f"({len(missing)} in all); download it too")  # fmt: skip
+    parts = [read_part(part) for part in paths]
+    tensors: dict[str, GGUFTensor] = {}
+    for number, part in enumerate(parts):
+        if _parts(part) != count or part.metadata.get("split.no", number) != number:
+            raise damaged(part.path, f"its metadata does not say that it is part {number + 1} of {count}")
+        tensors |= part.tensors
+    said = parts[0].metadata.get("split.tensors.count", len(tensors))
+    if len(tensors) != said or len(tensors) != sum(len(part.tensors) for part in parts):
+        raise damaged(parts[0].path, f"its {count} parts hold {len(tensors)} different tensors and not {said}")
+    return GGUFFile(paths[0], parts[0].metadata, tensors)
 
 
 def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -155,7 +202,7 @@ def _checked(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: i
     total = math.prod(shape) // block * nbytes
     if offset + total > size:
         raise damaged(path, f"tensor {name!r} ends at byte {offset + total:,} but the file has {size:,}")
-    return GGUFTensor(name, shape, kind, offset, total)
+    return GGUFTensor(name, shape, kind, offset, total, path)
 
 
 def _block_sizes() -> dict[int, tuple[int, int]]:
@@ -164,6 +211,28 @@ def _block_sizes() -> dict[int, tuple[int, int]]:
     except ImportError:
         raise UnsupportedModelError("reading GGUF files needs the gguf package: pip install gguf") from None
     return {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+
+
+def dequantised(tensor: GGUFTensor) -> Any:
+    """The tensor's values as a float32 array; at rest it is a whole number of blocks a row.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the `gguf` package cannot dequantise its type.
+    """
+    import gguf
+    import numpy as np
+
+    kind = gguf.GGMLQuantizationType(tensor.ggml_type)
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,))
+    rows = (*tensor.shape[:-1], tensor.shape[-1] // block * nbytes) if tensor.shape else (nbytes,)
+    try:
+        return gguf.dequantize(data.reshape(rows), kind)
+    except NotImplementedError:
+        raise UnsupportedModelError(f"{tensor.path}: tensor {tensor.name!r} is {kind.name}, which the installed gguf "
+                                    "package cannot dequantise; pip install -U gguf") from None  # fmt: skip
 
 
 def damaged(path: Path, what: str) -> CheckpointError:

@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .gguf_file import damaged, read_gguf
+from .gguf_file import GGUFTensor, damaged, read_gguf, read_part
+from .gguf_rope import TENSORS as ROPE_TENSORS
+from .gguf_split import part_names
 from .ranges import Ranges
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,8 @@ _STRING, _ARRAY = 8, 9
 def gguf_header(repo_id: str, commit: str, name: str, token: str | None) -> Path:
     """A local file that is as long as the one on the Hub and holds its header; the rest is a hole that takes no disk.
 
-    It is kept for this process: a plan and a load after it ask for the same.
+    Of a split file all parts are made, beside one another. It is kept for this process: a plan and a load after it ask
+    for the same.
 
     Raises
     ------
@@ -32,20 +35,38 @@ def gguf_header(repo_id: str, commit: str, name: str, token: str | None) -> Path
     NoRanges
         If the server sends whole files only.
     """
-    path = Path(_folder().name) / repo_id.replace("/", "--") / commit / name
-    if not path.is_file():
-        data, size = _fetched(Ranges(repo_id, commit, token, name), path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.truncate(size)
-        part.replace(path)
+    folder = Path(_folder().name) / repo_id.replace("/", "--") / commit
     try:
-        read_gguf(path)
+        for part in part_names(name):
+            if not (folder / part).is_file():
+                _make(folder / part, Ranges(repo_id, commit, token, part))
+        read_gguf(folder / name)
     except (CheckpointError, UnsupportedModelError) as error:
-        raise type(error)(str(error).replace(str(path), f"{repo_id}:{name}")) from None
-    return path
+        said = str(error).replace(f"{folder}/", f"{repo_id}:").replace(".gguf.part ", ".gguf ")
+        raise type(error)(said) from None
+    return folder / name
+
+
+def _make(path: Path, file: Ranges) -> None:
+    data, size = _fetched(file, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with part.open("wb") as target:
+        target.write(data)
+        target.truncate(size)
+        target.flush()
+        # What RoPE is scaled by is a tensor, some hundred bytes, and belongs to the config.
+        for tensor in _rope_tensors(data, part):
+            target.seek(tensor.offset)
+            target.write(file.read(tensor.offset, tensor.nbytes))
+    part.replace(path)
+
+
+def _rope_tensors(data: bytes, path: Path) -> list[GGUFTensor]:
+    if not any(name.encode() in data for name in ROPE_TENSORS):
+        return []
+    tensors = read_part(path).tensors
+    return [tensors[name] for name in ROPE_TENSORS if name in tensors and tensors[name].nbytes < FIRST]
 
 
 @functools.cache

@@ -12,8 +12,9 @@ from typing import Literal
 from ..config import format_bytes
 from ..errors import CheckpointError
 from .foreign import why_not
+from .gguf_split import part_names, whole_name
 from .index import INDEX_FILE, SINGLE_FILE
-from .picks import Room, is_part, listed, models, pick
+from .picks import Room, incomplete, listed, missing_parts, models, pick
 
 Format = Literal["safetensors", "bin", "gguf"]
 
@@ -81,20 +82,17 @@ def choose(
     if gguf is not None:
         return _named(gguf, sizes, where)
     found = _layouts([name for name in sizes if "/" not in name])
-    whole, parts = models(sizes)
-    if not found and whole:
-        name, why = pick({name: sizes[name] for name in whole}, room, where, here)
-        return Choice("gguf", None, (name,), why)
+    whole = models(sizes)
     if not found:
-        raise CheckpointError(f"{where}: {_part(parts[0])}" if parts else f"{where} {why_not(sizes, where)}")
+        return _gguf_alone(whole, sizes, where, room, here)
     choice, files = found[0]
     need = sum(sizes[name] for name in files if name not in here)
-    fitting = {name: sizes[name] for name in whole if name in here or room.stores(sizes[name])}
+    fitting = {name: size for name, size in whole.items() if not missing_parts(name, here) or room.stores(size)}
     if fitting and not room.stores(need) and not keep_format:
         name, _ = pick(fitting, room, where, here)
-        return Choice("gguf", None, (name,), f"took {name} ({format_bytes(sizes[name])}): the {choice.format} files "
-                      f"need {format_bytes(need)} more on disk, which has {format_bytes(room.disk or 0)} free; name "
-                      f"another as {where}:FILE.gguf")  # fmt: skip
+        return Choice("gguf", None, part_names(name), f"took {whole_name(name)} ({format_bytes(whole[name])}): the "
+                      f"{choice.format} files need {format_bytes(need)} more on disk, which has "
+                      f"{format_bytes(room.disk or 0)} free; name another as {where}:FILE.gguf")  # fmt: skip
     others: list[str] = [other.format for other, _ in found[1:]]
     if whole:
         others.append("GGUF")
@@ -106,10 +104,28 @@ def choose(
 
 
 def _named(gguf: str, names: Collection[str], where: str) -> Choice:
-    if gguf not in names:
+    """A file, or all parts of a split one: any of them may be named, or all by the name without its number."""
+    all_parts = (part_names(name) for name in sorted(names) if whole_name(name) == gguf)
+    parts = part_names(gguf) if gguf in names else next(all_parts, ())
+    if not parts:
         others = [name for name in names if name.endswith(".gguf")]
         raise CheckpointError(f"{where} holds no {gguf}; GGUF files there: {listed(others) or 'none'}")
-    return Choice("gguf", None, (whole_gguf(gguf),))
+    if any(part not in names for part in parts):
+        raise CheckpointError(f"{where}: {incomplete([name for name in names if name in parts])}")
+    return Choice("gguf", None, parts)
+
+
+def _gguf_alone(
+    whole: Mapping[str, int], names: Collection[str], where: str, room: Room, here: Collection[str]
+) -> Choice:
+    """What suits of several GGUF files, where there is nothing else."""
+    lacks = incomplete(names)
+    if not whole:
+        raise CheckpointError(f"{where}: {lacks}" if lacks else f"{where} {why_not(names, where)}")
+    name, why = pick(whole, room, where, here)
+    if lacks:
+        why = f"{why or f'took {whole_name(name)}'}; left out: {lacks}"
+    return Choice("gguf", None, part_names(name), why)
 
 
 def _layouts(top: list[str]) -> list[tuple[Choice, list[str]]]:
@@ -153,13 +169,16 @@ def companions(names: Iterable[str], choice: Choice) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if _COMPANIONS.fullmatch(name) and name not in unwanted))
 
 
-def whole_gguf(name: str) -> str:
-    """``name``, unless it is one part of several."""
-    if is_part(name):
-        raise CheckpointError(_part(name))
-    return name
+def whole_gguf(path: Path) -> tuple[Path, ...]:
+    """The files of the GGUF model that ``path`` is, or is a part of.
 
-
-def _part(name: str) -> str:
-    return (f"{name} is one part of a split GGUF; join the parts first: "
-            "llama-gguf-split --merge FIRST_PART JOINED.gguf")  # fmt: skip
+    Raises
+    ------
+    CheckpointError
+        If a part is missing; the message names it.
+    """
+    parts = tuple(path.with_name(name) for name in part_names(path.name))
+    here = [part.name for part in parts if part.is_file()]
+    if len(here) < len(parts):
+        raise CheckpointError(f"{path.parent}: {incomplete(here)}")
+    return parts

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 from ..config import GiB, format_bytes
 from ..errors import CheckpointError
+from .gguf_split import part_names, whole_name
 
 # Left on a disk beside a download.
 DISK_MARGIN = GiB
@@ -20,14 +21,16 @@ STREAMED_BITS, STREAMED_WINDOW = 4.5, 0.5
 TIE = 0.03
 
 _QUANTISATION = re.compile(
-    r"(?<![A-Z0-9])(I?Q\d(_(K(_(XXS|XS|S|M|L|XL))?|[01]|NL|XXS|XS|S|M|L|XL))?|TQ\d_\d|MXFP4(_MOE)?|BF16|FP?16|FP?32)"
-    r"(?![A-Z0-9])"
+    r"(?<![A-Z0-9])(I?Q\d(_([K01]|NL))?(_(XXS|XS|S|M|L|XL))?|TQ\d_\d|MXFP4(_MOE)?|NVFP4|BF16|FP?16|FP?32)(?![A-Z0-9])"
 )
-_SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 # Beside a model: its eyes, what its quantisation was weighed by, adapters, bare tokenizers; layouts of ARM alone.
 _NOT_A_MODEL = re.compile(r"mmproj|imatrix|(^|[^a-z])lora([^a-z]|$)|ggml-vocab|q4_0_[48]_[48]")
-# Said of a quantisation in file names, not of the model.
+# What drafts tokens for a model; also models that have such layers inside, which count where there is no other.
+_DRAFT = re.compile(r"(^|[^a-z])(draft(er)?|mtp|eagle\d?)([^a-z]|$)")
+# Said of a quantisation in file names, not of the model; the second ones only behind it.
 _MARKS = frozenset({"ud", "i1", "imat", "imatrix", "pure"})
+_MARKS_BEHIND = frozenset({"l", "xl", "embed", "embd", "emb", "output", "out"})
+_SPELLED = {"FP16": "F16", "FP32": "F32"}
 # By the first digit after Q: enough to tell how many weights a file has.
 _BITS = {1: 1.9, 2: 2.9, 3: 3.7, 4: 4.7, 5: 5.6, 6: 6.6, 8: 8.5}
 
@@ -62,21 +65,46 @@ class Room:
         return self.memory is not None and nbytes * IN_MEMORY <= self.memory
 
 
-def models(names: Collection[str]) -> tuple[list[str], list[str]]:
-    """The GGUF files that are models: those that are whole, and those that are parts of one."""
-    found = sorted(name for name in names if name.endswith(".gguf") and not _NOT_A_MODEL.search(_base(name).lower()))
-    return [name for name in found if not is_part(name)], [name for name in found if is_part(name)]
+def models(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The GGUF files that are models, with their bytes; of one in several parts the first stands for all.
+
+    Those of which a part is missing are not among them, see :func:`missing_parts`.
+    """
+    found = {name: size for name, size in sizes.items() if _is_model(name) and name == part_names(name)[0]}
+    found = {name: sum(sizes.get(part, 0) for part in part_names(name)) for name in sorted(found)}
+    whole = {name: size for name, size in found.items() if not missing_parts(name, sizes)}
+    return {name: size for name, size in whole.items() if not _DRAFT.search(name.lower())} or whole
 
 
-def is_part(name: str) -> bool:
-    """Whether a file is one part of a split GGUF."""
-    return bool(_SPLIT.search(name))
+def missing_parts(name: str, names: Collection[str]) -> list[str]:
+    """What of the parts of a model is not among ``names``."""
+    return [part for part in part_names(name) if part not in names]
+
+
+def incomplete(names: Collection[str]) -> str:
+    """One line about a model in parts that lacks some of them; empty where there is none."""
+    for name in sorted(names):
+        if missing := missing_parts(name, names):
+            parts = part_names(name)
+            return (f"{name} is one of {len(parts)} parts, of which {missing[0]} is missing ({len(missing)} in all); "
+                    "bring it into the same folder")  # fmt: skip
+    return ""
+
+
+def _is_model(name: str) -> bool:
+    # The folder of what is beside a model may say more than the file's own name.
+    folders = PurePosixPath(name.lower()).parts[:-1]
+    return (name.endswith(".gguf") and not _NOT_A_MODEL.search(_base(name).lower())
+            and not any("mmproj" in folder for folder in folders))  # fmt: skip
 
 
 def quantisation(name: str) -> str:
-    """``"Q4_K_M"`` of ``"Some-Model-Q4_K_M.gguf"``; empty where the name says nothing."""
-    found = [match[0] for match in _QUANTISATION.finditer(_base(name).upper())]
-    return {"FP16": "F16", "FP32": "F32"}.get(found[-1], found[-1]) if found else ""
+    """``"Q4_K_M"`` of ``"Some-Model-Q4_K_M.gguf"``; empty where the name says nothing.
+
+    Of several that of the fewest bits: tables are often kept in another type, which the name says too.
+    """
+    found = [_SPELLED.get(match[0], match[0]) for match in _QUANTISATION.finditer(_base(name).upper())]
+    return min(found, key=_nominal, default="")
 
 
 def pick(sizes: Mapping[str, int], room: Room, where: str, here: Collection[str] = ()) -> tuple[str, str]:
@@ -91,7 +119,7 @@ def pick(sizes: Mapping[str, int], room: Room, where: str, here: Collection[str]
     Parameters
     ----------
     sizes
-        Bytes by name, of files that are whole.
+        Bytes by name, as :func:`models` gives them.
     where
         The folder or the Hub id, for messages.
     here
@@ -110,7 +138,7 @@ def pick(sizes: Mapping[str, int], room: Room, where: str, here: Collection[str]
     if len(sizes) == 1:
         return next(iter(sizes)), ""
     _refuse_several_models(sizes, where)
-    cached = {name: size for name, size in sizes.items() if name in here}
+    cached = {name: size for name, size in sizes.items() if not missing_parts(name, here)}
     stored = cached or {name: size for name, size in sizes.items() if room.stores(size)}
     pool = _not_wasteful(stored or sizes)
     name, reason = _best(pool, room) if stored else (min(sizes, key=lambda name: (sizes[name], name)), "the smallest")
@@ -120,7 +148,8 @@ def pick(sizes: Mapping[str, int], room: Room, where: str, here: Collection[str]
         reason = "it is here already" if len(cached) == 1 else f"of the {len(cached)} that are here already {reason}"
     elif len(stored) < len(sizes):
         reason += f" and the {format_bytes(room.disk or 0)} free on disk"
-    return name, (f"took {name} ({format_bytes(sizes[name])}) of {len(sizes)} GGUF files: {reason}; "
+    parts = f", {len(part_names(name))} parts" if len(part_names(name)) > 1 else ""
+    return name, (f"took {whole_name(name)} ({format_bytes(sizes[name])}{parts}) of {len(sizes)} GGUF files: {reason}; "
                   f"name another as {where}:FILE.gguf")  # fmt: skip
 
 
@@ -158,7 +187,7 @@ def _family(name: str) -> int:
     kind = quantisation(name)
     if kind == "BF16":
         return 0  # what most models were trained in; float16 may have overflowed
-    if kind in ("F16", "F32") or "_K" in kind or kind.startswith("MX"):
+    if kind in ("F16", "F32") or "_K" in kind or kind.startswith(("MX", "NV")):
         return 1
     return 2 if kind.startswith("Q") else 3
 
@@ -190,11 +219,15 @@ def _refuse_several_models(sizes: Mapping[str, int], where: str) -> None:
 
 def _model(name: str) -> str:
     """A file's name without what it says of the quantisation."""
-    stem, kind = _base(name).removesuffix(".gguf").lower(), quantisation(name)
-    if kind:
-        found = list(_QUANTISATION.finditer(stem.upper()))[-1]
-        stem = stem[: found.start()] + stem[found.end() :]
-    return "-".join(word for word in re.split(r"[-._\s]+", stem) if word and word not in _MARKS)
+    stem = whole_name(_base(name)).removesuffix(".gguf").lower()
+    found = list(_QUANTISATION.finditer(stem.upper()))
+    before = stem[: found[0].start()] if found else stem
+    behind = _QUANTISATION.sub("", stem[len(before) :].upper()).lower()
+    return "-".join([*_words(before, _MARKS), *_words(behind, _MARKS | _MARKS_BEHIND)])
+
+
+def _words(text: str, without: Collection[str]) -> list[str]:
+    return [word for word in re.split(r"[-._\s]+", text) if word and word not in without]
 
 
 def _base(name: str) -> str:
