@@ -1,52 +1,95 @@
-"""How fast packed matrices are unpacked: values a second, and packed bytes a second to hold against the link's.
+"""How fast packed matrices are unpacked: packed bytes a second, to hold against the link's.
 
-    python benchmarks/unpack.py [--device cuda] [--dtype bfloat16] [--rows 4096] [--columns 8192] [--threads 1]
+    python benchmarks/unpack.py [--device cuda] [--dtypes bfloat16 float16] [--rows 28672] [--columns 8192]
 
-A Markdown table on standard output; random bytes, the best of several runs.
+A Markdown table on standard output; random bytes, the best of several runs. The matrix is the largest of a 70B model.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import gguf
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from results import machine_line
 
+from airllm_nb.checkpoint.codecs import bnb
 from airllm_nb.checkpoint.codecs.awq import AWQ
+from airllm_nb.checkpoint.codecs.bnb import NF4, Int8
+from airllm_nb.checkpoint.codecs.fp8 import FP8
 from airllm_nb.checkpoint.codecs.ggml import packed_row_bytes, packing_of
 from airllm_nb.checkpoint.codecs.gptq import GPTQ
+from airllm_nb.checkpoint.codecs.mxfp4 import MXFP4
 from airllm_nb.checkpoint.codecs.packing import Packing
 
 Parts = dict[str, torch.Tensor]
+Case = tuple[str, Packing, Callable[[], Parts]]
 GROUP = 128
+WITH_KERNEL = "nf4, by bitsandbytes"
 
 
-def cases(rows: int, columns: int) -> Iterator[tuple[str, Packing, Parts]]:
-    """Name, packing and the parts of one matrix ``[rows, columns]``."""
+def cases(rows: int, columns: int) -> Iterator[Case]:
+    """Name, packing and what makes the parts of one matrix ``[rows, columns]``."""
+    yield from gptq_cases(rows, columns)
+    scale = {"scale": torch.full((rows // 128, columns // 128), 0.5)}
+    yield "FP8, blocks", FP8((128, 128)), lambda: {
+        "weight": noise(rows, columns).view(torch.float8_e4m3fn), **scale,
+    }  # fmt: skip
+    # What lies there are its columns.
+    yield "MXFP4", MXFP4(), lambda: {"weight": noise(columns, rows // 2), "scale": noise(columns, rows // 32) + 90}
+    nested = {"nested_absmax": torch.rand(-(-rows * columns // 64 // 256)), "nested_quant_map": torch.rand(256)}
+    for name in ("nf4, without kernels", WITH_KERNEL):
+        yield name, NF4(64, 256, 0.01, True), lambda: {
+            "weight": noise(rows, columns // 2), "absmax": noise(rows, columns // 64), **nested,
+        }  # fmt: skip
+    yield "int8", Int8(), lambda: {"weight": noise(rows, columns).view(torch.int8), "scale": torch.rand(rows)}
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        print("no GGUF types: the package gguf is missing", file=sys.stderr)
+        return
     for kind in gguf.GGMLQuantizationType:
-        packing = packing_of(kind.value)
-        if packing is not None:
-            yield f"GGUF {kind.name}", packing, {"weight": noise(rows, packed_row_bytes(kind.value, columns))}
-    scale = torch.rand(columns // GROUP, rows, dtype=torch.float16)
-    zeros = noise(columns // GROUP, rows // 2).view(torch.int32)
-    words = noise(columns // 8, rows * 4).view(torch.int32)
-    yield "GPTQ 4-bit", GPTQ(4, GROUP, 1), {"weight": words, "zeros": zeros, "scale": scale}
-    words = noise(columns, rows // 2).view(torch.int32)
-    yield "AWQ 4-bit", AWQ(GROUP), {"weight": words, "zeros": zeros, "scale": scale}
+        if (packing := packing_of(kind.value)) is not None:
+            nbytes = packed_row_bytes(kind.value, columns)
+            yield f"GGUF {kind.name}", packing, lambda nbytes=nbytes: {"weight": noise(rows, nbytes)}
+
+
+def gptq_cases(rows: int, columns: int) -> Iterator[Case]:
+    """GPTQ in all its bits and with its inputs in order of activation, and AWQ."""
+    order = {"group_index": torch.randperm(columns).int() // GROUP}
+
+    def parts(bits: int, words: tuple[int, int]) -> Parts:
+        groups = columns // GROUP
+        return {
+            "weight": noise(words[0], 4 * words[1]).view(torch.int32),
+            "zeros": noise(groups, rows * bits // 8).view(torch.int32),
+            "scale": torch.rand(groups, rows, dtype=torch.float16),
+        }
+
+    for bits in (4, 3, 2, 8):
+        of_bits = functools.partial(parts, bits, (columns * bits // 32, rows))
+        yield f"GPTQ {bits}-bit", GPTQ(bits, GROUP, 1), of_bits
+        if bits in (3, 4):
+            yield f"GPTQ {bits}-bit, g_idx", GPTQ(bits, GROUP, 1, True), lambda made=of_bits: made() | order
+    yield "AWQ 4-bit", AWQ(GROUP), lambda: parts(4, (columns, rows // 8))
 
 
 def noise(rows: int, row_bytes: int) -> torch.Tensor:
-    """Bytes that are small numbers, whatever dtype a scale among them has."""
-    return torch.randint(0, 256, (rows, row_bytes), dtype=torch.uint8) & 0x3B
+    """Bytes that are small numbers, whatever dtype a scale among them has; one block over and over."""
+    block = torch.randint(0, 256, (min(rows * row_bytes, 16_777_213),), dtype=torch.uint8) & 0x3B
+    return block.repeat(-(-rows * row_bytes // len(block)))[: rows * row_bytes].view(rows, row_bytes)
 
 
-def best(run: Callable[[], None], device: torch.device, seconds: float = 1.0) -> float:
-    """The shortest of the runs that fit in ``seconds``; the first is not counted."""
+def best(run: Callable[[], None], device: torch.device, seconds: float = 0.5) -> float:
+    """The shortest of the runs that fit in ``seconds``, one at least; the first is not counted."""
     shortest, began = float("inf"), None
-    while began is None or time.perf_counter() - began < seconds:
+    while began is None or shortest == float("inf") or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         run()
         if device.type == "cuda":
@@ -58,26 +101,38 @@ def best(run: Callable[[], None], device: torch.device, seconds: float = 1.0) ->
     return shortest
 
 
+def measured(packing: Packing, parts: Parts, shape: tuple[int, int], dtype: str, device: torch.device) -> float:
+    """Seconds."""
+    out = torch.empty(shape[::-1] if packing.transposed else shape, dtype=getattr(torch, dtype), device=device)
+    with torch.inference_mode():
+        return best(lambda: packing.unpack(parts, out), device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--columns", type=int, default=8192)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
+    parser.add_argument("--rows", type=int, default=28672, help="a multiple of 128")
+    parser.add_argument("--columns", type=int, default=8192, help="a multiple of 256")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", default=[""], help="formats whose name has one of these words in it")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    device, dtype = torch.device(given.device), getattr(torch, given.dtype)
+    device, has_kernels = torch.device(given.device), bnb.has_4bit_kernels
     print(machine_line())
-    print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}] into {given.dtype}, {given.threads} threads:\n")
-    print("| format | million values/s | packed GB/s |\n|---|---|---|")
-    for name, packing, parts in cases(given.rows, given.columns):
-        parts = {key: part.to(device) for key, part in parts.items()}
-        shape = (given.columns, given.rows) if packing.transposed else (given.rows, given.columns)
-        out = torch.empty(shape, dtype=dtype, device=device)
-        seconds = best(lambda packing=packing, parts=parts, out=out: packing.unpack(parts, out), device)
+    print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}], {given.device}, {given.threads} threads; packed "
+          "GB/s:\n\n| format | bytes a value | " + " | ".join(given.dtypes) + " |")  # fmt: skip
+    print("|---|---|" + "---|" * len(given.dtypes))
+    for name, packing, make in cases(given.rows, given.columns):
+        if not any(word in name for word in given.only) or (name == WITH_KERNEL and not has_kernels(device)):
+            continue
+        bnb.has_4bit_kernels = lambda _, allowed=name == WITH_KERNEL: allowed
+        parts = {key: part.to(device) for key, part in make().items()}
         nbytes = sum(part.numel() * part.element_size() for part in parts.values())
-        print(f"| {name} | {out.numel() / seconds / 1e6:.0f} | {nbytes / seconds / 1e9:.2f} |", flush=True)
+        shape = (given.rows, given.columns)
+        rates = [nbytes / measured(packing, parts, shape, dtype, device) / 1e9 for dtype in given.dtypes]
+        figures = " | ".join(f"{rate:.2f}" for rate in rates)
+        print(f"| {name} | {nbytes / given.rows / given.columns:.3f} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

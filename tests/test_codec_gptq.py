@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import packed_gptq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from airllm_nb.checkpoint.codecs import gptq, packing
 from airllm_nb.checkpoint.codecs.packing import Packed
@@ -62,7 +61,9 @@ def test_weights_are_those_of_gptqmodel(made: Any, variant: dict[str, Any]) -> N
     assert len(found) == 7 + bool(variant.get("lm_head"))
     for name, packed in found.items():
         assert packed.nbytes >= packed.parts["weight"].nbytes == wanted[name].numel() * settings["bits"] // 8
-        assert ("group_index" in packed.parts) == settings["desc_act"]
+        is_ordered = settings["desc_act"] and settings["group_size"] != -1
+        assert ("group_index" in packed.parts) == is_ordered
+        assert packed.packing[0].even is (True if is_ordered else None)
         torch.testing.assert_close(unpack(packed, stored), wanted[name], rtol=1e-6, atol=1e-9)
         for half in (torch.bfloat16, torch.float16):
             assert torch.equal(unpack(packed, stored, half), wanted[name].to(half))
@@ -135,16 +136,17 @@ def test_rules_for_single_matrices(made: Any) -> None:
     """GPTQModel's ``dynamic`` gives some matrices other bits and groups: what lies there says which."""
     folder, settings = made(desc_act=False)
     settings["dynamic"] = {"+:.*down_proj": {"bits": 8, "group_size": 64, "desc_act": True}, "-:.*lm_head": {}}
-    stored, index = load_file(folder / "model.safetensors"), dict(read_index(folder))
+    stored = load_file(folder / "model.safetensors")
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(128, generator=torch.Generator().manual_seed(1)) // 64
-    for part, value in packed_gptq.pack(weight, 8, 64, False, order).items():
-        name = f"{STEM}.{part}"
-        stored[name], index[name] = value, replace(index[name], shape=tuple(value.shape))
+    stored |= {f"{STEM}.{part}": value for part, value in packed_gptq.pack(weight, 8, 64, False, order).items()}
+    save_file(stored, folder / "model.safetensors")
     gptq.check(settings)
-    packed = gptq.find(settings, index, {})[f"{STEM}.weight"]
-    assert packed.packing == (gptq.GPTQ(8, 64, 1),)
-    assert (unpack(packed, stored) - weight).abs().max() < 0.05
+    found = gptq.find(settings, read_index(folder), {})
+    assert found[f"{STEM}.weight"].packing == (gptq.GPTQ(8, 64, 1, True),)
+    assert (unpack(found[f"{STEM}.weight"], stored) - weight).abs().max() < 0.05
+    # The others keep theirs, though it says nothing: of experts, matrices of both kinds may be stacked.
+    assert all("group_index" in packed.parts for packed in found.values())
 
 
 def test_experts_have_names_of_their_own(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
@@ -235,10 +237,69 @@ def test_a_lost_order_is_refused() -> None:
 
 
 @pytest.mark.parametrize("desc_act", [None, 0, "", "false"])
-def test_only_a_plain_no_lets_an_order_be_left_out(desc_act: Any) -> None:
+def test_without_its_file_only_a_plain_no_lets_an_order_be_left_out(desc_act: Any) -> None:
     index = {name: _info(name.removeprefix("a."), *entry) for name, entry in WHOLE.items()}
     assert "group_index" in gptq.find({"bits": 4, "desc_act": desc_act}, index, {})["a.weight"].parts
     assert "group_index" not in gptq.find({"bits": 4, "desc_act": False}, index, {})["a.weight"].parts
+
+
+@pytest.fixture
+def ordered(tmp_path: Path) -> Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], Packed]]:
+    """``ordered(g_idx)``: 64 outputs of 96 inputs in three groups, packed in a file, and what is found of it."""
+
+    def make(order: torch.Tensor) -> tuple[dict[str, torch.Tensor], Packed]:
+        weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+        parts = packed_gptq.pack(weight, 4, 32, False, order.clamp(0, 2))
+        stored = {f"a.{part}": value for part, value in parts.items()} | {"a.g_idx": order.int()}
+        save_file(stored, tmp_path / "model.safetensors")
+        settings = {"bits": 4, "group_size": 32, "desc_act": False}
+        return stored, gptq.find(settings, read_index(tmp_path), {})["a.weight"]
+
+    return make
+
+
+def test_the_order_that_lies_there_counts_whatever_the_config_says(ordered: Any) -> None:
+    """As for GPTQModel; groups may be of several sizes, as those of the last inputs are."""
+    shuffled = torch.randperm(96, generator=torch.Generator().manual_seed(1))
+    for order, even in ((shuffled // 32, True), (shuffled // 40, False)):
+        stored, packed = ordered(order)
+        assert packed.packing == (gptq.GPTQ(4, 32, 1, even),) and "group_index" in packed.parts
+        layer = packed_gptq.library("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear(4, 32, 96, 64, False)
+        layer.load_state_dict({name.removeprefix("a."): value for name, value in stored.items()})
+        torch.testing.assert_close(unpack(packed, stored), layer.float()(torch.eye(96)).t(), rtol=1e-6, atol=1e-9)
+
+
+def test_an_order_that_is_none_does_not_move(ordered: Any) -> None:
+    stored, packed = ordered(torch.arange(96) // 32)
+    assert packed.parts.keys() == {"weight", "zeros", "scale"} and packed.packing == (gptq.GPTQ(4, 32, 1),)
+    assert unpack(packed, stored).isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_groups_that_are_not_there_are_refused(ordered: Any, wrong: int, tmp_path: Path) -> None:
+    order = torch.arange(96) // 32
+    order[7] = wrong
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: a\.g_idx names groups from .* of 3; download"):
+        ordered(order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_even_groups_are_unpacked_as_any_are(ordered: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, whatever the chunks; an odd number of outputs has no words of eight bytes."""
+    stored, packed = ordered(torch.randperm(96, generator=torch.Generator().manual_seed(1)) // 32)
+    parts, (packing_found,) = {name: stored[info.name] for name, info in packed.parts.items()}, packed.packing
+    # What a GPU does is done on the processor here.
+    scale, words, groups = parts["scale"].float(), parts["weight"], parts["group_index"]
+    minimum = packing_found._zeros(parts["zeros"]).float().mul_(scale).neg_()
+    wanted = unpack(packed, stored, dtype).t()
+    for outputs in (64, 53):
+        for values in (1, 96 * 16, 1 << 18):
+            monkeypatch.setattr(packing, "HOST_VALUES", values)
+            out = torch.full((96, 80), torch.nan, dtype=dtype)
+            given = (part[:, :outputs] for part in (words, scale, minimum))
+            packing_found._unpack_even(*given, groups, out[:, 3 : 3 + outputs])
+            assert torch.equal(out[:, 3 : 3 + outputs], wanted[:, :outputs])
+            assert out[:, :3].isnan().all() and out[:, 3 + outputs :].isnan().all()
 
 
 def test_no_groups_at_all_are_refused() -> None:

@@ -210,7 +210,7 @@ def test_bytes_of_a_row() -> None:
 def test_values_on_a_gpu(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_rows(kind, rows=33, columns=4096)
     wanted = reference(kind, weight)
-    monkeypatch.setattr(packing, "DEVICE_VALUES", 4096 * 12)
+    monkeypatch.setattr(packing, "DEVICE_BYTES", int(4096 * 12 * packing_of(int(kind)).spare))
     for shape, order in (((33, 4096), (0, 1)), ((4096, 33), (1, 0))):
         out = torch.full(shape, torch.nan, device="cuda").permute(order)
         assert_close(kind, unpacked(kind, weight.cuda(), out).cpu(), wanted)

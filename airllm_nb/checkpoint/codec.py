@@ -20,7 +20,7 @@ from .encoded import TORCH_DTYPES, EncodedLinear, Part, Scratch
 
 __all__ = [
     "TORCH_DTYPES", "Codec", "EncodedLinear", "Part", "Scratch", "compressible", "dequantise_4bit", "get_codec",
-    "has_4bit_kernels", "multiply_4bit",
+    "has_4bit_kernels", "is_fused_4bit", "multiply_4bit",
 ]  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def multiply_4bit(
 
     ``shape`` is that of the weight; for the others see :func:`dequantise_4bit`.
     """
-    if not has_4bit_kernels(x.device) or not _is_fused(x, shape[0], block):
+    if not is_fused_4bit(x, shape[0], block):
         return None
     bnb = _bitsandbytes()
     state = bnb.functional.QuantState(
@@ -280,11 +280,11 @@ def _code(kind: str, device: torch.device) -> torch.Tensor:
     return _bitsandbytes().functional.get_4bit_type(kind, device=device)
 
 
-def _is_fused(x: torch.Tensor, out_features: int, block: int) -> bool:
+def is_fused_4bit(x: torch.Tensor, out_features: int, block: int) -> bool:
     """Whether bitsandbytes would use its 4-bit kernel here; where it would dequantise, we do, into the scratch."""
     columns = x.shape[-1]
     tokens = x.numel() // columns
-    if columns % block or tokens == 0:
+    if columns % block or tokens == 0 or not has_4bit_kernels(x.device):
         return False
     if tokens == 1:
         return True

@@ -78,6 +78,8 @@ class EncodedLinear(nn.Module):
 
     Attributes
     ----------
+    scratch
+        What it dequantises into.
     timer
         When set, dequantisation runs inside ``timer()``.
     scratch_bytes
@@ -93,7 +95,7 @@ class EncodedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.compute_dtype, self.timer = compute_dtype, None
-        self._scratch = scratch
+        self.scratch = scratch
         for part in parts:
             empty = torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype], device="meta")
             self.register_parameter(part.attribute, nn.Parameter(empty, requires_grad=False))
@@ -112,7 +114,7 @@ class EncodedLinear(nn.Module):
 
     def cut(self, linear: nn.Linear, parts: tuple[Part, ...]) -> EncodedLinear:
         """A layer of this kind for some of the rows: ``linear`` is of their number, ``parts`` are theirs."""
-        return type(self)(linear, parts, self.compute_dtype, self._scratch)
+        return type(self)(linear, parts, self.compute_dtype, self.scratch)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
@@ -127,7 +129,7 @@ class EncodedLinear(nn.Module):
         raise NotImplementedError
 
     def _room(self) -> torch.Tensor:
-        return self._scratch.view((self.out_features, self.in_features), self.compute_dtype, self.weight.device)
+        return self.scratch.view((self.out_features, self.in_features), self.compute_dtype, self.weight.device)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

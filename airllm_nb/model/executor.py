@@ -22,6 +22,7 @@ from ..stream.memory import StreamMemory
 from ..stream.prefetcher import Prefetcher
 from ..trace import Trace
 from .gather import RowGather
+from .placing import reserve_scratch
 from .plan import ResidencyPlan
 from .recorder import Recorder
 from .skeleton import Binding, ModelUnit, Weight, is_tied
@@ -129,6 +130,8 @@ class Executor:
     # --- building
 
     def _build(self, small: Sequence[Weight]) -> None:
+        if self._device.type != "cpu":
+            reserve_scratch(self._model, self._device)
         for weight in small:
             tensor = self._files.tensor(weight.info, weight.stored_dtype).to(self._device, weight.dtype, copy=True)
             for module, attribute in weight.owners:

@@ -28,7 +28,6 @@ class PackedLinear(EncodedLinear):
     def __init__(self, linear: nn.Linear, packed: Packed, compute_dtype: torch.dtype, scratch: Scratch):
         super().__init__(linear, _parts(packed), compute_dtype, scratch)
         self.packed = packed
-        self._order = None if packed.order is None else torch.tensor(packed.order, device="cpu")
         self._view = PackedWeight(self._bound, packed, compute_dtype, scratch)
 
     def __getattr__(self, name: str) -> Any:
@@ -40,16 +39,15 @@ class PackedLinear(EncodedLinear):
     def _compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.keeps:
             return functional.linear(x, self._view.whole(), bias)
-        if self.packed.pieces is None and self._order is None:
+        order = self._view.order
+        if self.packed.pieces is None and order is None:
             shape = (self.out_features, self.in_features)
             product = self.packed.packing[0].multiply(x, self._bound(), shape, bias)
             if product is not None:
                 return product
-        if self._order is None:
+        if order is None:
             return super()._compute(x, bias)
-        if self._order.device != x.device:
-            self._order = self._order.to(x.device)
-        product = super()._compute(x, None)[..., self._order]
+        product = super()._compute(x, None).index_select(-1, order)
         return product if bias is None else product.add_(bias)
 
     @property
@@ -57,7 +55,7 @@ class PackedLinear(EncodedLinear):
         return self._view.keeps
 
     def _dequantise(self) -> torch.Tensor:
-        return unpacked(self.packed, self._bound(), 0, self.compute_dtype, self._scratch)
+        return unpacked(self.packed, self._bound(), 0, self.compute_dtype, self.scratch)
 
     def _bound(self) -> dict[str, torch.Tensor]:
         return {attribute: self._parameters[attribute] for attribute in self.packed.parts}  # type: ignore[misc]
@@ -65,7 +63,7 @@ class PackedLinear(EncodedLinear):
     def sample(self, device: torch.device) -> PackedLinear:
         """A layer like this one whose parts are zeros on ``device``, to measure with."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        made = PackedLinear(linear, self.packed, self.compute_dtype, self._scratch)
+        made = PackedLinear(linear, self.packed, self.compute_dtype, self.scratch)
         for name, part in made._parameters.items():
             if part is not None:
                 made._parameters[name] = nn.Parameter(torch.zeros_like(part, device=device), requires_grad=False)
@@ -77,13 +75,13 @@ class PackedLinear(EncodedLinear):
 
     @property
     def row_steps(self) -> Mapping[str, int] | None:
-        is_whole = self.packed.pieces is None and self._order is None
+        is_whole = self.packed.pieces is None and self.packed.order is None
         return self.packed.packing[0].row_steps if is_whole else None
 
     def cut(self, linear: nn.Linear, parts: tuple[Part, ...]) -> PackedLinear:
         infos = {part.attribute: TensorInfo(part.attribute, part.dtype, part.shape, ()) for part in parts}
         rows = Packed((linear.out_features, linear.in_features), self.packed.packing, infos)
-        return PackedLinear(linear, rows, self.compute_dtype, self._scratch)
+        return PackedLinear(linear, rows, self.compute_dtype, self.scratch)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, packed={self.packed.packing[0].name}"
@@ -98,11 +96,11 @@ class PackedWeight:
     def __init__(
         self, bound: Callable[[], dict[str, torch.Tensor]], packed: Packed, dtype: torch.dtype, scratch: Scratch
     ):
-        self._bound, self._packed, self._scratch = bound, packed, scratch
+        self._bound, self._packed, self.scratch = bound, packed, scratch
         self.dtype, self.shape, self.ndim = dtype, torch.Size(packed.shape), len(packed.shape)
         self.requires_grad, self.keeps = False, False
         self._kept: torch.Tensor | None = None
-        self._order = None if packed.order is None else torch.tensor(packed.order, device="cpu")
+        self._order: torch.Tensor | None = None
 
     def matrix(self, number: int) -> torch.Tensor:
         """One of the matrices, in the scratch."""
@@ -111,8 +109,18 @@ class PackedWeight:
         return self._unpacked(number)
 
     def _unpacked(self, number: int) -> torch.Tensor:
-        matrix = unpacked(self._packed, self._bound(), number, self.dtype, self._scratch)
-        return matrix if self._order is None else matrix[self._order.to(matrix.device)]
+        matrix = unpacked(self._packed, self._bound(), number, self.dtype, self.scratch)
+        return matrix if self.order is None else matrix.index_select(0, self.order)
+
+    @property
+    def order(self) -> torch.Tensor | None:
+        """Where rows lie in another order, that order; it stays on the device."""
+        if self._packed.order is None:
+            return None
+        if self._order is None or self._order.device != self.device:
+            with torch.inference_mode(False):  # else no gradient could pass it
+                self._order = torch.tensor(self._packed.order, device=self.device)
+        return self._order
 
     def whole(self) -> torch.Tensor:
         """All of it, in memory of its own."""
@@ -129,11 +137,26 @@ class PackedWeight:
 
     def drop(self) -> None:
         """Free what is kept."""
-        self._kept = None
+        self._kept = self._order = None
 
     @property
     def unpacked_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Of one matrix."""
+        return math.prod(self.shape[-2:]) * self.dtype.itemsize
+
+    @property
+    def order_bytes(self) -> int:
+        """Of :attr:`order`."""
+        return 8 * len(self._packed.order or ())
+
+    def temporary_bytes(self, device: torch.device) -> int:
+        """Memory beside the scratch while a matrix is unpacked."""
+        values = math.prod(self.shape[-2:])
+        return max(packing.temporary_bytes(values, device) for packing in set(self._packed.packing))
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         is_number = isinstance(index, int) or (isinstance(index, torch.Tensor) and index.dim() == 0)

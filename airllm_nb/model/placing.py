@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..checkpoint.codecs.packing import DEVICE_VALUES, HOST_VALUES, Packed
-from ..checkpoint.encoded import TORCH_DTYPES, Scratch
+from ..checkpoint.codecs.packing import Packed
+from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear, Scratch
 from ..checkpoint.index import TensorInfo
 from ..config import format_bytes
 from ..errors import CheckpointError, UnsupportedModelError
@@ -106,13 +105,21 @@ def _place_view(
 
     del module._parameters[attribute]
     module.__dict__[attribute] = view = PackedWeight(bound, weight, dtype, scratch)
-    needed = math.prod(weight.shape[-2:]) * dtype.itemsize
+    needed = view.scratch_bytes * (1 if weight.order is None else 2)  # a copy in order
     if len(weight.shape) > 2 and not one_by_one:  # this model takes all of them at once
         needed += view.unpacked_bytes
     module.scratch_bytes = max(getattr(module, "scratch_bytes", 0), needed)  # type: ignore[assignment, arg-type]
     for part, info in weight.parts.items():
         module.register_parameter(names[part], _on_meta(info))
     return {f"{path}.{names[part]}": info for part, info in weight.parts.items()}
+
+
+def reserve_scratch(skeleton: nn.Module, device: torch.device) -> None:
+    """Make the scratch as large as the largest matrix needs it: what it had outgrown would be free for nothing else."""
+    users: list[EncodedLinear | PackedWeight] = [*_packed_in(skeleton)]
+    users += [module for module in skeleton.modules() if isinstance(module, EncodedLinear)]
+    for each in sorted(users, key=lambda each: each.scratch_bytes, reverse=True):
+        each.scratch.reserve(each.scratch_bytes, device)
 
 
 def keep_unpacked(skeleton: nn.Module, room: int) -> int:
@@ -141,10 +148,10 @@ def _packed_in(skeleton: nn.Module) -> list[PackedWeight]:
 
 
 def temporary_bytes(skeleton: nn.Module, device: torch.device) -> int:
-    """Memory beside the scratch while a packed matrix is unpacked; 0 where nothing is packed."""
-    elements = [weight.unpacked_bytes // weight.dtype.itemsize for weight in _packed_in(skeleton)]
-    most = HOST_VALUES if device.type == "cpu" else DEVICE_VALUES
-    return 4 * min(max(elements, default=0), most)
+    """Memory beside the scratch while a packed matrix is unpacked, and for orders; 0 where nothing is packed."""
+    weights = _packed_in(skeleton)
+    orders = sum(weight.order_bytes for weight in weights)
+    return orders + max((weight.temporary_bytes(device) for weight in weights), default=0)
 
 
 def _on_meta(info: TensorInfo) -> nn.Parameter:

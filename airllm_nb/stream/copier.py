@@ -94,6 +94,8 @@ class CudaCopier:
     def begin(self) -> None:
         # Asked for once: it takes longer than to record an event.
         self._compute = torch.cuda.current_stream(self._device)
+        # What is copied into may have been other tensors' memory, which queued work still reads.
+        self._stream.wait_stream(self._compute)
 
     def copy(self, sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], after: Mark | None) -> Copied:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

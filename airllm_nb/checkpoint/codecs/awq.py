@@ -24,14 +24,18 @@ class AWQ(Packing):
 
     name: ClassVar[str] = "4-bit"
     transposed: ClassVar[bool] = True
+    spare = 1.5
 
     group: int
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         words, scale = parts["weight"], parts["scale"].float()
         minimum = _values(parts["zeros"]).float().mul_(scale).neg_()
-        for rows in group_chunks(out, self.group, 1):
+        for rows in group_chunks(out, self.group, 1, self.spare):
             group_affine(_values(words[rows]), scale, minimum, out, rows, self.group)
+
+    def whole_bytes(self, values: int) -> int:
+        return 11 * -(-values // self.group)  # scales and minimums in float32, while zero points are unpacked
 
 
 def _values(words: torch.Tensor) -> torch.Tensor:

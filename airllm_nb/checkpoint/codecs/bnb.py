@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError, UnsupportedModelError
-from ..codec import dequantise_4bit, has_4bit_kernels, multiply_4bit
+from ..codec import dequantise_4bit, has_4bit_kernels, is_fused_4bit, multiply_4bit
 from ..index import ITEMSIZE, TensorInfo
-from .packing import Packed, Packing, affine, row_chunks
+from .packing import Packed, Packing, affine, row_chunks, stored
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class NF4(Packing):
     """
 
     name = "nf4"
+    spare = 5.5
     block: int = 64
     nested: int = 0
     offset: float = 0.0
@@ -66,25 +67,33 @@ class NF4(Packing):
             dequantise_4bit(packed, absmax, out, self.block, self.name)
             return
         columns, block = out.shape[1], self.block
-        table = _pairs(self.name, out.device)
-        for rows in row_chunks(out.shape[0], columns, out.device, block // math.gcd(block, columns)):
+        for rows in row_chunks(out.shape[0], columns, out.device, block // math.gcd(block, columns), self.spare):
             first, last = rows.start * columns, rows.stop * columns
-            codes = packed[first // 2 : (last + 1) // 2].to(torch.int32)
-            values = table.index_select(0, codes).view(torch.float32)[: last - first]
-            scale = absmax[first // block : -(-last // block)]
-            if columns % block == 0:
-                blocks = (columns // block, block)
-                affine(values.view(-1, *blocks), scale.view(-1, blocks[0], 1), None, out[rows].unflatten(1, blocks))
-                continue
-            whole = (last - first) // block
-            values[: whole * block].view(-1, block).mul_(scale[:whole, None])
-            values[whole * block :].mul_(scale[-1])
-            out[rows].copy_(values.view(-1, columns))
+            self._fill(packed[first // 2 : (last + 1) // 2], absmax[first // block : -(-last // block)], out[rows])
+
+    def _fill(self, packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> None:
+        """Rows that begin with a block; what it makes is gone before the next."""
+        (rows, columns), block = out.shape, self.block
+        values = _pairs(self.name, out.device).index_select(0, packed.to(torch.int32)).view(torch.float32)
+        values = values[: rows * columns]
+        if columns % block == 0:
+            blocks = (columns // block, block)
+            affine(values.view(-1, *blocks), absmax.view(-1, blocks[0], 1), None, out.unflatten(1, blocks))
+            return
+        whole = rows * columns // block
+        values[: whole * block].view(-1, block).mul_(absmax[:whole, None])
+        values[whole * block :].mul_(absmax[-1])
+        out.copy_(values.view(-1, columns))
+
+    def whole_bytes(self, values: int) -> int:
+        blocks = -(-values // self.block)
+        return 12 * blocks if self.nested else 4 * blocks  # absmax in float32; nested ones are looked up and repeated
 
     def multiply(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        if x.device.type != "cuda" or self.transposed:
+        fits = x.device.type == "cuda" and not self.transposed
+        if not fits or not is_fused_4bit(x, shape[0], self.block):  # asked first: absmax may not be needed
             return None
         return multiply_4bit(x, parts["weight"], self._absmax(parts), shape, bias, self.block, self.name)
 
@@ -115,6 +124,7 @@ class Int8(Packing):
     """``value = byte · absmax of the row / 127``."""
 
     name = "int8"
+    spare = 1.0
 
     def __post_init__(self) -> None:
         if not self.transposed:
@@ -123,7 +133,7 @@ class Int8(Packing):
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         weight, scale = parts["weight"].view(out.shape), parts["scale"].float().view(-1, 1) / 127
         rows, columns = out.shape
-        for chunk in row_chunks(rows, columns, out.device):
+        for chunk in row_chunks(rows, columns, out.device, spare=self.spare):
             affine(weight[chunk], scale[chunk], None, out[chunk])
 
 
@@ -243,7 +253,7 @@ def _block(count: int, absmax: TensorInfo) -> int:
 def _eight_bits(weight: str, index: Mapping[str, TensorInfo]) -> Packed:
     info, scale = _part(index, weight), _part(index, f"{weight.removesuffix('weight')}SCB")
     layout = index.get(f"{weight}_format")
-    if layout is not None and (code := _read(layout)) not in (None, b"\0"):
+    if layout is not None and (code := stored(layout)) not in (None, b"\0"):
         raise UnsupportedModelError(f"{weight} lies in the order of an old GPU (weight_format {list(code or b'')}); "
                                     "save the model again with a bitsandbytes of today")  # fmt: skip
     if info.dtype != "I8" or len(info.shape) != 2:
@@ -269,7 +279,7 @@ def _sized(info: TensorInfo, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
 
 def _state(info: TensorInfo) -> dict[str, Any]:
     """The settings of a weight; empty if the file is not here."""
-    data = _read(info)
+    data = stored(info)
     if data is None:
         return {}
     try:
@@ -277,17 +287,6 @@ def _state(info: TensorInfo) -> dict[str, Any]:
         return {**state, "shape": [int(size) for size in state["shape"]]}
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise _wrong(info, f"it is no quantisation state ({type(error).__name__})") from None
-
-
-def _read(info: TensorInfo) -> bytes | None:
-    data = b""
-    for extent in info.extents:
-        if not extent.path.is_file():
-            return None
-        with extent.path.open("rb") as file:
-            file.seek(extent.offset)
-            data += file.read(extent.nbytes)
-    return data
 
 
 def _wrong(info: TensorInfo, what: str) -> CheckpointError:

@@ -66,6 +66,7 @@ def packed_row_bytes(ggml_type: int, columns: int) -> int:
 
 class Q4_0(Blocks):
     name, values, nbytes = "Q4_0", 32, 18
+    spare = 2.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         # the scales' bytes go through as well: whole rows are quicker than every block without its first bytes
@@ -76,6 +77,7 @@ class Q4_0(Blocks):
 
 class Q4_1(Blocks):
     name, values, nbytes = "Q4_1", 32, 20
+    spare = 2.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         planes = [plane[..., None, 4:] for plane in (blocks << 4, blocks & 0xF0)]
@@ -84,6 +86,7 @@ class Q4_1(Blocks):
 
 class Q5_0(Blocks):
     name, values, nbytes = "Q5_0", 32, 22
+    spare = 3.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         integers = _fives(~blocks[..., 2:6], blocks[..., 6:]).view(torch.int8)
@@ -92,6 +95,7 @@ class Q5_0(Blocks):
 
 class Q5_1(Blocks):
     name, values, nbytes = "Q5_1", 32, 24
+    spare = 3.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         integers = _fives(blocks[..., 4:8], blocks[..., 8:]).view(torch.uint8)
@@ -100,6 +104,7 @@ class Q5_1(Blocks):
 
 class Q8_0(Blocks):
     name, values, nbytes = "Q8_0", 32, 34
+    spare = 1.5
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         affine(blocks[..., 2:].view(torch.int8), halves(blocks, 0), None, out)
@@ -128,6 +133,7 @@ def _fives(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 class Q2_K(Blocks):
     name, values, nbytes = "Q2_K", 256, 84
+    spare = 2.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         planes, scales = two_bits(blocks)
@@ -139,6 +145,7 @@ class Q2_K(Blocks):
 
 class Q3_K(Blocks):
     name, values, nbytes = "Q3_K", 256, 110
+    spare = 3.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         low = words(blocks[..., 32:96]).unflatten(-1, (2, 4))
@@ -158,6 +165,7 @@ class Q3_K(Blocks):
 
 class Q4_K(Blocks):
     name, values, nbytes = "Q4_K", 256, 144
+    spare = 2.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         scale, minimum = _six_bit_scales(blocks, 1 / 16)
@@ -167,6 +175,7 @@ class Q4_K(Blocks):
 
 class Q5_K(Blocks):
     name, values, nbytes = "Q5_K", 256, 176
+    spare = 3.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         scale, minimum = _six_bit_scales(blocks, 1 / 8)
@@ -177,6 +186,7 @@ class Q5_K(Blocks):
 
 class Q6_K(Blocks):
     name, values, nbytes = "Q6_K", 256, 210
+    spare = 3.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         high = (words(blocks[..., 128:192]) ^ each(0xAA)).unflatten(-1, (2, 4))

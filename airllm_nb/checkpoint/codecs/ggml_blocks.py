@@ -32,13 +32,14 @@ class Blocks(Packing):
     values: ClassVar[int]
     nbytes: ClassVar[int]
     row_steps = MappingProxyType({"weight": 1})
+    spare = 6.0  # no type takes more
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         rows, columns = out.shape
         count = columns // self.values
         if not count:
             return
-        for chunk in row_chunks(rows, columns, out.device):
+        for chunk in row_chunks(rows, columns, out.device, spare=self.spare):
             packed = parts["weight"][chunk]
             # float16 fields are read where they lie, which only even addresses allow
             packed = packed.clone() if packed.storage_offset() % 2 else packed

@@ -30,18 +30,23 @@ class MXFP4(Packing):
 
     name: ClassVar[str] = "mxfp4"
     transposed: ClassVar[bool] = True
+    spare = 6.5
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         (rows, columns), device = out.shape, out.device
         blocks, scales = parts["weight"].view(rows, columns // 2), parts["scale"].view(rows, columns // _BLOCK, 1)
-        # Half floats hold each value; a processor multiplies floats faster than it converts them.
-        dtype = torch.float32 if device.type == "cpu" else out.dtype
-        pairs, powers = _pairs(dtype, device), _powers(device)
-        for chunk in row_chunks(rows, columns, device):
-            values = pairs.index_select(0, blocks[chunk].flatten().int()).view(dtype)
-            scale = powers.index_select(0, scales[chunk].flatten().int()).view(-1, columns // _BLOCK, 1)
-            shape = (-1, columns // _BLOCK, _BLOCK)
-            affine(values.view(shape), scale, None, out[chunk].unflatten(1, shape[1:]))
+        for chunk in row_chunks(rows, columns, device, spare=self.spare):
+            _fill(blocks[chunk], scales[chunk], out[chunk])
+
+
+def _fill(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """One chunk, whose temporaries are gone before the next."""
+    # Half floats hold each value; a processor multiplies floats faster than it converts them.
+    dtype = torch.float32 if out.device.type == "cpu" else out.dtype
+    values = _pairs(dtype, out.device).index_select(0, blocks.flatten().int()).view(dtype)
+    shape = (-1, out.shape[1] // _BLOCK, _BLOCK)
+    scale = _powers(out.device).index_select(0, scales.flatten().int()).view(*shape[:2], 1)
+    affine(values.view(shape), scale, None, out.unflatten(1, shape[1:]))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ device. Nothing here knows names of checkpoints; nothing outside of this folder 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,8 +15,9 @@ import torch
 
 from ..index import TensorInfo
 
-# Values unpacked at once: their integers stay in a processor's cache, or take a few megabytes beside the scratch.
-HOST_VALUES, DEVICE_VALUES = 1 << 18, 1 << 24
+# What is unpacked at once: as many values as stay in a processor's cache, or bytes that a device has for what unpacking
+# makes beside the matrix. Fewer would cost more launches than they save.
+HOST_VALUES, DEVICE_BYTES = 1 << 18, 96 << 20
 
 
 class Packing:
@@ -30,11 +32,15 @@ class Packing:
     row_steps
         Part → rows of the matrix for each row of the part, where the matrix can be cut by rows; ``None`` where it
         cannot.
+    spare
+        Device memory that each value of a chunk takes while it is unpacked, beside its place in the matrix: bytes that
+        PyTorch's allocator reserves, which are more than there are at once.
     """
 
     name: ClassVar[str] = ""
     transposed: ClassVar[bool] = False
     row_steps: Mapping[str, int] | None = None
+    spare: float = 4.0
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Dequantise a matrix.
@@ -46,9 +52,19 @@ class Packing:
         out
             ``[rows, columns]`` (``[columns, rows]`` if transposed) of a floating dtype on the same device, perhaps with
             strides. Values are computed in float32 and rounded to its dtype once. Beside it no more memory is used than
-            for some ``DEVICE_VALUES``, see :func:`row_chunks`.
+            :meth:`temporary_bytes`.
         """
         raise NotImplementedError
+
+    def temporary_bytes(self, values: int, device: torch.device) -> int:
+        """Memory that :meth:`unpack` takes at most beside a matrix of so many ``values``."""
+        if device.type == "cpu":
+            return 4 * min(values, HOST_VALUES)
+        return math.ceil(min(self.spare * values, DEVICE_BYTES)) + self.whole_bytes(values)
+
+    def whole_bytes(self, values: int) -> int:
+        """Of those, what is made for a whole matrix at once on a device."""
+        return 0
 
     def multiply(
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
@@ -91,15 +107,30 @@ class Plain(Packing):
     """Values as they are, of any floating dtype: for rows that only lie in another order."""
 
     name = "plain"
+    spare = 0.0
     row_steps: Mapping[str, int] = {"weight": 1}
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         out.copy_(parts["weight"])
 
 
-def row_chunks(rows: int, columns: int, device: torch.device, step: int = 1) -> Iterator[slice]:
-    """Rows to unpack at once, each slice but the last a multiple of ``step``."""
-    values = HOST_VALUES if device.type == "cpu" else DEVICE_VALUES
+def stored(info: TensorInfo) -> bytes | None:
+    """The bytes of a small tensor, which say how others are to be read; ``None`` if its file is not here."""
+    if not info.extents or not all(extent.path.is_file() for extent in info.extents):
+        return None
+    data = b""
+    for extent in info.extents:
+        with extent.path.open("rb") as file:
+            file.seek(extent.offset)
+            data += file.read(extent.nbytes)
+    return data
+
+
+def row_chunks(
+    rows: int, columns: int, device: torch.device, step: int = 1, spare: float = Packing.spare
+) -> Iterator[slice]:
+    """Rows to unpack at once, each slice but the last a multiple of ``step``; ``spare`` is the :class:`Packing`'s."""
+    values = HOST_VALUES if device.type == "cpu" else int(DEVICE_BYTES / spare)
     count = max(values // max(columns, 1) // step, 1) * step
     for first in range(0, rows, count):
         yield slice(first, min(first + count, rows))
