@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from airllm_nb.checkpoint.folder import LOCK, MANIFEST, hold, locked
+from airllm_nb.checkpoint.identity import by_commit, by_contents, fingerprints_at
 from airllm_nb.checkpoint.store import ShardJob, StoreMeta, plain, write_store
 from airllm_nb.cli import main
 from airllm_nb.errors import SourceError, StoreError
-from airllm_nb.replaced import meant
+from airllm_nb.replaced import POINTER, meant
 from airllm_nb.trace import silent
 
 ROOT = Path(__file__).parents[1]
@@ -37,9 +38,19 @@ def jobs(produce: Callable[[], Any] = lambda: [bytes(5000)]) -> list[ShardJob]:
     return [ShardJob(name, (plain(name, "U8", (5000,), produce),)) for name in ("layer-00000", "rest")]
 
 
-def finished(base: Path, name: str, **how: Any) -> Path:
+def finished(base: Path, name: str, source: str = "f" * 16, **how: Any) -> Path:
     _, codec, dtype, _ = name.split("--")
-    return write_store(base / name, jobs(), StoreMeta(codec, dtype, "f" * 16), **how).folder
+    return write_store(base / name, jobs(), StoreMeta(codec, dtype, source), **how).folder
+
+
+def checkpoint(folder: Path) -> tuple[Path, str]:
+    """A folder with a config and two weight files, and its fingerprint."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for name in ("a.safetensors", "b.safetensors"):
+        (folder / name).write_bytes(bytes(100))
+    [fingerprint] = fingerprints_at(str(folder))
+    return folder, fingerprint
 
 
 def unfinished(base: Path, name: str) -> Path:
@@ -130,9 +141,8 @@ def test_a_cache_that_is_not_there_is_empty(cli: Callable[..., Any], base: Path)
 
 
 def test_every_fact_of_a_store(cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    one = finished(base, ONE, origin=str(source), beside=lambda folder: (folder / "config.json").write_text("{}"))
+    source, known = checkpoint(tmp_path / "source")
+    one = finished(base, ONE, known, origin=str(source), beside=lambda f: (f / "config.json").write_text("{}"))
     finished(base, TWO, origin="org/name")
     unfinished(base, "qwen--4bit--bfloat16--00000003")
     damaged = finished(base, "phi--4bit--bfloat16--00000004")
@@ -149,12 +159,14 @@ def test_every_fact_of_a_store(cli: Callable[..., Any], base: Path, tmp_path: Pa
     assert (found[ONE]["model"], found[ONE]["codec"], found[ONE]["dtype"]) == ("llama", "4bit", "bfloat16")
     assert (found[ONE]["origin"], found[ONE]["origin_is_here"]) == (str(source), True)
     assert (found[TWO]["origin"], found[TWO]["origin_is_here"]) == ("org/name", False)
+    assert (found[ONE]["only_copy"], found[TWO]["only_copy"]) == (False, True)
     assert found[bare.name]["codec"] == "normalised" and found[bare.name]["origin_is_here"] is None
     code, out, _ = cli()
     lines = out.splitlines()
     assert code == 0 and len(lines) == 7 and lines[-1].startswith("5 stores (") and str(base) in lines[-1]
     row = next(line for line in lines if line.startswith(TWO))
-    assert "8bit" in row and "float16" in row and "KiB" in row and row.endswith("org/name (not here any more)")
+    assert "8bit" in row and "float16" in row and "KiB" in row
+    assert row.endswith("org/name (not here any more: the only copy)")
     total = json.loads(cli("list", "--json")[1])
     assert total["bytes"] == sum(store["bytes"] for store in found.values()) and total["free_bytes"] > 0
 
@@ -278,7 +290,7 @@ def test_nobody_to_ask(base: Path) -> None:
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("y\n", 0, set()), ("\n", 1, {ONE}), ("no\n", 1, {ONE})])
 def test_somebody_is_asked(base: Path, answer: str, code: int, left: set[str]) -> None:
-    folder = finished(base, ONE)
+    folder = finished(base, ONE, origin="/nowhere/llama")
     keyboard, terminal = pty.openpty()
     try:
         with subprocess.Popen(
@@ -292,6 +304,7 @@ def test_somebody_is_asked(base: Path, answer: str, code: int, left: set[str]) -
         os.close(terminal)
     assert process.returncode == code and names(base) == left
     assert str(folder) in err and "KiB" in err and "remove 1 store (" in err
+    assert "the only copy of /nowhere/llama on this machine" in err
 
 
 def test_a_removal_that_is_killed_is_completed_by_the_next(cli: Callable[..., Any], base: Path) -> None:
@@ -351,6 +364,85 @@ def test_help(cli: Callable[..., Any], arguments: tuple[str, ...]) -> None:
 def test_a_mistake_is_one_line(cli: Callable[..., Any], remedy: str, arguments: tuple[str, ...]) -> None:
     code, out, err = cli(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and remedy in err
+
+
+# ---- the only copy ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("left", "is_here"),
+    [("config a b", True), ("config a", None), ("config a airllm_nb_store", False), ("config", False), ("", False)],
+)
+def test_a_folder_is_here_while_its_weights_are(
+    cli: Callable[..., Any], base: Path, tmp_path: Path, left: str, is_here: bool | None
+) -> None:
+    source, known = checkpoint(tmp_path / "source")
+    finished(base, ONE, known, origin=str(source))
+    (source / POINTER).write_text("{}")
+    for path in source.iterdir():
+        if path.stem not in left.split():
+            path.unlink()
+    facts = listed(cli)[ONE]
+    assert (facts["origin_is_here"], facts["only_copy"]) == (is_here, is_here is False)
+
+
+def test_other_weights_in_the_place_of_the_original_say_nothing(
+    cli: Callable[..., Any], base: Path, tmp_path: Path
+) -> None:
+    source, known = checkpoint(tmp_path / "source")
+    finished(base, ONE, known, origin=str(source))
+    (source / "a.safetensors").write_bytes(bytes(101))
+    assert (listed(cli)[ONE]["origin_is_here"], listed(cli)[ONE]["only_copy"]) == (None, False)
+
+
+def test_a_repository_is_here_while_its_weights_are(
+    cli: Callable[..., Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--org--name"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    files = {"config.json": "c" * 40, "model.safetensors": "d" * 64}
+    for name, blob in files.items():
+        (blobs / blob).write_text("{}")
+        (snapshot / name).symlink_to(blobs / blob)
+    finished(base, ONE, by_contents("org/name", files, ["model.safetensors"]), origin="org/name")
+    finished(base, TWO, by_commit("org/name", "c0ffee", ["model.safetensors"]), origin="org/name")
+    assert [store["origin_is_here"] for store in listed(cli).values()] == [True, True]
+    for path in (snapshot / "model.safetensors", blobs / files["model.safetensors"]):
+        path.unlink()
+    assert [store["only_copy"] for store in listed(cli).values()] == [True, True]
+
+
+def test_the_only_copy_is_not_removed_unless_it_is_named(cli: Callable[..., Any], base: Path, tmp_path: Path) -> None:
+    source, known = checkpoint(tmp_path / "source")
+    finished(base, ONE, known, origin=str(source))
+    finished(base, TWO, origin="/nowhere/llama")
+    finished(base, "old--4bit--bfloat16--00000003")  # of an earlier version, which noted no origin
+    beside_gguf(base, "/nowhere/llama.gguf")
+    code, out, err = cli("remove", "--all", "--yes")
+    assert code == 1 and out.count("removed ") == 3 and names(base) == {TWO}
+    assert err == f"airllm-nb: {TWO} is the only copy of /nowhere/llama on this machine; name it to remove it\n"
+    assert json.loads(cli("remove", "--all", "--yes", "--json")[1])["refused"].keys() == {TWO}
+    assert cli("remove", "/nowhere/llama", "--yes")[0] == 0 and names(base) == set()
+
+
+def test_a_name_of_several_models_is_refused(cli: Callable[..., Any], base: Path) -> None:
+    finished(base, ONE, origin="/a/llama")
+    finished(base, TWO, origin="/b/llama")
+    unfinished(base, "llama--4bit--float16--00000003")
+    code, out, err = cli("remove", "llama", "--yes")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "of 2 models" in err and "/a/llama, /b/llama" in err
+    assert len(names(base)) == 3
+    assert cli("remove", "/a/llama", "--yes")[0] == 0 and ONE not in names(base) and TWO in names(base)
+    finished(base, ONE)
+    code, _, err = cli("remove", "llama", "--yes")
+    assert code == 1 and f"/b/llama, {ONE}" in err
+    assert cli("remove", TWO, "--yes")[0] == 0
+    assert cli("remove", "llama", "--yes")[0] == 0 and names(base) == set()
 
 
 # ---- what is no store of a whole model -------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_a_damaged_index_names_the_file(tmp_path: Path, weight_map: Any) -> None
         (["mmproj-model-f16.gguf"], r"only a vision part \(mmproj\)"),
         (["imatrix.gguf"], "only an importance matrix"),
         (["a.gguf", "b.gguf"], r"2 GGUF files; name one of them, as /.*:a\.gguf .*a\.gguf, b\.gguf"),
-        (["a-00001-of-00002.gguf"], "one part of a split GGUF.*llama-gguf-split --merge"),
+        (["a-00001-of-00002.gguf"], r"one of 2 parts, of which a-00002-of-00002\.gguf is missing"),
         ([], r"no config\.json"),
     ],
 )
@@ -342,7 +342,7 @@ def test_only_other_layouts_on_the_hub_are_refused_by_name(hub: hub_server.Hub, 
         "org/onnx": (["config.json", "onnx/model.onnx"], "weights of ONNX only"),
         "org/coreml": (["Some.mlpackage/Data/com.apple.CoreML/model.mlmodel"], "weights of CoreML only"),
         "org/adapter": (["adapter_config.json", "adapter_model.bin"], "load its base model with --adapter org/adapter"),
-        "org/parts": (["q8/m-Q8_0-00001-of-00002.gguf", "q8/m-Q8_0-00002-of-00002.gguf"], "llama-gguf-split --merge"),
+        "org/parts": (["q8/m-Q8_0-00001-of-00002.gguf"], "m-Q8_0-00002-of-00002.gguf is missing"),
     }
     hub.repositories.update({name: dict.fromkeys(files, CONFIG.encode()) for name, (files, _) in cases.items()})
     mlx = json.dumps(json.loads(CONFIG) | {"quantization": {"group_size": 64, "bits": 4}}).encode()

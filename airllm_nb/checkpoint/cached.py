@@ -24,8 +24,8 @@ SYNTHETIC, SYNTHETIC_MARKER = "synthetic", "synthetic.json"
 
 # The codec in the name of a folder that holds only what was written beside a checkpoint that is read in place.
 BESIDE = "normalised"
-# Adapters that came as pickles, written once as safetensors: their folder, and how they are named in it.
-ADAPTERS = "adapters"
+# Adapters that came as pickles, written once as safetensors: their folder, what holds one, and how they are named.
+ADAPTERS, ADAPTER = "adapters", "adapter"
 _COPY = re.compile(r"(?P<model>.+)--[0-9a-f]{16}\.safetensors")
 # Before all names in an adapter that peft saved.
 _PEFT = "base_model."
@@ -60,8 +60,8 @@ class CachedStore:
         When it was last written or opened, in seconds since the epoch.
     is_open
         Whether a process reads from it.
-    origin
-        Hub id or path that it was made from; empty where it was not noted.
+    origin, revision, source
+        Hub id or path that it was made from, the commit, and the fingerprint; empty where they were not noted.
     """
 
     name: str
@@ -74,6 +74,8 @@ class CachedStore:
     used: float
     is_open: bool
     origin: str = ""
+    revision: str = ""
+    source: str = ""
 
     @property
     def what(self) -> str:
@@ -210,8 +212,9 @@ def _look(folder: Path, base: Path) -> CachedStore | None:
     codec, dtype = manifest.get("codec", said["codec"]), manifest.get("dtype", said["dtype"])
     # The codec of the name says more where the manifest's is none: what of the model it holds.
     codec = said["codec"] if codec == "none" and said["codec"] else codec
+    where_from = (str(manifest.get(key, "")) for key in ("origin", "revision", "source"))
     return CachedStore(name, folder, said["model"], str(codec), str(dtype), nbytes, state, used, use == "open",
-                       str(manifest.get("origin", "")))  # fmt: skip
+                       *where_from)  # fmt: skip
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -243,7 +246,7 @@ def _copy(path: Path, base: Path) -> CachedStore | None:
     except FileNotFoundError:
         return None
     used = max(found.st_atime, found.st_mtime)
-    return CachedStore(path.relative_to(base).as_posix(), path, parts["model"], "adapter", "", found.st_size,
+    return CachedStore(path.relative_to(base).as_posix(), path, parts["model"], ADAPTER, "", found.st_size,
                        "finished", used, use == "open", origin)  # fmt: skip
 
 

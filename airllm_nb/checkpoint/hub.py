@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,9 @@ CheckConfig = Callable[[dict[str, Any]], None]
 class Snapshot(NamedTuple):
     """A repository at one commit: ``weights`` are names relative to ``folder``; ``nbytes`` is 0 when unknown.
 
-    ``missing`` is how many of those bytes are not here yet, ``None`` when unknown. ``header`` stands for a GGUF file
-    that is not here, see :func:`~airllm_nb.checkpoint.hub_gguf.gguf_header`.
+    ``missing`` is how many of those bytes are not here yet, ``None`` when the Hub was not asked. ``header`` stands for
+    a GGUF file that is not here, see :func:`~airllm_nb.checkpoint.hub_gguf.gguf_header`. ``contents`` are the names
+    that the cache gives to what is in the files, as far as they are known.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Snapshot(NamedTuple):
     nbytes: int
     missing: int | None = None
     header: Path | None = None
+    contents: Mapping[str, str] = {}
 
 
 def fetch(
@@ -118,7 +120,9 @@ class _Repository:
     def list(self, revision: str | None) -> None:
         info = self._api.model_info(self.id, revision=revision, files_metadata=True, timeout=30)
         self.commit = str(info.sha)
-        self.sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        files = info.siblings or ()
+        self.sizes = {file.rfilename: file.size or 0 for file in files}
+        self.contents = {file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id or "") for file in files}
 
     def config(self) -> dict[str, Any]:
         """Fetch config.json under the name that the user gave, so that the cache knows the branch when offline."""
@@ -173,9 +177,9 @@ def _download(
             repo.remember(names[0])
         if weights:
             progress(Progress("download", total, total, detail=repo.id))
-        return Snapshot(folder, repo.commit, choice, names, total, 0)
+        return Snapshot(folder, repo.commit, choice, names, total, 0, contents=repo.contents)
     header = _header(repo, names[0], has_config, progress) if is_gguf else None
-    return Snapshot(folder, repo.commit, choice, names, total, need, header)
+    return Snapshot(folder, repo.commit, choice, names, total, need, header, repo.contents)
 
 
 def _header(repo: _Repository, name: str, has_config: bool, progress: ProgressCallback) -> Path | None:
@@ -198,17 +202,28 @@ def _header(repo: _Repository, name: str, has_config: bool, progress: ProgressCa
 def _cached(repo_id: str, options: LoadOptions, gguf: str | None, room: Room, why: str) -> Snapshot:
     """The repository as far as the cache holds it, without any request."""
     cache = cache_folder()
-    base, revision = cache / f"models--{repo_id.replace('/', '--')}", options.revision or "main"
-    ref = base / "refs" / revision
-    folder = base / "snapshots" / (ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision)
-    found = [folder / gguf] if gguf else [folder / "config.json", *folder.rglob("*.gguf")]
+    folder = repository_folder(repo_id) / "snapshots" / cached_commit(repo_id, options.revision)
+    named = [folder / gguf, *folder.glob(f"{gguf.removesuffix('.gguf')}-00001-of-*.gguf")] if gguf else []
+    found = named or [folder / "config.json", *folder.rglob("*.gguf")]
     if not any(path.is_file() for path in found):
         raise SourceError(f"{repo_id} is not in the local cache ({cache}) and the Hub is not asked ({why}); download "
                           "it once with a connection, or name a local folder")  # fmt: skip
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     choice = choose(sizes, repo_id, gguf, room=room, here=sizes)
     shards = shard_names(folder / choice.index) if choice.index else choice.weights
-    return Snapshot(folder, folder.name, choice, shards, 0)
+    return Snapshot(folder, folder.name, choice, shards, 0, contents=cached_contents(folder))
+
+
+def cached_commit(repo_id: str, revision: str | None) -> str:
+    """The commit that a branch or a tag was at when it was last asked for; any other name as it is."""
+    ref = repository_folder(repo_id) / "refs" / (revision or "main")
+    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or "main"
+
+
+def cached_contents(snapshot: Path) -> dict[str, str]:
+    """The names that the cache gives to what is in the files; none where it has no links."""
+    links = (path for path in snapshot.rglob("*") if path.is_symlink())
+    return {path.relative_to(snapshot).as_posix(): path.readlink().name for path in links}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -233,6 +248,11 @@ def cache_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def repository_folder(repo_id: str) -> Path:
+    """Where downloads of a repository go."""
+    return cache_folder() / f"models--{repo_id.replace('/', '--')}"
 
 
 def _free() -> int | None:

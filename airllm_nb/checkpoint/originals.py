@@ -1,17 +1,28 @@
-"""Deleting weight files that a store has taken the place of, and nothing that is not theirs."""
+"""The weight files that stores are made from: which are there, and deleting those that a store replaces."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from .layout import _layouts
+from .picks import _NOT_A_MODEL
 from .store import Store
 
 log = logging.getLogger(__name__)
 
 
-def delete_original(store: Store, files: Iterable[Path], cache_root: Path | None = None) -> list[Path]:
+def weight_names(folder: Path) -> list[str]:
+    """The files of a folder that a model could be loaded from, whole or not."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    found = {name for _, files in _layouts(names) for name in files}
+    return sorted(found.union(n for n in names if n.endswith(".gguf") and not _NOT_A_MODEL.search(n.lower())))
+
+
+def delete_original(
+    store: Store, files: Iterable[Path], cache_root: Path | None = None, before: Callable[[], None] = lambda: None
+) -> list[Path]:
     """Delete the source's weight files once every byte of the store is verified; returns what was deleted.
 
     Parameters
@@ -20,6 +31,8 @@ def delete_original(store: Store, files: Iterable[Path], cache_root: Path | None
         The weight files, and nothing else.
     cache_root
         When given, links are only followed in folders below it.
+    before
+        Called once the store is verified, and nothing is deleted yet.
 
     Raises
     ------
@@ -27,6 +40,7 @@ def delete_original(store: Store, files: Iterable[Path], cache_root: Path | None
         If the store is damaged; then nothing is deleted.
     """
     store.verify()
+    before()
     own = {path.resolve() for path in store.files}
     return [gone for path in files if path.resolve() not in own for gone in remove(path, cache_root)]
 

@@ -147,6 +147,7 @@ def write_store(
     should_stop: Callable[[], bool] | None = None,
     beside: Callable[[Path], None] | None = None,
     origin: str = "",
+    revision: str = "",
 ) -> Store:
     """Write a store, or what an earlier start left to write, and open it.
 
@@ -164,7 +165,9 @@ def write_store(
         Writes config and tokenizer into the folder: after the weights, before the manifest, so that what has a manifest
         is complete.
     origin
-        Hub id or path of the source, for people.
+        Hub id or path of the source.
+    revision
+        Of a Hub id, the commit.
 
     Raises
     ------
@@ -181,7 +184,7 @@ def write_store(
         with locked(folder, progress, stop, sum(job.nbytes for job in jobs)):
             if (done := _finished(folder, meta, jobs)) is not None:
                 return done
-            return _Writing(folder, jobs, meta, progress, stop).run(beside, origin)
+            return _Writing(folder, jobs, meta, progress, stop).run(beside, {"origin": origin, "revision": revision})
     except StoreError:
         raise
     except OSError as error:
@@ -195,7 +198,7 @@ class _Writing:
         self._folder, self._jobs, self._meta, self._progress, self._stop = folder, jobs, meta, progress, stop
         self._total, self._done = sum(job.nbytes for job in jobs), 0
 
-    def run(self, beside: Callable[[Path], None] | None, origin: str) -> Store:
+    def run(self, beside: Callable[[Path], None] | None, where_from: Mapping[str, str]) -> Store:
         for leftover in self._folder.glob("*.tmp"):
             leftover.unlink()
         journal = Journal(self._folder, self._meta.key, self._known())
@@ -209,7 +212,7 @@ class _Writing:
         write_shards(self._folder, [job for job in self._jobs if job.file not in kept], self._wrote, finished)
         if beside is not None:
             beside(self._folder)
-        manifest = {**self._manifest(journal.records), **({"origin": origin} if origin else {})}
+        manifest = self._manifest(journal.records) | {key: said for key, said in where_from.items() if said}
         write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
         journal.remove()
         store = open_store(self._folder)

@@ -140,7 +140,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
     made = action("remove", "remove stores, none that is in use; asks first", True)
     made.add_argument("names", metavar="NAME", nargs="*", help="a store; or a model, or what FROM says: all its stores")
     made.add_argument("--unfinished", action="store_true", help="what conversions and removals that were ended left")
-    made.add_argument("--all", action="store_true", help="all stores there")
+    made.add_argument("--all", action="store_true", help="all stores there; with --yes, not the only copy of a model")
     made.add_argument("-y", "--yes", action="store_true", help="do not ask")
 
 

@@ -52,29 +52,44 @@ def _remove(given: argparse.Namespace) -> int:
     if chosen and not given.yes and not _agreed(chosen):
         sys.stderr.write("nothing was removed\n")
         return 1
-    return _removed(given, kept, chosen)
+    return _removed(given, kept, chosen, _spared(given, chosen))
+
+
+def _spared(given: argparse.Namespace, chosen: list[CachedStore]) -> dict[str, str]:
+    """Why stores stay that nobody named and nobody was asked about."""
+    from ..kept import is_only_copy
+
+    if not (given.all and given.yes):
+        return {}
+    return {store.name: f"{store.name} is the only copy of {store.made_from} on this machine; name it to remove it"
+            for store in chosen if is_only_copy(store)}  # fmt: skip
 
 
 def _agreed(chosen: list[CachedStore]) -> bool:
     """What somebody at a terminal answers."""
+    from ..kept import is_only_copy
+
     if not sys.stdin.isatty():
         raise OptionError(f"this would remove {_counted(chosen)}, and nobody is there to be asked; add --yes")
     for store in chosen:
-        sys.stderr.write(f"{store.folder}  {format_bytes(store.nbytes)}  {_state(store)}\n")
+        only = f"  the only copy of {store.made_from} on this machine" if is_only_copy(store) else ""
+        sys.stderr.write(f"{store.folder}  {format_bytes(store.nbytes)}  {_state(store)}{only}\n")
     sys.stderr.write(f"remove {_counted(chosen)}? [y/N] ")
     sys.stderr.flush()
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore]) -> int:
+def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore], spared: dict[str, str]) -> int:
     from ..kept import remove_store
 
     removed: dict[str, int] = {}
-    refused: dict[str, str] = {}
+    refused = dict(spared)
     # What somebody agreed to earlier, and a kill or a full stop cut short.
     begun = [store for store in kept.stores if store.state == "half removed" and store not in chosen]
     try:
         for store in [*chosen, *begun]:
+            if store.name in spared:
+                continue
             try:
                 removed[store.name] = remove_store(store.folder)
             except AirLLMError as error:
@@ -96,18 +111,20 @@ def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore]) -
 
 
 def _facts(store: CachedStore) -> dict[str, Any]:
-    from ..kept import source_is_here
+    from ..kept import is_only_copy, source_is_here
 
     return {"name": store.name, "folder": str(store.folder), "model": store.model, "codec": store.codec,
             "holds": store.what, "dtype": store.dtype, "bytes": store.nbytes, "state": store.state,
             "in_use": _in_use(store), "last_used": _when(store.used, "%Y-%m-%dT%H:%M:%S"),
-            "origin": store.made_from or None, "origin_is_here": source_is_here(store)}  # fmt: skip
+            "origin": store.made_from or None, "origin_is_here": source_is_here(store),
+            "only_copy": is_only_copy(store)}  # fmt: skip
 
 
 def _row(store: CachedStore) -> tuple[str, ...]:
-    from ..kept import source_is_here
+    from ..kept import is_only_copy, source_is_here
 
-    here = {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]
+    only = " (not here any more: the only copy)" if is_only_copy(store) else ""
+    here = only or {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]
     return (store.name, store.what or "-", store.dtype or "-", format_bytes(store.nbytes),
             _when(store.used, "%Y-%m-%d %H:%M"), _state(store), f"{store.made_from or '-'}{here}")  # fmt: skip
 

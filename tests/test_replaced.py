@@ -1,0 +1,241 @@
+"""Weights that a store took the place of: what is deleted, what points to the store, and when that is believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf_files
+import pytest
+
+from airllm_nb import LoadOptions, convert_model
+from airllm_nb.checkpoint import originals
+from airllm_nb.checkpoint.cached import cached_stores, remove_store
+from airllm_nb.checkpoint.folder import hold
+from airllm_nb.errors import OptionError, SourceError, StoreError
+from airllm_nb.load import prepare
+from airllm_nb.replaced import POINTER, opened_store
+
+PLAIN = LoadOptions.create(device="cpu")
+
+
+def options(shards: Path | str, **how: Any) -> LoadOptions:
+    return LoadOptions.create(**{"layer_shards_saving_path": shards, "device": "cpu", "compression": "4bit",
+                                 "delete_original": True} | how)  # fmt: skip
+
+
+def opened(model: Path | str, how: LoadOptions = PLAIN) -> Path:
+    """The folder whose weights are read."""
+    prepared = prepare(model, how)
+    prepared.held.close()
+    return prepared.folder
+
+
+def weights(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+@pytest.fixture
+def source(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama(shards=4, dtype="bfloat16"), tmp_path / "source"))
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``interrupted(load, after=2)``: Ctrl-C comes when two files are deleted."""
+
+    def call(load: Callable[[], Any], after: int) -> None:
+        left, remove = [after], originals.remove
+
+        def deleted(path: Path, *given: Any) -> list[Path]:
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return remove(path, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(originals, "remove", deleted)
+            with pytest.raises(KeyboardInterrupt):
+                load()
+
+    return call
+
+
+# ---- a deletion that is cut short ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_a_deletion_that_is_cut_short_is_finished_by_the_next_load(
+    source: Path, tmp_path: Path, interrupted: Callable[..., None], after: int
+) -> None:
+    before = weights(source)
+    interrupted(lambda: convert_model(source, options(tmp_path / "shards")), after)
+    assert weights(source) == before[after:]
+    [store] = cached_stores(tmp_path / "shards")
+    if not after:  # nothing is lost yet: the checkpoint is still the model
+        assert opened(source) == source and weights(source) == before
+        assert opened(source, options(tmp_path / "shards")) == store.folder
+    assert opened(source) == store.folder and weights(source) == []
+    assert opened(source) == store.folder
+
+
+def test_what_is_only_looked_at_deletes_nothing(source: Path, tmp_path: Path, interrupted: Callable[..., None]) -> None:
+    interrupted(lambda: convert_model(source, options(tmp_path / "shards")), 1)
+    left = weights(source)
+    assert opened_store(source, PLAIN, finish=False) is not None and weights(source) == left
+    with hold(source):
+        assert opened_store(source, PLAIN) is not None and weights(source) == left
+
+
+def test_a_damaged_store_costs_no_more_of_the_original(
+    source: Path, tmp_path: Path, interrupted: Callable[..., None]
+) -> None:
+    interrupted(lambda: convert_model(source, options(tmp_path / "shards")), 2)
+    left = weights(source)
+    [store] = cached_stores(tmp_path / "shards")
+    shard = max(store.folder.glob("*.safetensors"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(StoreError, match="not what was written"):
+        opened(source)
+    assert weights(source) == left
+    shard.unlink()
+    with pytest.raises(SourceError, match=r"were deleted once .* is damaged: .* download the model again"):
+        opened(source)
+
+
+def test_what_the_disk_refuses_to_delete_is_no_reason_not_to_load(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(path: Path, *_: Any) -> list[Path]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(originals, "remove", refused)
+        store = convert_model(source, options(tmp_path / "shards"))
+    assert "Permission denied" in caplog.text and len(weights(source)) == 4
+    assert opened(source, options(tmp_path / "shards")) == store and weights(source) == []
+
+
+# ---- where the store is ----------------------------------------------------------------------------------------------
+
+
+def test_a_relative_folder_is_found_from_elsewhere(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = convert_model("source", options("shards"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert opened(source) == tmp_path / "shards" / store.name
+
+
+def test_a_store_that_was_removed_is_named(source: Path, tmp_path: Path) -> None:
+    store = convert_model(source, options(tmp_path / "shards"))
+    remove_store(store)
+    with pytest.raises(SourceError, match=rf"{store}, is not there any more; bring it back, or download the model"):
+        opened(source)
+
+
+def test_another_compression_needs_the_original(source: Path, tmp_path: Path) -> None:
+    convert_model(source, options(tmp_path / "shards"))
+    with pytest.raises(OptionError, match=r"leave the option out, or load the original, whose weights .* were deleted"):
+        opened(source, options(tmp_path / "shards", compression="8bit"))
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"stores": []}', '{"stores": {".": {"files": {}}}}', '"store"'])
+def test_a_damaged_pointer_is_named(source: Path, tmp_path: Path, damage: str) -> None:
+    kept = shutil.copytree(source, tmp_path / "kept")
+    convert_model(source, options(tmp_path / "shards"))
+    (source / POINTER).write_text(damage)
+    with pytest.raises(SourceError, match=rf"{POINTER}.* is damaged .*; delete it and name the store") as caught:
+        opened(source)
+    assert "\n" not in str(caught.value)
+    shutil.copytree(kept, source, dirs_exist_ok=True)
+    assert opened(source) == source
+    convert_model(source, options(tmp_path / "shards"))
+    assert opened(source).parent == tmp_path / "shards"
+
+
+def test_a_pointer_of_an_earlier_version(source: Path, tmp_path: Path) -> None:
+    """It says where the store is, and not which files that replaces."""
+    kept = shutil.copytree(source, tmp_path / "kept")
+    store = convert_model(source, options(tmp_path / "shards"))
+    (source / POINTER).write_text(json.dumps({"store": str(store)}))
+    assert opened(source) == store
+    shutil.copy(kept / weights(kept)[0], source)
+    with pytest.raises(Exception, match="is missing"):
+        opened(source)
+
+
+# ---- what it replaces ------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_arrived_since_win(source: Path, tmp_path: Path) -> None:
+    kept = Path(shutil.copytree(source, tmp_path / "kept"))
+    (source / "training_args.bin").write_bytes(b"no weights")
+    (source / "consolidated.safetensors").write_bytes(b"the same in another layout")
+    store = convert_model(source, options(tmp_path / "shards"))
+    assert opened(source) == store
+    for name in weights(kept):  # as a download brings them, one after the other
+        shutil.copyfile(kept / name, source / name)
+        left = weights(source)
+        if len(left) < 5:
+            with pytest.raises(Exception, match="is missing"):
+                opened(source)
+        assert weights(source) == left
+    assert opened(source) == source
+
+
+def test_pickles_that_arrived_since_win(source: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    state = {name: tensor for file in weights(source) for name, tensor in load_file(source / file).items()}
+    convert_model(source, options(tmp_path / "shards"))
+    torch.save(state, source / "pytorch_model.bin")
+    assert prepare(source, PLAIN, weights=False).source.format == "bin"
+
+
+def test_leftovers_of_a_deletion_that_came_back_otherwise_stay(
+    source: Path, tmp_path: Path, interrupted: Callable[..., None]
+) -> None:
+    """Somebody begins to download again what is left of the files."""
+    interrupted(lambda: convert_model(source, options(tmp_path / "shards")), 2)
+    left = weights(source)
+    os.utime(source / left[0], (1, 1))
+    with pytest.raises(Exception, match="is missing"):
+        opened(source)
+    assert weights(source) == left
+
+
+def test_a_gguf_file_is_replaced_for_itself_alone(tmp_path: Path) -> None:
+    downloads, shards = tmp_path / "downloads", tmp_path / "shards"
+    downloads.mkdir()
+    alpha, beta = (gguf_files.tiny_llama_gguf(downloads / name) for name in ("alpha.gguf", "beta.gguf"))
+    again = Path(shutil.copy(alpha, tmp_path))
+    store = convert_model(alpha, options(shards))
+    assert not alpha.exists() and beta.exists()
+    moved = beta.rename(tmp_path / "beta.gguf")
+    pointer = downloads / POINTER
+    assert opened(downloads) == store
+    # Killed after the last deletion: what is written at the end is of this file still.
+    pointer.write_text(pointer.read_text().replace('"deleting": false', '"deleting": true'))
+    assert opened(downloads) == store and list(json.loads(pointer.read_text())["stores"]) == ["alpha.gguf"]
+    assert '"deleting": false' in pointer.read_text()
+    moved.rename(beta)
+    assert opened(alpha) == opened(f"{downloads}:alpha.gguf") == store
+    assert prepare(downloads, PLAIN, weights=False).source.gguf_file == beta
+    assert prepare(beta, PLAIN, weights=False).source.gguf_file == beta
+    with pytest.raises(SourceError, match="there is no file"):
+        opened(downloads / "gamma.gguf")
+    other = convert_model(beta, options(shards))
+    assert other != store and (opened(alpha), opened(beta)) == (store, other)
+    with pytest.raises(SourceError, match=r"2 GGUF files that were there; name one of .*alpha\.gguf, .*beta\.gguf"):
+        opened(downloads)
+    shutil.copyfile(again, alpha)
+    assert prepare(alpha, PLAIN, weights=False).source.gguf_file == alpha
+    assert prepare(downloads, PLAIN, weights=False).source.gguf_file == alpha
