@@ -46,7 +46,11 @@ def open_model(
         Called during downloads, conversion and set-up.
     """
     prepared = load.prepare(model, options or LoadOptions(), progress=progress)
-    return StreamedModel(prepared, measure(prepared))
+    try:
+        return StreamedModel(prepared, measure(prepared))
+    except BaseException:
+        prepared.held.close()  # at once: whoever keeps the exception keeps what it refers to
+        raise
 
 
 def plan_model(

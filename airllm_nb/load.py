@@ -54,7 +54,7 @@ def prepare(
     """
     device = choose_device(options)
     model = replaced.meant(model)
-    store = replaced.opened_store(model, options)
+    store = replaced.opened_store(model, options, finish=weights)
     codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)
     # Once: what is free later is less by what this model itself takes.
@@ -71,12 +71,7 @@ def prepare(
     # Before the model is downloaded or converted: an adapter of another one is refused here.
     adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
     packed_as = at_rest.packed_as(source) if codec.name == "none" or store is None else ""
-    if codec.name != "none" and packed_as and source.format != "gguf":
-        raise OptionError(f"{source.name} is packed already ({packed_as}) and streams as it is; leave out "
-                          f"compression={codec.name!r}, or load the unquantised checkpoint")  # fmt: skip
-    if codec.name != "none" and not compressible(skeleton):
-        raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
-                                    "are); load it without compression")  # fmt: skip
+    _check_codec(codec, source, skeleton, packed_as)
     if store:
         source, found, known, once, piecewise = _Found(source, at_rest.Weights(store.folder, store.index))
     else:
@@ -84,41 +79,42 @@ def prepare(
         source, found, known, once, piecewise = _find(
             source, skeleton, codec, dtype, headers, options, progress, resolved, weights
         )
-    held = hold(*found.folders, *([adapter.file.parent] if adapter else [])) if found else hold()
     compress(skeleton, codec, dtype, scratch)
     origin = "config" if known is None or codec.name != "none" else "files" if source.files else "headers"
     read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)
-    bound = {**read.tensors, **place(skeleton, read.packed, dtype, scratch)}
-    bound = lora.replace_weights(skeleton, adapter, bound)
-    tensors = slice_linears(skeleton, bound, slice_limit(vram, ram, has_memory(options, device)))
-    units, small = cut_units(skeleton, collect_weights(skeleton, tensors, dtype))
-    small += lora.attach(skeleton, adapter, dtype)
+    held = hold(*found.folders, *([adapter.file.parent] if adapter else [])) if found else hold()
+    made = Prepared(source, options, config, device, dtype, codec, scratch, skeleton, [], [], read.folder, vram, ram,
+                    origin, headers.why_not, once, piecewise, _as_packed(packed_as, read), adapter,
+                    held=held)  # fmt: skip
+    try:
+        _cut(made, read)
+    except BaseException:
+        held.close()  # at once: whoever keeps the exception keeps what it refers to
+        raise
     progress(Progress("build", 1, 1, "models", source.name))
-    made = Prepared(
-        source,
-        options,
-        config,
-        device,
-        dtype,
-        codec,
-        scratch,
-        skeleton,
-        units,
-        small,
-        read.folder,
-        vram,
-        ram,
-        origin,
-        headers.why_not,
-        once,
-        piecewise,
-        _as_packed(packed_as, read),
-        adapter,
-        held=held,
-    )
-    if read.packed and not has_memory(options, device):
-        made.kept_bytes = keep_unpacked(skeleton, ram - sum(unit.nbytes for unit in made.sizes) - _beside(made))
     return made
+
+
+def _check_codec(codec: Codec, source: Source, skeleton: Any, packed_as: str) -> None:
+    if codec.name != "none" and packed_as and source.format != "gguf":
+        raise OptionError(f"{source.name} is packed already ({packed_as}) and streams as it is; leave out "
+                          f"compression={codec.name!r}, or load the unquantised checkpoint")  # fmt: skip
+    if codec.name != "none" and not compressible(skeleton):
+        raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
+                                    "are); load it without compression")  # fmt: skip
+
+
+def _cut(made: Prepared, read: at_rest.Weights) -> None:
+    """Pair the model with the bytes of its weights, and cut it into units."""
+    skeleton, has_room = made.skeleton, has_memory(made.options, made.device)
+    bound = {**read.tensors, **place(skeleton, read.packed, made.dtype, made.scratch)}
+    bound = lora.replace_weights(skeleton, made.adapter, bound)
+    tensors = slice_linears(skeleton, bound, slice_limit(made.vram_budget, made.ram_budget, has_room))
+    made.units, made.small = cut_units(skeleton, collect_weights(skeleton, tensors, made.dtype))
+    made.small += lora.attach(skeleton, made.adapter, made.dtype)
+    if read.packed and not has_room:
+        taken = sum(unit.nbytes for unit in made.sizes) + _beside(made)
+        made.kept_bytes = keep_unpacked(skeleton, made.ram_budget - taken)
 
 
 class _Found(NamedTuple):
@@ -160,7 +156,7 @@ def _find(
         # What the checkpoint lacks is said before it is downloaded.
         whole = _planned(skeleton, NONE, source, known)
         collect_weights(skeleton, {**whole.tensors, **stand_ins(whole.packed)}, dtype)
-    once = 0 if found else stores.to_write(source, skeleton, codec, dtype, options)
+    once = 0 if found else stores.to_write(source, skeleton, codec, dtype, options, known)
     if found is None and not weights:
         pieces = stores.piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
         return _Found(source, None, known, once, pieces.nbytes if pieces and pieces.is_better() else None)

@@ -30,7 +30,7 @@ from .config import LoadOptions
 from .errors import StoreError
 from .model.skeleton import kept_in_float32
 from .trace import ProgressCallback
-from .weights import Weights, dtype_name, expected, gguf_in_place, mapped, normalised_names
+from .weights import Weights, dtype_name, expected, gguf_in_place, index_in_place, mapped, normalised_names
 
 if TYPE_CHECKING:
     import torch
@@ -45,9 +45,8 @@ def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, option
     """What is here already and needs nothing written; ``None`` when there is work to do."""
     if codec.name == "none" and source.format == "gguf":
         return _gguf(source, skeleton, dtype, options)
-    if codec.name == "none" and source.format == "safetensors":
-        index, folder = read_index(source.folder) if source.files else None, source.folder
-    else:
+    folder, index = source.folder, index_in_place(source, dtype) if codec.name == "none" else None
+    if index is None and (codec.name != "none" or source.format != "safetensors"):
         folder = _folder(source, codec.name, dtype, options)
         store = _whole(folder)
         index = store.index if store is not None and (folder / "config.json").is_file() else None
@@ -69,21 +68,29 @@ def alone(
 
     What :func:`find` says may be another thing then.
     """
-    in_place = codec.name == "none" and source.format != "bin"
-    if in_place and source.format == "safetensors" and not normalised_names(source):
+    in_place = codec.name == "none" and (source.format != "bin" or index_in_place(source, dtype) is not None)
+    if in_place and source.format != "gguf" and not normalised_names(source):
         yield
         return
     with locked(_folder(source, NORMALISED if in_place else codec.name, dtype, options), progress):
         yield
 
 
-def to_write(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions) -> int:
-    """Bytes in ``dtype`` that :func:`write` puts on the disk beside the compressed store."""
+def to_write(
+    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, known: Weights | None
+) -> int:
+    """Bytes in ``dtype`` that :func:`write` puts on the disk beside the compressed store.
+
+    Parameters
+    ----------
+    known
+        What of the checkpoint is read in place, where that is known.
+    """
     parameters = skeleton.named_parameters()
     if source.format == "gguf" and (source.gguf_file or source.header) and codec.name == "none":
         once = gguf_in_place(source, dtype_name(dtype)).rest
         return sum(tensor.numel() * dtype.itemsize for name, tensor in parameters if name in once)
-    if source.format != "safetensors":
+    if source.format == "gguf" or (source.format == "bin" and known is None and index_in_place(source, dtype) is None):
         done = _is_store(_folder(source, "none", dtype, options))
         return 0 if done else sum(tensor.numel() * tensor.element_size() for _, tensor in parameters)
     once = normalised_names(source)
@@ -113,7 +120,8 @@ def _write(
     once = _folder(source, NORMALISED, dtype, options)
     was_there, once_was_there = _is_store(_folder(source, "none", dtype, options)), _is_store(once)
     plain = _plain(source, dtype, options, progress)
-    index = open_store(plain).index if plain != source.folder else read_index(plain)  # type: ignore[union-attr]
+    index = index_in_place(source, dtype) if plain == source.folder else open_store(plain).index  # type: ignore[union-attr]
+    assert index is not None
     tensors, packed = mapped(index, source, skeleton)
     if rows := normalised_names(source):
         tensors |= write_normalised(once, tensors, rows, dtype, _meta(source, get_codec(None), dtype), progress).index
@@ -123,7 +131,8 @@ def _write(
     jobs = _jobs(tensors, skeleton, codec, dtype)
     beside = functools.partial(_copy_companions, plain)
     meta = _meta(source, codec, dtype)
-    store = write_store(folder, jobs, meta, progress=progress, beside=beside, origin=source.origin)
+    store = write_store(folder, jobs, meta, progress=progress, beside=beside, origin=source.origin,
+                        revision=source.revision or "")  # fmt: skip
     if not (folder / "config.json").is_file():  # a store that was finished before these came first
         beside(folder)
     # Written a moment ago, as a step on the way: what it held is in the store now.
@@ -153,7 +162,7 @@ def piecewise(
     headers: Headers, known: Weights | None,
 ) -> Piecewise | None:  # fmt: skip
     """What would write the store from one file of the Hub after the other; ``None`` where that cannot be done."""
-    if codec.name == "none" or source.format != "safetensors" or source.repo_id is None or normalised_names(source):
+    if codec.name == "none" or source.format == "gguf" or source.repo_id is None or normalised_names(source):
         return None
     if known is None or known.packed:
         return None
@@ -198,7 +207,7 @@ def _discard(folder: Path) -> None:
 
 def _plain(source: Source, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback) -> Path:
     """A folder of plain safetensors: the source's own, or one written once from pickles or GGUF."""
-    if source.format == "safetensors":
+    if index_in_place(source, dtype) is not None:
         return source.folder
     folder, name = _folder(source, "none", dtype, options), dtype_name(dtype)
     if source.format == "gguf":

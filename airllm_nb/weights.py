@@ -16,13 +16,16 @@ from .checkpoint.encoded import TORCH_DTYPES
 from .checkpoint.gguf import GGUFWeights, gguf_config
 from .checkpoint.gguf_file import read_gguf
 from .checkpoint.gguf_packed import InPlace, in_place
+from .checkpoint.hub import read_json
 from .checkpoint.hub_headers import Headers
-from .checkpoint.index import TensorInfo, read_header, read_index
+from .checkpoint.index import CheckpointIndex, Extent, TensorInfo, read_header, read_index
 from .checkpoint.legacy.families import native_tensors, normalised
 from .checkpoint.mapping import map_checkpoint
+from .checkpoint.pickle_index import is_wide, pickle_index
 from .checkpoint.pickles import load_pickle
 from .checkpoint.source import Source, read_config
 from .errors import CheckpointError, UnsupportedModelError
+from .model.skeleton import lacking
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +56,7 @@ def stored_dtype(source: Source, headers: Headers) -> torch.dtype | None:
     """The dtype of the first weights of floating point, as transformers chooses; ``None`` where that says nothing."""
     if source.format == "bin" and source.files:
         return next((t.dtype for t in load_pickle(source.files[0]).values() if t.is_floating_point()), None)
-    if source.format != "safetensors":
+    if source.format == "gguf":
         return None
     if source.files:
         first = read_header(source.files[0])
@@ -77,8 +80,11 @@ def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:
     if source.gguf_file is not None or source.header is not None:
         found = gguf_in_place(source, dtype_name(skeleton.dtype))
         return Weights(source.folder, found.tensors, found.packed)
-    here = source.format == "safetensors" and source.files
-    index = read_index(source.folder) if here else headers.index
+    index = index_in_place(source, skeleton.dtype)
+    index = headers.index if index is None else index
+    if index is not None and source.format == "bin" and is_wide(index, skeleton.dtype.itemsize):
+        headers.why_not = f"its weights are rewritten once, as {dtype_name(skeleton.dtype)}"
+        return None
     if index is None:
         return None
     once = normalised_names(source)
@@ -90,24 +96,116 @@ def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:
     return Weights(source.folder, {name: info for name, info in tensors.items() if name not in once}, packed)
 
 
+def index_in_place(source: Source, dtype: torch.dtype) -> CheckpointIndex | None:
+    """What is read where it lies; ``None`` where it is not here, or is rewritten once."""
+    if source.files and source.format == "safetensors":
+        return read_index(source.folder)
+    return pickle_index(source.files, dtype.itemsize) if source.files and source.format == "bin" else None
+
+
 def mapped(
     index: Mapping[str, TensorInfo], source: Source, skeleton: Any
 ) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
-    """The plain and the packed parameters by native name, whatever names and layout the checkpoint has."""
+    """The plain and the packed parameters by native name, whatever names and layout the checkpoint has.
+
+    Raises
+    ------
+    CheckpointError, UnsupportedModelError
+        If a weight is packed and what it stands for is not known: a part of it is missing, or the layout is another.
+    """
     if source.gguf_file is not None:
         return map_checkpoint(index, skeleton), {}
-    config = read_config(source)
+    config = _config(source, index)
+    formats.check(config, source.name)  # what a file beside config.json says was not looked at before
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     if formats.quantisation(config) and not formats.are_here(index.values()):
         shapes = _shapes_by_old_names(skeleton) | shapes
     plain, packed = formats.find(config, index, shapes)
-    if name := _wanted(formats.unknown(plain), skeleton):
+    is_said = bool(formats.quantisation(config))
+    if is_said and (name := _wanted(formats.unknown(plain), skeleton)):
         raise formats.UnknownShapeError(name)
-    if formats.quantisation(config) and (name := _wanted(formats.coded(plain), skeleton)):
+    if is_said and (name := _wanted(formats.coded(plain), skeleton)):
         raise CheckpointError(f"{plain[name].extents[0].path}: {name} is quantised ({plain[name].dtype}) and has no "
                               "scale beside it; a shard may be missing, download the checkpoint again")  # fmt: skip
     native = map_checkpoint({**native_tensors(plain, config), **stand_ins(packed)}, skeleton)
+    if is_said:
+        _refuse_strangers(native, packed, skeleton)
+    else:
+        _refuse_scaled(native, index, source, skeleton)
+        _refuse_unsaid(native, index, skeleton)
     return split(native, packed)
+
+
+def _config(source: Source, index: Mapping[str, TensorInfo] | None = None) -> Mapping[str, Any]:
+    """``config.json``, with what a file beside it says of how its weights are packed, if they are."""
+    config = read_config(source)
+    file = next((name for name in formats.BESIDE if (source.folder / name).is_file()), None)
+    if file is None or source.format == "gguf" or formats.quantisation(config):
+        return config
+    if index is None and source.files and source.format == "safetensors":
+        index = read_index(source.folder)
+    if index is not None and not formats.look_packed(index):
+        log.info("%s is left aside: no weight is packed", source.folder / file)
+        return config
+    return {**config, "quantization_config": formats.beside(file, read_json(source.folder / file))}
+
+
+def _refuse_scaled(
+    native: Mapping[str, TensorInfo], index: Mapping[str, TensorInfo], source: Source, skeleton: Any
+) -> None:
+    """A byte of FP8 is a value by itself only where nothing says that it is scaled."""
+    parameters = skeleton.state_dict()
+    extents = {
+        _begin(extent)
+        for name, info in native.items()
+        if info.dtype in formats.FP8 and parameters[name].is_floating_point()
+        for extent in info.extents
+    }
+    if not extents:
+        return
+    cast = [name for name, info in index.items() if info.extents and _begin(info.extents[0]) in extents]
+    if found := formats.scale_of(cast, index):
+        name, scale = found
+        raise UnsupportedModelError(
+            f"{index[name].extents[0].path}: {name} is quantised ({index[name].dtype}) with {scale} beside it, and "
+            "nothing says how; add the quantization_config that its publisher has in config.json, or load the "
+            "unquantised checkpoint, with compression='4bit' if it should be small"
+        )
+    log.warning("%s: weights are FP8 without any scale (%s, …): taken as they are", source.name, next(iter(cast), ""))
+
+
+def _refuse_unsaid(native: Mapping[str, TensorInfo], index: Mapping[str, TensorInfo], skeleton: Any) -> None:
+    """Where the model lacks a weight, or has integers for it, and some are packed, no shard is missing."""
+    name = next(filter(formats.layout, index), None)
+    if name is None:
+        return
+    parameters = skeleton.state_dict()
+    if lacking(skeleton, native) or any(parameters[whole].is_floating_point() for whole in formats.coded(native)):
+        raise UnsupportedModelError(
+            f"{index[name].extents[0].path}: {name} is packed ({formats.layout(name)}) and nothing says how: no "
+            f"quantization_config in config.json, no {' or '.join(formats.BESIDE)}; add what the publisher has, or "
+            "load the unquantised checkpoint, with compression='4bit' if it should be small"
+        )
+
+
+def _refuse_strangers(native: Mapping[str, TensorInfo], packed: Mapping[str, Packed], skeleton: Any) -> None:
+    """The same where it is known how they are packed, but not which weights they are."""
+    taken = {extent.path for info in native.values() for extent in info.extents}
+    strangers = [name for name in packed if Path(name) not in taken]
+    if not strangers or not (missing := lacking(skeleton, native)):
+        return
+    # Other parts of a model, such as a vision tower, may be packed as they like.
+    places = {name.removesuffix(".weight").rpartition(".")[0] + "." for name in missing}
+    if name := next((name for name in strangers if name.startswith(tuple(places))), None):
+        raise UnsupportedModelError(
+            f"{name} is packed ({packed[name].packing[0].name}) in a place that {type(skeleton).__name__} has no "
+            f"weight for, while {missing[0]} is not there: a layout that cannot be streamed; load the unquantised "
+            "checkpoint, with compression='4bit' if it should be small, or a GGUF version"
+        )
+
+
+def _begin(extent: Extent) -> tuple[Path, int]:
+    return extent.path, extent.offset
 
 
 def _shapes_by_old_names(skeleton: Any) -> dict[str, tuple[int, ...]]:
@@ -155,7 +253,7 @@ def packed_as(source: Source) -> str:
     """How the weights of a checkpoint are packed, for people; empty where they are plain."""
     if source.format == "gguf":
         return "GGUF"
-    return str(formats.quantisation(read_config(source)).get("quant_method", ""))
+    return str(formats.quantisation(_config(source)).get("quant_method", ""))
 
 
 def written_once(source: Source, dtype: torch.dtype) -> tuple[str, ...]:

@@ -74,10 +74,13 @@ def make(
 def quantised(
     weight: torch.Tensor, block: tuple[int, int] | None, scales: str = "float"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A matrix and its scales by transformers' own conversion, which only takes whole blocks."""
+    """A matrix, or a stack of them, and its scales by transformers' own conversion, which only takes whole blocks."""
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
+    if weight.ndim == 3:
+        weights, stacked = zip(*(quantised(matrix, block, scales) for matrix in weight), strict=True)
+        return torch.stack(weights), torch.stack(stacked)
     options = {} if scales == "float" else {"scale_fmt": scales}
     settings = FineGrainedFP8Config(weight_block_size=block, **options)
     rows, columns = weight.shape
@@ -136,10 +139,10 @@ def dequantised(folder: Path) -> dict[str, torch.Tensor]:
         scale = tensors.get(f"{name}_scale_inv", tensors.get(f"{name}_scale"))
         assert scale is not None
         values = (scale.float() - 127).exp2() if scale.dtype == torch.uint8 else scale.float()
-        height, width = settings.get("weight_block_size") or groups.get("block_structure") or (1, weight.shape[1])
+        height, width = settings.get("weight_block_size") or groups.get("block_structure") or (1, weight.shape[-1])
         if values.numel() > 1:
-            values = values.repeat_interleave(height, 0)[: weight.shape[0]]
-            values = values.repeat_interleave(width, 1)[:, : weight.shape[1]]
+            values = values.repeat_interleave(height, -2)[..., : weight.shape[-2], :]
+            values = values.repeat_interleave(width, -1)[..., : weight.shape[-1]]
         found[name] = weight.float() * values
     assert found
     return found

@@ -14,7 +14,10 @@ from typing import Any
 
 import gguf_files
 import hub_server
+import packed_awq
+import packed_bnb
 import packed_fp8
+import packed_gptq
 import pytest
 import tiny_models
 import torch
@@ -182,24 +185,35 @@ def test_8bit_equals_peft_on_the_dequantised_weights(base: Callable[..., Path], 
             assert_equal(model, expected)
 
 
+MAKERS: dict[str, tuple[Any, Callable[[Path, Path], Path]]] = {
+    "fp8": (packed_fp8, lambda folder, _: packed_fp8.make(folder)),
+    "bitsandbytes": (packed_bnb, lambda folder, _: packed_bnb.make(folder)),
+    "gptq": (packed_gptq, lambda folder, source: packed_gptq.make(folder, source, desc_act=True)),
+    "awq": (packed_awq, lambda folder, source: packed_awq.make(folder, source)),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "ram"), [("fp8", "120KiB"), ("gguf", "48KiB"), ("gguf of transposed layers", "300KiB")]
-)
-def test_weights_that_are_packed_already(tmp_path: Path, name: str, ram: str) -> None:
-    """Equal to PEFT on what transformers makes of the checkpoint, dequantised."""
-    if name == "fp8":
-        packed = packed_fp8.make(tmp_path / "fp8")
-        load_plain = functools.partial(packed_fp8.reference, packed)
+    ("name", "ram"),
+    [("fp8", "120KiB"), ("bitsandbytes", "90KiB"), ("gptq", "90KiB"), ("awq", "90KiB"), ("gguf", "48KiB"),
+     ("gguf of transposed layers", "300KiB")],
+)  # fmt: skip
+def test_weights_that_are_packed_already(base: Callable[..., Path], tmp_path: Path, name: str, ram: str) -> None:
+    """Equal to PEFT on what the format's library, or transformers, makes of the checkpoint, dequantised."""
+    if name in MAKERS:
+        maker, make = MAKERS[name]
+        packed = make(tmp_path / "packed", base(attention_bias=False))
+        load_plain = functools.partial(maker.reference, packed)
     else:
         make = gguf_files.tiny_llama_gguf if name == "gguf" else gguf_files.tiny_gpt2_gguf
         packed = make(tmp_path / "model.gguf")
         plain = transformers.GgufConfig(dequantize=True)
         load_plain = functools.partial(resident, packed.parent, gguf_file=packed.name, quantization_config=plain)
     targets = ["c_attn", "c_fc"] if "transposed" in name else ["q_proj", "v_proj", "down_proj", "embed_tokens"]
-    adapter = adapted(load_plain().float(), tmp_path / "adapter", target_modules=targets)
+    adapter = adapted(load_plain(), tmp_path / "adapter", target_modules=targets)
     ids, mask = IDS % 60 + 3, torch.ones_like(IDS)
     with torch.inference_mode():
-        reference = through_peft(load_plain().float(), adapter)
+        reference = through_peft(load_plain(), adapter)
         expected = reference(input_ids=ids, attention_mask=mask).logits
         with reference.disable_adapter():
             assert error(reference(input_ids=ids, attention_mask=mask).logits, expected) > 0.01

@@ -266,6 +266,42 @@ def test_rows_and_whole_matrices_may_have_a_scale_beside_blocks(made, tmp_path):
         assert fp8.find(settings_of(made("blocks")), read_index(tmp_path), {})[name].packing == (fp8.FP8(block),)
 
 
+def test_without_a_word_of_blocks_they_are_those_of_transformers(tmp_path):
+    """Two scales for 192 rows: 128 rows and the rest, not 96 each."""
+    from transformers import FineGrainedFP8Config
+
+    assert FineGrainedFP8Config().weight_block_size == fp8.DEFAULT_BLOCK
+    folder = packed_fp8.make(tmp_path, block=(128, 128), intermediate_size=192)
+    settings, wanted = settings_of(folder), packed_fp8.dequantised(folder)
+    del settings["weight_block_size"]
+    found = fp8.find(settings, read_index(folder), {})
+    assert found["model.layers.0.mlp.up_proj.weight"].parts["scale"].shape == (2, 1)
+    for name, packed in found.items():
+        torch.testing.assert_close(unpacked(packed), wanted[name], rtol=1e-6, atol=0)
+    with pytest.raises(CheckpointError, match="do not fit one another or the config"):
+        fp8.find(settings | {"weight_block_size": None}, read_index(folder), {})
+
+
+def test_one_scale_a_matrix_needs_no_word(made):
+    settings = {name: value for name, value in settings_of(made("matrices")).items() if name != "weight_block_size"}
+    found = fp8.find(settings, read_index(made("matrices")), {})
+    for name, wanted in packed_fp8.dequantised(made("matrices")).items():
+        torch.testing.assert_close(unpacked(found[name]), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(16, True), (32, False), (None, False)])
+def test_groups_along_a_row(tmp_path, size, fits):
+    values, scales = torch.randn(8, 64).to(torch.float8_e4m3fn), torch.rand(8, 4)
+    save_file({"x.weight": values, "x.weight_scale": scales}, tmp_path / "model.safetensors")
+    settings = _group(strategy="group", group_size=size) if size else _group(strategy="channel")
+    if not fits:
+        with pytest.raises(CheckpointError, match="do not fit"):
+            fp8.find(settings, read_index(tmp_path), {})
+        return
+    (packed,) = fp8.find(settings, read_index(tmp_path), {}).values()
+    torch.testing.assert_close(unpacked(packed), values.float() * scales.repeat_interleave(16, 1), rtol=1e-6, atol=0)
+
+
 def _group(**weights):
     return {"config_groups": {"a": {"weights": {"num_bits": 8, "type": "float", "symmetric": True} | weights}}}
 
@@ -288,6 +324,9 @@ def _group(**weights):
         ({"format": "float-quantized", **_group(num_bits=4)}, "4 bits of type 'float'"),
         ({"format": "naive-quantized", **_group(type="int")}, "type 'int'"),
         ({"format": "float-quantized", **_group(symmetric=False)}, "zero points"),
+        ({"format": "float-quantized", **_group(strategy="block")}, "size of its blocks is not said"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt .*'NVFP4' is not one of FP8"),
+        ({"quant_method": "modelopt"}, "quant_algo None"),
         ({"format": "float-quantized", "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24"),
         ({"format": "float-quantized", "transform_config": {"config_groups": {}}}, "transformed"),
     ],
@@ -300,6 +339,7 @@ def test_what_cannot_be_unpacked_is_refused(settings, reason):
 def test_what_is_only_ignored_is_not_refused():
     fp8.check({"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None})
     fp8.check({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0})
+    fp8.check({"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"})
     fp8.check({"quant_method": "compressed-tensors", "format": "float-quantized", "sparsity_config": {},
                "kv_cache_scheme": {"num_bits": 8}, **_group(block_structure="128x128")})  # fmt: skip
 

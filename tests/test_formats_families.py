@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ from airllm_nb.model import skeleton
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCK = (16, 32)
+# Matrices of their own, or one stack of all.
+EXPERT = re.compile(r"\.experts\.(\d+\.)?\w+(\.weight)?$(?<!bias)")
 FAMILIES = (
-    "bloom", "deepseek_v3", "deepseek_v32", "falcon", "falcon_h1", "glm_moe_dsa", "jamba", "llama4_text", "mamba",
-    "mamba2", "qwen2_moe", "qwen3_next", "zamba", "zamba2",
+    "bloom", "deepseek_v2", "deepseek_v3", "deepseek_v32", "falcon", "falcon_h1", "glm4_moe", "glm_moe_dsa", "jamba",
+    "llama4_text", "mamba", "mamba2", "mixtral", "olmoe", "qwen2_moe", "qwen3_next", "qwen3_vl_moe", "zamba",
+    "zamba2",
 )  # fmt: skip
 
 
 def make(folder: Path, family: str) -> tuple[Path, Path]:
-    """A tiny model with every linear layer in FP8 whose name is the native one, and the same dequantised."""
+    """A tiny model in FP8, and the same dequantised: every linear layer whose name is the native one, all experts."""
     source, packed, plain = folder / "source", folder / "packed", folder / "plain"
     tiny_models.save_tiny(family, source)
     config = json.loads((source / "config.json").read_text("utf-8"))
@@ -39,8 +43,9 @@ def make(folder: Path, family: str) -> tuple[Path, Path]:
         if isinstance(module, nn.Linear) and module is not head
     }
     tensors = load_file(source / "model.safetensors")
+    experts = {name for name, value in tensors.items() if EXPERT.search(name) and value.ndim > 1}
     stored, whole = dict(tensors), dict(tensors)
-    for name in linears & tensors.keys():
+    for name in (linears | experts) & tensors.keys():
         stored[name], stored[f"{name}_scale_inv"] = packed_fp8.quantised(tensors[name].float(), BLOCK)
     settings = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
     for target, values, more in ((packed, stored, {"quantization_config": settings}), (plain, whole, {})):

@@ -220,7 +220,7 @@ def test_without_headers_the_config_must_do(hub: hub_server.Hub, folders: dict[s
     )  # fmt: skip
     assert whole["fit"]["sizes_from"] == binary["fit"]["sizes_from"] == "config"
     assert "sizes     from the config alone: the server sends whole files only" in whole["text"]
-    assert "sizes     from the config alone: bin files have no header" in binary["text"]
+    assert "sizes     from the config alone: pytorch_model.bin is rewritten once" in binary["text"]
     (download, store) = binary["fit"]["spaces"]
     assert (download["nbytes"], store["what"], store["beside"]) == (4000, "store", 4000)
     assert broken["error"] == "CheckpointError" and "model.safetensors is truncated or damaged" in broken["text"]
@@ -232,6 +232,31 @@ def test_without_headers_the_config_must_do(hub: hub_server.Hub, folders: dict[s
     assert offline["units"] == whole["units"]
     # Each repository's headers were asked for once, however many plans were made of it.
     assert len([1 for _, first, count in hub.sent if (first, count) == (0, 8)]) == 1 + 3 + 3
+
+
+def test_bin_files_tell_what_they_hold(hub: hub_server.Hub, tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    """By both ends of each file and the head of each tensor: megabytes of weights stay where they are."""
+    import torch
+    from safetensors.torch import load_file
+
+    plain = tiny_llama(hidden_size=256, intermediate_size=512, num_hidden_layers=6)
+    folder = Path(shutil.copytree(plain, tmp_path / "bins", ignore=shutil.ignore_patterns("*.safetensors*")))
+    torch.save(load_file(plain / "model.safetensors"), folder / "pytorch_model.bin")
+    nbytes = (folder / "pytorch_model.bin").stat().st_size
+    hub.repositories["org/bins"] = content(folder)
+    environment = _environment(hub, tmp_path)
+    budgets: dict[str, Any] = {"vram_budget": "16MiB", "ram_budget": "16MiB"}
+    there, cast, packed, here = planned(
+        environment, ("org/bins", budgets), ("org/bins", budgets | {"dtype": "bfloat16"}),
+        ("org/bins", budgets | {"compression": "8bit", "delete_original": True}), (folder, budgets),
+    )  # fmt: skip
+    assert (there["fit"]["sizes_from"], here["fit"]["sizes_from"]) == ("headers", "files")
+    assert there["units"] == here["units"] and [space["what"] for space in there["fit"]["spaces"]] == ["download"]
+    assert cast["fit"]["sizes_from"] == "config" and "rewritten once, as bfloat16" in cast["text"]
+    assert [space["what"] for space in cast["fit"]["spaces"]] == ["download", "store"]
+    assert [space["what"] for space in packed["fit"]["spaces"]] == ["piecewise"]
+    asked = [count for name, _, count in hub.sent if name == "pytorch_model.bin"]
+    assert len(asked) < 80 and sum(asked) < 600_000 < nbytes // 4
 
 
 def test_a_hub_that_falters_is_asked_again(hub: hub_server.Hub, folders: dict[str, Path], tmp_path: Path) -> None:

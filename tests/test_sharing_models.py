@@ -14,7 +14,7 @@ from test_sharing import KERNEL, _waiting, held, python, steps, until
 from airllm_nb import LoadOptions, convert_model, open_model
 from airllm_nb.checkpoint.cached import cached_stores, remove_store
 from airllm_nb.checkpoint.folder import LOCK, hold, in_use, locked
-from airllm_nb.errors import StoreError
+from airllm_nb.errors import AirLLMError, BudgetError, StoreError
 from airllm_nb.replaced import POINTER
 from airllm_nb.trace import silent
 
@@ -32,7 +32,9 @@ def source(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
 
 def test_a_step_on_the_way_is_shared_too(source: Path, tmp_path: Path) -> None:
     """Pickles become a plain store first, which both would write, read and remove."""
-    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    torch.save(
+        load_file(source / "model.safetensors"), source / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     (source / "model.safetensors").unlink()
     shards = tmp_path / "shards"
     folder = shards / convert_model(source, options(tmp_path / "named")).name
@@ -58,7 +60,9 @@ def test_an_open_model_keeps_its_store(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_step_that_another_process_reads_stays(source: Path, tmp_path: Path) -> None:
-    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    torch.save(
+        load_file(source / "model.safetensors"), source / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     (source / "model.safetensors").unlink()
     plain = convert_model(source, options(tmp_path / "named", compression=None)).name
     (tmp_path / "shards" / plain).mkdir(parents=True)
@@ -110,3 +114,21 @@ def test_a_load_that_fails_leaves_no_folder_and_no_hold(source: Path, tmp_path: 
         open_model(source, options(tmp_path / "shards"))
     assert not (tmp_path / "shards").exists() or not list((tmp_path / "shards").rglob(LOCK))
     assert in_use(source) == ""
+
+
+@pytest.mark.parametrize("how", [{"vram_budget": "100KiB"}, {"adapter": "lora"}])
+def test_a_refused_load_holds_nothing_while_its_error_is_kept(
+    source: Path, tmp_path: Path, how: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As IPython keeps the last one."""
+    folder = convert_model(source, options(tmp_path / "shards"))
+    if "adapter" in how:
+
+        def refuse(*_: object) -> None:
+            raise StoreError("refused")
+
+        how = {}
+        monkeypatch.setattr("airllm_nb.model.adapter.attach", refuse)
+    with pytest.raises(AirLLMError) as kept:
+        open_model(source, options(tmp_path / "shards", **how))
+    assert isinstance(kept.value, BudgetError | StoreError) and in_use(folder) == ""

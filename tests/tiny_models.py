@@ -226,13 +226,13 @@ def randomise(model: torch.nn.Module) -> None:
             buffer.add_(torch.rand_like(buffer) * 0.1)
 
 
-def resident(folder: Path) -> Any:
+def resident(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """What transformers itself loads as a causal language model, or as a model of several parts."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     is_causal = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
     kind = AutoModelForCausalLM if is_causal else AutoModelForMultimodalLM
-    native, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    native, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not info["missing_keys"], "transformers does not know this layout: there is nothing to compare with"
     return native.eval()
 
@@ -252,7 +252,7 @@ def generated(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 def streamed(folder: Path, **options: Any) -> StreamedModel:
     """Open with room for three units on the device, and with less RAM than weights, so that some come from disk."""
     ample = {"vram_budget": "1GiB", "ram_budget": "1GiB", "max_seq_len": 32}
-    prepared = load.prepare(folder, LoadOptions.create(**ample, dtype="float32", **options))
+    prepared = load.prepare(folder, LoadOptions.create(**{"dtype": "float32", **ample, **options}))
     units = [unit.nbytes for unit in prepared.sizes if unit.kind != "embedding"]
     needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
     prepared.vram_budget = needs + window([align(size) for size in units])

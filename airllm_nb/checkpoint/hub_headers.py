@@ -1,27 +1,35 @@
-"""The safetensors headers of a repository on the Hub, by ranged requests: not a byte of a weight is asked for.
+"""What the weight files of a repository on the Hub hold, by ranged requests and without their weights.
 
-A file takes two requests, one for the length of its header and one for the header; files are asked in parallel.
+A safetensors file takes two requests, one for the length of its header and one for the header; a .bin file one for each
+of its ends and a small one for each tensor. Files are asked in parallel.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from ..config import LoadOptions
+from ..errors import CheckpointError
 from ..trace import Progress, ProgressCallback
 from .hub import offline
 from .hub_errors import unreachable
 from .index import CheckpointIndex, TensorInfo, header_length, join_headers, parse_header, read_header
+from .pickle_index import tensors_in_place
 from .ranges import NoRanges, Ranges
+from .remote import RemoteFile
 from .source import Source
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8
+# Bytes of what stands before each record of a zip archive.
+RECORD_HEADER = 30
 
 
 class Headers:
@@ -31,11 +39,13 @@ class Headers:
     ----------
     why_not
         Why there are none, once they were asked for; empty where there are.
+    sizes
+        The bytes of each file, once they were asked for.
     """
 
     def __init__(self, source: Source, options: LoadOptions, progress: ProgressCallback):
         self._source, self._options, self._progress = source, options, progress
-        self.why_not = ""
+        self.why_not, self.sizes = "", dict[Path, int]()
 
     @functools.cached_property
     def by_file(self) -> Mapping[Path, Mapping[str, TensorInfo]] | None:
@@ -49,7 +59,7 @@ class Headers:
         source = self._source
         if source.files or source.repo_id is None or source.revision is None:
             return None
-        if source.format != "safetensors":
+        if source.format == "gguf":
             self.why_not = f"{source.format} files have no header that can be read apart"
         elif self._options.local_files_only or offline():
             self.why_not = "the Hub is not asked for headers (local_files_only=True or HF_HUB_OFFLINE)"
@@ -63,21 +73,21 @@ class Headers:
         return None if self.by_file is None else join_headers(self._source.folder, self.by_file)
 
     def _asked(self, repo_id: str, commit: str) -> Mapping[Path, Mapping[str, TensorInfo]] | None:
-        if found := _latest.get((repo_id, commit, self._source.wanted)):
-            return found
-        failures: tuple[type[BaseException], ...] = (NoRanges, OSError, *unreachable())
+        key = repo_id, commit, self._source.wanted
+        failures: tuple[type[BaseException], ...] = (NoRanges, _NotInPlace, OSError, *unreachable())
         try:
-            found = self._all(functools.partial(Ranges, repo_id, commit, self._options.hf_token))
+            found = _latest.get(key) or self._all(functools.partial(Ranges, repo_id, commit, self._options.hf_token))
         except failures as error:
-            self.why_not = str(error) if isinstance(error, NoRanges) else (
+            self.why_not = str(error) if isinstance(error, NoRanges | _NotInPlace) else (
                 f"the Hub does not give its headers ({type(error).__name__})")  # fmt: skip
             log.info("no headers of %s: %s", repo_id, error)
             return None
         _latest.clear()  # one is enough: it is for the plans of one model under several budgets
-        _latest[repo_id, commit, self._source.wanted] = found
-        return found
+        _latest[key] = found
+        self.sizes = {path: size for path, (_, size) in found.items()}
+        return {path: tensors for path, (tensors, _) in found.items()}
 
-    def _all(self, ranges: Callable[[str], Ranges]) -> dict[Path, Mapping[str, TensorInfo]]:
+    def _all(self, ranges: Callable[[str], Ranges]) -> dict[Path, _Head]:
         folder, names = self._source.folder, self._source.wanted
         self._progress(Progress("headers", 0, len(names), "files", repo := str(self._source.repo_id)))
         with ThreadPoolExecutor(AT_ONCE, "headers") as pool:
@@ -92,14 +102,39 @@ class Headers:
         return {folder / name: future.result() for future, name in running.items()}
 
 
+# The tensors of a file, and its bytes.
+_Head = tuple[Mapping[str, TensorInfo], int]
 # Headers of one commit never change.
-_latest: dict[tuple[str, str, tuple[str, ...]], Mapping[Path, Mapping[str, TensorInfo]]] = {}
+_latest: dict[tuple[str, str, tuple[str, ...]], dict[Path, _Head]] = {}
 
 
-def _header(path: Path, ranges: Callable[[str], Ranges], name: str) -> Mapping[str, TensorInfo]:
+class _NotInPlace(Exception):
+    """Its tensors are no plain runs of bytes."""
+
+
+def _header(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
+    if name.endswith(".bin"):
+        return _pickled(path, ranges, name)
     if path.is_file():  # an interrupted download left it
-        return read_header(path)
+        return read_header(path), path.stat().st_size
     file = ranges(name)
     start = file.read(0, 8)
     length = header_length(path, start, file.size)
-    return parse_header(path, file.read(8, length), file.size)
+    return parse_header(path, file.read(8, length), file.size), file.size
+
+
+def _pickled(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
+    file = None if path.is_file() else RemoteFile(ranges(name))
+    with path.open("rb") if file is None else file as opened:
+        if file is not None and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                file.fetch((record.header_offset for record in archive.infolist()), RECORD_HEADER)
+        try:
+            found = tensors_in_place(path, cast(BinaryIO, opened))
+        except CheckpointError:
+            if file is not None and file.failure is not None:  # torch says that the file is damaged
+                raise file.failure from None
+            raise
+    if found is None:
+        raise _NotInPlace(f"{name} is rewritten once, because its weights cannot be read as they lie")
+    return found, path.stat().st_size if file is None else file.size

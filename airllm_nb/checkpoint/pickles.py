@@ -5,10 +5,11 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -68,8 +69,13 @@ class PickledWeights(Mapping[str, torch.Tensor]):
         return self._open[1]
 
 
-def load_pickle(file: Path) -> dict[str, torch.Tensor]:
+def load_pickle(file: Path, opened: BinaryIO | None = None) -> dict[str, torch.Tensor]:
     """The tensors of one .bin file, mapped where its format allows; views of one storage stay views.
+
+    Parameters
+    ----------
+    opened
+        What to read instead of the file itself, which only gives its name then.
 
     Raises
     ------
@@ -77,7 +83,8 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
         If the file is damaged, is no dictionary of tensors, or asks for code to be run (which is not done).
     """
     try:
-        whole = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        whole = torch.load(opened or file, map_location="cpu", weights_only=True,
+                           mmap=opened is None and lies_plain(file))  # fmt: skip
     except pickle.UnpicklingError as error:
         if found := _CALL.search(str(error)):
             raise CheckpointError(f"{file} wants to call {found[1]}; nothing was run and the file was not loaded. Use "
@@ -93,6 +100,20 @@ def load_pickle(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(whole, dict):
         raise CheckpointError(f"{file} holds a {type(whole).__name__}, not a dictionary of tensors")
     return {str(name): value for name, value in whole.items() if isinstance(value, torch.Tensor)}
+
+
+def lies_plain(file: Path | BinaryIO) -> bool:
+    """Whether a .bin file holds its tensors as they are in memory: uncompressed, in the byte order of this machine."""
+    if not zipfile.is_zipfile(file):
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            order = next((name for name in archive.namelist() if name.endswith("/byteorder")), None)
+            return (order is None or archive.read(order) == sys.byteorder.encode()) and all(
+                info.compress_type == zipfile.ZIP_STORED for info in archive.infolist()
+            )
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError):  # loading it says what is wrong
+        return False
 
 
 def convert_pickles(

@@ -30,6 +30,7 @@ from .hub_headers import Headers
 from .index import TensorInfo
 from .journal import Journal
 from .originals import remove
+from .piecewise_files import check_arrived, weight_sizes
 from .piecewise_plan import Jobs, Stage, WeightFile, bytes_needed, plan_stages
 from .room import OVERHEAD, explain
 from .shard import ShardJob, write_shards
@@ -75,8 +76,8 @@ class Piecewise:
         options: LoadOptions,
         progress: ProgressCallback,
     ):
-        self._source, self._tensors, self._sizes = source, tensors, _sizes(source, headers)
-        self._folder, self._jobs_of, self._meta = folder, jobs_of, meta
+        self._source, self._tensors, self._sizes = source, tensors, weight_sizes(source, headers)
+        self._headers, self._folder, self._jobs_of, self._meta = headers, folder, jobs_of, meta
         self._options, self._progress = options, progress
         self._written = self._total = 0
 
@@ -177,7 +178,8 @@ class Piecewise:
             beside(folder)
             shutil.rmtree(folder / DOWNLOAD, ignore_errors=True)
 
-        return write_store(self._folder, jobs, self._meta, beside=last, origin=self._source.origin)
+        return write_store(self._folder, jobs, self._meta, beside=last, origin=self._source.origin,
+                           revision=self._source.revision or "")  # fmt: skip
 
     def _known(self) -> dict[str, dict[str, Any]]:
         """The shards of a store that was finished and damaged since."""
@@ -244,9 +246,7 @@ class Piecewise:
                 if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
                     raise explain(cause, self._folder) from cause
                 raise
-            if path.stat().st_size != file.nbytes:
-                raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, its header asks for {file.nbytes:,}; "
-                                      "load again to download it once more")  # fmt: skip
+            check_arrived(path, file.nbytes, (self._headers.by_file or {}).get(file.named, {}))
         self._progress(Progress("download", arrived + file.nbytes, total, detail=repo))
 
     def _remove(self, file: WeightFile) -> None:
@@ -274,19 +274,6 @@ class Piecewise:
                 path.unlink()
                 raise StoreError(f"{path} was not what was written, and is deleted; check the disk, then start again: "
                                  "what is finished is kept")  # fmt: skip
-
-
-def _sizes(source: Source, headers: Headers) -> dict[Path, int]:
-    """The weight files and their sizes; of those that are not here, by their headers."""
-    found = {}
-    for name in source.wanted or [path.name for path in source.files]:
-        path = source.folder / name
-        if path.is_file():
-            found[path] = path.stat().st_size
-        else:
-            known = (headers.by_file or {}).get(path, {})
-            found[path] = max((e.offset + e.nbytes for info in known.values() for e in info.extents), default=0)
-    return found
 
 
 def _fits(cache: Path, download: int, folder: Path, store: int) -> bool:

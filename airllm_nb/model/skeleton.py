@@ -7,7 +7,7 @@ binds them; rotary tables and other buffers that no checkpoint holds are compute
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .units import UNIT_BYTES, Binding, ModelUnit, Weight, cut_units, is_tied
 
 __all__ = [
     "UNIT_BYTES", "Binding", "ModelUnit", "Weight", "build", "collect_weights", "cut_units", "is_tied",
-    "kept_in_float32",
+    "kept_in_float32", "lacking",
 ]  # fmt: skip
 
 
@@ -48,6 +48,7 @@ def build(config: Any, dtype: torch.dtype, device: torch.device, attn_implementa
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device(device), _ParametersOnMeta():
         model = kind.from_config(config, dtype=dtype, **extra)
+    _compute_buffers(model)
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -56,6 +57,20 @@ def build(config: Any, dtype: torch.dtype, device: torch.device, attn_implementa
                 module._parameters[name] = moved[id(parameter)]
     model.__class__ = _on_device(type(model), device, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _compute_buffers(model: Any) -> None:
+    """Once more, and as ``from_pretrained`` has it: what no checkpoint holds is not as coarse as the weights are."""
+    from transformers import PreTrainedModel
+
+    owners: dict[nn.Module, Any] = {}
+    for owner in model.modules():  # the outer ones first
+        if isinstance(owner, PreTrainedModel):
+            owners |= dict.fromkeys(owner.modules(), owner)
+    with torch.no_grad():
+        for module, owner in owners.items():
+            if module._non_persistent_buffers_set:
+                owner._init_weights(module)
 
 
 def _to_meta(parameter: nn.Parameter) -> nn.Parameter:
@@ -78,7 +93,6 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
         If the checkpoint lacks a weight or has it in another shape.
     """
     weights: dict[int, Weight] = {}
-    missing: dict[int, str] = {}
     owned: dict[int, list[tuple[nn.Module, str]]] = {}
     high = kept_in_float32(model, dtype)
     for name, module, attribute, tensor, is_buffer in _state(model):
@@ -87,7 +101,6 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
             continue
         info = tensors.get(name)
         if info is None:
-            missing[id(tensor)] = name
             continue
         if tuple(info.shape) != tuple(tensor.shape):
             raise CheckpointError(
@@ -100,12 +113,23 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
         rounds = tensor.dtype.is_floating_point and not isinstance(module, EncodedLinear)
         wanted = torch.float32 if rounds and high(name) else tensor.dtype
         weights[id(tensor)] = Weight(name, info, wanted, owned[id(tensor)], tensor, is_buffer)
-    lacking = [name for key, name in missing.items() if key not in weights and not _may_miss(model, name)]
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        raise CheckpointError(f"the checkpoint lacks {', '.join(lacking[:3])}{more}; a shard may be missing, or "
+    if missing := lacking(model, tensors):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:3])}{more}; a shard may be missing, or "
                               f"config.json is of another model ({type(model).__name__})")  # fmt: skip
     return {weight.name: weight for weight in weights.values()}
+
+
+def lacking(model: Any, names: Container[str]) -> list[str]:
+    """What ``model`` cannot do without and is not among ``names``; of tied weights one is enough."""
+    found: set[int] = set()
+    missing: dict[int, str] = {}
+    for name, _, _, tensor, _ in _state(model):
+        if name in names:
+            found.add(id(tensor))
+        elif not _may_miss(model, name):
+            missing[id(tensor)] = name
+    return [name for key, name in missing.items() if key not in found]
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor, bool]]:
@@ -126,7 +150,8 @@ def kept_in_float32(model: Any, dtype: torch.dtype) -> Callable[[str], bool]:
     patterns = list(getattr(model, "_keep_in_fp32_modules_strict", None) or []) if dtype != torch.float32 else []
     if dtype == torch.float16:
         patterns += list(getattr(model, "_keep_in_fp32_modules", None) or [])
-    return lambda name: any(pattern in name.split(".") for pattern in patterns)
+    found = [re.compile(pattern.replace("*", ".*")) for pattern in patterns]
+    return lambda name: any(pattern.search(name) for pattern in found)
 
 
 def _may_miss(model: Any, name: str) -> bool:

@@ -11,15 +11,26 @@ from ..index import TensorInfo
 from .bnb import STATE
 from .packing import Packed
 
-__all__ = ["UnknownShapeError", "are_here", "check", "coded", "find", "quantisation", "unknown"]
+__all__ = [
+    "BESIDE", "UnknownShapeError", "are_here", "beside", "check", "coded", "find", "layout", "look_packed",
+    "quantisation", "scale_of", "unknown",
+]  # fmt: skip
 
 # What config.json calls the method → the module that knows it, imported when it is met. GGUF files have no config.
 FORMATS = {
-    "bitsandbytes": "bnb", "fp8": "fp8", "fbgemm_fp8": "fp8", "compressed-tensors": "fp8", "gptq": "gptq",
-    "awq": "awq", "mxfp4": "mxfp4",
+    "bitsandbytes": "bnb", "fp8": "fp8", "fbgemm_fp8": "fp8", "compressed-tensors": "fp8", "modelopt": "fp8",
+    "gptq": "gptq", "awq": "awq", "mxfp4": "mxfp4",
 }  # fmt: skip
+# Where AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt wrote it before config.json had a place for it → the method.
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 # What a weight of floating point has at rest only where something beside it says what its numbers mean.
-CODED = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "I32")
+FP8 = ("F8_E4M3", "F8_E5M2")
+CODED = (*FP8, "F8_E8M0", "I8", "U8", "I32")
+# What names of packed tensors have in them → who packs so.
+_MARKS = {
+    ".qweight": "GPTQ or AWQ", STATE: "bitsandbytes", ".absmax": "bitsandbytes", ".SCB": "bitsandbytes",
+    "_blocks": "MXFP4", ".weight_packed": "compressed-tensors", ".weight_scale_2": "NVFP4",
+}  # fmt: skip
 
 
 class UnknownShapeError(Exception):
@@ -38,6 +49,13 @@ def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
                 method = given.get("quant_method") or _of_old(given) or name
                 return {**given, "quant_method": str(method)}
     return {}
+
+
+def beside(file: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What ``given``, the content of one of the files :data:`BESIDE` config.json, would be in a config.json."""
+    said = given.get("quantization", given)
+    said = said if isinstance(said, Mapping) else {}
+    return {"quant_method": "awq" if "w_bit" in said else BESIDE[file], **said}
 
 
 def _format(settings: Mapping[str, Any]) -> Any:
@@ -108,6 +126,23 @@ def unknown(plain: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 def coded(plain: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Those of the tensors left over by :func:`find` that are no weights as they lie: a scale should be beside them."""
     return {name: info for name, info in sorted(plain.items()) if info.dtype in CODED}
+
+
+def look_packed(index: Mapping[str, TensorInfo]) -> bool:
+    """Whether some of a checkpoint's tensors are what one of the formats has."""
+    return any(info.dtype in FP8 or layout(name) for name, info in index.items())
+
+
+def layout(name: str) -> str:
+    """Who packs weights into tensors of such a name; empty where nobody does."""
+    return next((who for mark, who in _MARKS.items() if mark in name), "")
+
+
+def scale_of(names: Iterable[str], index: Iterable[str]) -> tuple[str, str] | None:
+    """The first of the weights that has a tensor beside it that is called a scale, and that one."""
+    scales = {name.rpartition(".")[0]: name for name in index if "scale" in name.rpartition(".")[2]}
+    found = ((name, scales.get(name.rpartition(".")[0])) for name in names)
+    return next(((name, scale) for name, scale in found if scale), None)
 
 
 def are_here(tensors: Iterable[TensorInfo]) -> bool:

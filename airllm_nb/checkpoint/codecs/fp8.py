@@ -1,9 +1,10 @@
 """FP8 checkpoints: a byte a value (E4M3), times a scale for each block, row, column or matrix.
 
 Block scales are those of DeepSeek-V3 and Qwen3 (``weight_scale_inv``, one for 128 × 128 values, fewer at the edges; as
-bytes they are powers of two, OCP's E8M0); a scale a row or a matrix is what compressed-tensors and FBGEMM write
-(``weight_scale``). Scales of activations are ignored: here activations are not rounded to FP8, so nothing needs them,
-and the result is nearer to the model that was quantised. A product in FP8 would have to round them, by up to 6% each.
+bytes they are powers of two, OCP's E8M0); a scale a row or a matrix is what compressed-tensors, FBGEMM and NVIDIA's
+ModelOpt write (``weight_scale``). Scales of activations are ignored: here activations are not rounded to FP8, so
+nothing needs them, and the result is nearer to the model that was quantised. A product in FP8 would have to round them,
+by up to 6% each.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ..index import TensorInfo
 from .packing import Packed, Packing, row_chunks
 
 FORMATS = ("float-quantized", "naive-quantized", "dense")  # of compressed-tensors
+ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # of ModelOpt
+DEFAULT_BLOCK = (128, 128)  # transformers', where a config of method "fp8" says nothing
 # What the name of a weight's scales ends in: after "x.weight", or in the place of "weight".
 _ENDINGS, _SIBLINGS = ("_scale_inv", "_scale"), ("scale", "qscale_weight")
 _EXPONENTS = ("F8_E8M0", "U8")
@@ -40,6 +43,7 @@ class FP8(Packing):
     """
 
     name = "fp8"
+    spare = 0.0  # a device converts in place
     block: tuple[int | None, int | None]
     is_exponent: bool = False
 
@@ -61,6 +65,9 @@ class FP8(Packing):
             values = table.index_select(0, bits).view(-1, columns)
             _scale_columns(values, scale[chunk], width)
             out[chunk].copy_(values)
+
+    def whole_bytes(self, values: int) -> int:
+        return 12 * -(-values // (self.block[1] or 128))  # scales in float32, for every row
 
     def _scale(self, scale: torch.Tensor, rows: int) -> torch.Tensor:
         """In float32, for every row: ``[rows, blocks of columns]``."""
@@ -94,8 +101,12 @@ def _values(dtype: torch.dtype) -> torch.Tensor:
 
 def check(settings: Mapping[str, Any]) -> None:
     """Refuse what cannot be unpacked; see :mod:`.formats`."""
-    if settings.get("quant_method") == "compressed-tensors":
+    method = settings.get("quant_method", "fp8")
+    if method == "compressed-tensors":
         reason = _why_not(settings)
+    elif method == "modelopt":
+        found = settings.get("quant_algo")
+        reason = "" if found in ALGORITHMS else f"its quant_algo {found!r} is not one of {', '.join(ALGORITHMS)}"
     elif settings.get("expert_dtype", "fp8") != "fp8":
         reason = f"its experts are {settings['expert_dtype']}"
     elif settings.get("fmt", "e4m3") not in ("e4m3", "e5m2"):
@@ -106,8 +117,8 @@ def check(settings: Mapping[str, Any]) -> None:
         if len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
             reason = reason or f"its block size is {list(block)}"
     if reason:
-        raise UnsupportedModelError(f"an FP8 checkpoint that cannot be streamed: {reason}; load the unquantised "
-                                    "checkpoint, with compression='4bit' if it should be small")  # fmt: skip
+        raise UnsupportedModelError(f"a checkpoint quantised with {method} that cannot be streamed: {reason}; load the "
+                                    "unquantised one, with compression='4bit' if it should be small")  # fmt: skip
 
 
 def _why_not(settings: Mapping[str, Any]) -> str:
@@ -122,6 +133,8 @@ def _why_not(settings: Mapping[str, Any]) -> str:
             return f"its weights are {weights.get('num_bits')} bits of type {weights.get('type')!r}"
         if weights and not weights.get("symmetric", True):
             return "its weights have zero points"
+        if weights.get("strategy") == "block" and weights.get("block_structure") is None:
+            return "the size of its blocks is not said (block_structure)"
     sparsity = _mapping(settings.get("sparsity_config")).get("format", "dense")
     if sparsity != "dense":
         return f"its sparse weights are stored as {sparsity!r}"
@@ -129,9 +142,11 @@ def _why_not(settings: Mapping[str, Any]) -> str:
 
 
 def _blocks(settings: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """The block sizes that a config names, whatever it holds there."""
+    """The block sizes that a config names, whatever it holds there. Sizes of groups along a row are among them."""
     weights = [_mapping(group.get("weights")) for group in _groups(settings)]
-    for block in (settings.get("weight_block_size"), *(given.get("block_structure") for given in weights)):
+    default = DEFAULT_BLOCK if settings.get("quant_method") == "fp8" else None
+    along = [(1, given.get("group_size")) for given in weights if given.get("strategy") == "group"]
+    for block in (settings.get("weight_block_size", default), *along, *(w.get("block_structure") for w in weights)):
         if isinstance(block, str):
             yield tuple(int(size) if size.isdecimal() and len(size) < 10 else size for size in block.split("x"))
         elif block is not None:
@@ -176,10 +191,8 @@ def _packed(info: TensorInfo, scale: TensorInfo, blocks: list[tuple[int, int]]) 
     grid = (math.prod(given), 1) if len(given) < 2 else given
     if len(grid) != 2 or (len(given) == 1 and given[0] not in (1, rows)) or scale.dtype not in _SCALES:
         raise _wrong(info, scale)
-    shared = _share(rows, grid[0]), _share(columns, grid[1])
-    block = next((one for one in blocks if grid == (-(-rows // one[0]), -(-columns // one[1]))), shared)
-    # Where a config names blocks, another grid would be taken for blocks of another size, which it is not.
-    if 0 in block or (blocks and block not in blocks and grid not in ((1, 1), (rows, 1))):
+    block = _block(rows, columns, grid, blocks)
+    if block is None:
         raise _wrong(info, scale)
     is_exponent = scale.dtype in _EXPONENTS
     packing = FP8(block, is_exponent)
@@ -192,11 +205,18 @@ def _packed(info: TensorInfo, scale: TensorInfo, blocks: list[tuple[int, int]]) 
     return Packed(info.shape, (packing,), parts, 1 if stack else None)
 
 
-def _share(size: int, scales: int) -> int | None:
-    """Values for each scale: ``None`` is all of them, 0 that they do not divide."""
-    if scales == 1:
-        return None
-    return size // scales if scales and size % scales == 0 else 0
+def _block(
+    rows: int, columns: int, grid: tuple[int, ...], blocks: list[tuple[int, int]]
+) -> tuple[int | None, int | None] | None:
+    """Rows and columns that share a scale; ``None`` if the config says of no block that it makes such a grid.
+
+    Nothing is guessed by division: two scales of 192 rows may be for 96 each, or for 128 and the rest.
+    """
+    named = next((block for block in blocks if grid == (-(-rows // block[0]), -(-columns // block[1]))), None)
+    has_one_meaning = grid in ((1, 1), (rows, 1)) or (grid == (1, columns) and not blocks)
+    if named is None and has_one_meaning:
+        return (None if grid[0] == 1 else 1), (None if grid[1] == 1 else 1)
+    return named
 
 
 def _wrong(info: TensorInfo, scale: TensorInfo) -> CheckpointError:

@@ -1,0 +1,80 @@
+"""Where the tensors of ``.bin`` files lie, so that they are read in place.
+
+What torch has saved since 1.6 is an uncompressed zip archive in which every storage is one run of bytes
+(format: https://pytorch.org/docs/stable/notes/serialization.html). Where each run begins, torch itself says when it
+loads without data.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from .convert import CASTABLE, DTYPE_NAMES
+from .index import ITEMSIZE, CheckpointIndex, Extent, TensorInfo
+from .pickles import lies_plain, load_pickle
+
+
+def pickle_index(files: tuple[Path, ...], itemsize: int) -> CheckpointIndex | None:
+    """The tensors of a checkpoint, where all can be read where they lie; ``None`` where they must be rewritten once.
+
+    That is so for files of the old format, for tensors that are no plain run of bytes (transposed ones), and for
+    matrices that are wider than ``itemsize``.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is damaged, or asks for code to be run.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        stat = file.stat()
+        found = _of_file(file, stat.st_size, stat.st_mtime_ns)
+        if found is None or not tensors.keys().isdisjoint(found):
+            return None
+        tensors |= found
+    return None if not tensors or is_wide(tensors, itemsize) else CheckpointIndex(files[0].parent, tensors, files)
+
+
+def is_wide(tensors: Mapping[str, TensorInfo], itemsize: int) -> bool:
+    """Whether a matrix has more than ``itemsize`` bytes a value: each sweep would read bytes that are cast away."""
+    matrices = (info for info in tensors.values() if len(info.shape) > 1)
+    return any(info.dtype in CASTABLE and ITEMSIZE[info.dtype] > itemsize for info in matrices)
+
+
+def tensors_in_place(file: Path, opened: BinaryIO) -> dict[str, TensorInfo] | None:
+    """What is in a .bin file, which need not be here but in ``opened``; ``None`` where its bytes do not lie plainly.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged, or asks for code to be run.
+    """
+    if not lies_plain(opened):
+        return None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    opened.seek(0)
+    found: dict[str, TensorInfo] = {}
+    with FakeTensorMode():
+        for name, tensor in load_pickle(file, opened).items():
+            dtype, start = DTYPE_NAMES.get(tensor.dtype), None
+            if tensor.layout is torch.strided and tensor.is_contiguous():
+                start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # older torch does not say it
+            if dtype is None or start is None:
+                return None
+            offset, nbytes = start + tensor.storage_offset() * tensor.element_size(), tensor.numel() * ITEMSIZE[dtype]
+            found[name] = TensorInfo(name, dtype, tuple(tensor.shape), (Extent(file, offset, nbytes),))
+    size = opened.seek(0, 2)
+    return found if all(info.extents[0].offset + info.nbytes <= size for info in found.values()) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _of_file(file: Path, nbytes: int, changed: int) -> dict[str, TensorInfo] | None:
+    """A plan and a load after it ask several times."""
+    with file.open("rb") as opened:
+        return tensors_in_place(file, opened)

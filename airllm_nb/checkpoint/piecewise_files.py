@@ -1,0 +1,43 @@
+"""Weight files that are downloaded one by one: how large each is, and whether what came is what was planned with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .hub_headers import Headers
+from .index import TensorInfo
+from .pickle_index import tensors_in_place
+from .source import Source
+
+
+def weight_sizes(source: Source, headers: Headers) -> dict[Path, int]:
+    """The weight files and their bytes."""
+    paths = [source.folder / name for name in source.wanted or [path.name for path in source.files]]
+    if not all(path.is_file() for path in paths):
+        headers.by_file  # noqa: B018 - has them asked for
+    return {path: path.stat().st_size if path.is_file() else headers.sizes.get(path, 0) for path in paths}
+
+
+def check_arrived(path: Path, nbytes: int, said: Mapping[str, TensorInfo]) -> None:
+    """Whether a file that was downloaded to ``path`` has the tensors of its header on the Hub.
+
+    Raises
+    ------
+    CheckpointError
+        If it has others, elsewhere, or another size.
+    """
+    if path.stat().st_size != nbytes:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, its header asks for {nbytes:,}; load again "
+                              "to download it once more")  # fmt: skip
+    if path.suffix != ".bin":
+        return
+    with path.open("rb") as opened:
+        found = tensors_in_place(path, opened) or {}
+    if any(name not in found or _lies(info) != _lies(found[name]) for name, info in said.items()):
+        raise CheckpointError(f"{path} is not the file that its header on the Hub is of; delete it and load again")
+
+
+def _lies(info: TensorInfo) -> tuple[object, ...]:
+    return info.dtype, info.shape, [(extent.offset, extent.nbytes) for extent in info.extents]
