@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..config import LoadOptions
-from ..errors import CheckpointError
 from ..trace import Progress, ProgressCallback
 from .hub import offline
 from .hub_errors import unreachable
@@ -129,12 +128,9 @@ def _pickled(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
         if file is not None and zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 file.fetch((record.header_offset for record in archive.infolist()), RECORD_HEADER)
-        try:
-            found = tensors_in_place(path, cast(BinaryIO, opened))
-        except CheckpointError:
-            if file is not None and file.failure is not None:  # torch says that the file is damaged
-                raise file.failure from None
-            raise
+        found = tensors_in_place(path, cast(BinaryIO, opened))
+    if found is None and file is not None and file.failure is not None:
+        raise file.failure
     if found is None:
         raise _NotInPlace(f"{name} is rewritten once, because its weights cannot be read as they lie")
     return found, path.stat().st_size if file is None else file.size

@@ -8,15 +8,19 @@ loads without data.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from ..errors import CheckpointError
 from .convert import CASTABLE, DTYPE_NAMES
 from .index import ITEMSIZE, CheckpointIndex, Extent, TensorInfo
 from .pickles import lies_plain, load_pickle
+
+log = logging.getLogger(__name__)
 
 
 def pickle_index(files: tuple[Path, ...], itemsize: int) -> CheckpointIndex | None:
@@ -24,11 +28,6 @@ def pickle_index(files: tuple[Path, ...], itemsize: int) -> CheckpointIndex | No
 
     That is so for files of the old format, for tensors that are no plain run of bytes (transposed ones), and for
     matrices that are wider than ``itemsize``.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is damaged, or asks for code to be run.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -49,28 +48,33 @@ def is_wide(tensors: Mapping[str, TensorInfo], itemsize: int) -> bool:
 def tensors_in_place(file: Path, opened: BinaryIO) -> dict[str, TensorInfo] | None:
     """What is in a .bin file, which need not be here but in ``opened``; ``None`` where its bytes do not lie plainly.
 
-    Raises
-    ------
-    CheckpointError
-        If it is damaged, or asks for code to be run.
+    Neither is there an answer for a damaged file: loading it says what is wrong.
     """
     if not lies_plain(opened):
         return None
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     opened.seek(0)
-    found: dict[str, TensorInfo] = {}
-    with FakeTensorMode():
-        for name, tensor in load_pickle(file, opened).items():
-            dtype, start = DTYPE_NAMES.get(tensor.dtype), None
-            if tensor.layout is torch.strided and tensor.is_contiguous():
-                start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # older torch does not say it
-            if dtype is None or start is None:
-                return None
-            offset, nbytes = start + tensor.storage_offset() * tensor.element_size(), tensor.numel() * ITEMSIZE[dtype]
-            found[name] = TensorInfo(name, dtype, tuple(tensor.shape), (Extent(file, offset, nbytes),))
+    try:
+        with FakeTensorMode():
+            tensors = load_pickle(file, opened)
+    except CheckpointError as error:
+        log.info("%s is not read in place: %s", file, error)
+        return None
+    found = {name: _tensor(file, name, tensor) for name, tensor in tensors.items()}
     size = opened.seek(0, 2)
-    return found if all(info.extents[0].offset + info.nbytes <= size for info in found.values()) else None
+    lies = {name: info for name, info in found.items() if info and info.extents[0].offset + info.nbytes <= size}
+    return lies if len(lies) == len(found) else None
+
+
+def _tensor(file: Path, name: str, tensor: torch.Tensor) -> TensorInfo | None:
+    dtype, start = DTYPE_NAMES.get(tensor.dtype), None
+    if tensor.layout is torch.strided and tensor.is_contiguous():
+        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # older versions of torch do not say it
+    if dtype is None or start is None:
+        return None
+    offset, nbytes = start + tensor.storage_offset() * tensor.element_size(), tensor.numel() * tensor.element_size()
+    return TensorInfo(name, dtype, tuple(tensor.shape), (Extent(file, offset, nbytes),))
 
 
 @functools.lru_cache(maxsize=64)

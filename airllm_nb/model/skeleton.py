@@ -50,10 +50,14 @@ def build(config: Any, dtype: torch.dtype, device: torch.device, attn_implementa
         model = kind.from_config(config, dtype=dtype, **extra)
     _compute_buffers(model)
     moved: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    high = kept_in_float32(model, dtype)
+    for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                moved.setdefault(id(parameter), _to_meta(parameter))
+                # Code may ask a weight for its dtype before it is bound.
+                exact = parameter.is_floating_point() and high(f"{path}.{name}")
+                kept = torch.float32 if exact else parameter.dtype
+                moved.setdefault(id(parameter), _to_meta(parameter, kept))
                 module._parameters[name] = moved[id(parameter)]
     model.__class__ = _on_device(type(model), device, dtype)
     return model.eval().requires_grad_(False)
@@ -73,8 +77,8 @@ def _compute_buffers(model: Any) -> None:
                 owner._init_weights(module)
 
 
-def _to_meta(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+def _to_meta(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to("meta", dtype), requires_grad=False)
 
 
 def _on_device(native: type, device: torch.device, dtype: torch.dtype) -> type:
