@@ -10,12 +10,12 @@ from pathlib import Path
 from ..config import LoadOptions, cache_dir
 from ..errors import CheckpointError, SourceError, StoreError
 from ..trace import ProgressCallback
-from .hub import _Repository, offline
+from .hub import Repository, offline
 from .hub_errors import explained, unreachable
 from .hub_headers import Headers
 from .index import Extent, TensorInfo, read_header
 from .journal import write_atomically
-from .source import _HUB_ID, Source
+from .source import HUB_ID, Source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -53,7 +53,7 @@ def find_adapter(adapter: str | Path, options: LoadOptions) -> AdapterFiles:
         return AdapterFiles(path.name, path, path / _choose({file.name for file in path.iterdir()}, path))
     if path.is_file():
         raise SourceError(f"the adapter {path} is a file; name the folder that holds {CONFIG_FILE}: {path.parent}")
-    if not _HUB_ID.fullmatch(text):
+    if not HUB_ID.fullmatch(text):
         raise SourceError(f"there is no adapter folder {path.absolute()}, and {text!r} is no Hub id; check the path")
     from huggingface_hub import hf_hub_download
 
@@ -63,7 +63,7 @@ def find_adapter(adapter: str | Path, options: LoadOptions) -> AdapterFiles:
         return _cached(text, "local_files_only=True or HF_HUB_OFFLINE")
     with explained(text, options):
         try:
-            repo = _Repository(text, options)
+            repo = Repository(text, options)
             weights = _choose(set(repo.sizes), text)
             # Under the branch's own name, so that the cache knows it when offline.
             folder = Path(hf_hub_download(text, CONFIG_FILE, token=options.hf_token)).parent
@@ -85,7 +85,7 @@ def read_tensors(
             return known
         options = replace(options, revision=files.commit)
         with explained(files.repo_id, options):
-            _Repository(files.repo_id, options).snapshot((files.weights.name,))
+            Repository(files.repo_id, options).snapshot((files.weights.name,))
     if files.weights.suffix == ".safetensors":
         return read_header(files.weights)
     return _unpickled(files.weights, options, weights)

@@ -76,7 +76,7 @@ def fetch(
         return _cached(repo_id, options, gguf, room, "local_files_only=True or HF_HUB_OFFLINE")
     with explained(repo_id, options):
         try:
-            repo = _Repository(repo_id, options)
+            repo = Repository(repo_id, options)
             if room.disk is None:
                 room = replace(room, disk=_free())
             # What is compressed on the way needs less: a GGUF file is no better then.
@@ -107,7 +107,7 @@ def answers(repo_id: str, seconds: float) -> bool:
     return True
 
 
-class _Repository:
+class Repository:
     """One repository at one commit, through the Hub's library."""
 
     def __init__(self, repo_id: str, options: LoadOptions):
@@ -153,7 +153,7 @@ class _Repository:
 
 
 def _download(
-    repo: _Repository, choice: Choice, progress: ProgressCallback, weights: bool, check_config: CheckConfig | None
+    repo: Repository, choice: Choice, progress: ProgressCallback, weights: bool, check_config: CheckConfig | None
 ) -> Snapshot:
     has_config, is_gguf = "config.json" in repo.sizes, choice.format == "gguf"
     if has_config:
@@ -171,7 +171,7 @@ def _download(
     total, need = (sum(repo.sizes[name] for name in files) for files in (names, set(names) - here))
     if weights or not need:
         _check_disk(repo.id, need)
-        bars = _reporting_bars(progress, total - need, total, repo.id)
+        bars = reporting_bars(progress, total - need, total, repo.id)
         folder = repo.snapshot(names, tqdm_class=bars)
         if not has_config:
             repo.remember(names[0])
@@ -182,7 +182,7 @@ def _download(
     return Snapshot(folder, repo.commit, choice, names, total, need, header, repo.contents)
 
 
-def _header(repo: _Repository, name: str, has_config: bool, progress: ProgressCallback) -> Path | None:
+def _header(repo: Repository, name: str, has_config: bool, progress: ProgressCallback) -> Path | None:
     """The config of a GGUF model is inside the file."""
     progress(Progress("headers", 0, 1, "files", repo.id))
     try:
@@ -266,7 +266,7 @@ def _check_disk(repo_id: str, need: int) -> None:
                           "free; free some, or set HF_HOME to a folder on a larger disk")  # fmt: skip
 
 
-def _reporting_bars(progress: ProgressCallback, done: int, total: int, detail: str) -> type:
+def reporting_bars(progress: ProgressCallback, done: int, total: int, detail: str) -> type:
     """The library's own bars, which also report the bytes that reach the disk."""
     from huggingface_hub.utils import tqdm
 

@@ -81,7 +81,7 @@ def choose(
     """
     if gguf is not None:
         return _named(gguf, sizes, where)
-    found = _layouts([name for name in sizes if "/" not in name])
+    found = layouts([name for name in sizes if "/" not in name])
     whole = models(sizes)
     if not found:
         return _gguf_alone(whole, sizes, where, room, here)
@@ -128,7 +128,7 @@ def _gguf_alone(
     return Choice("gguf", None, part_names(name), why)
 
 
-def _layouts(top: list[str]) -> list[tuple[Choice, list[str]]]:
+def layouts(top: list[str]) -> list[tuple[Choice, list[str]]]:
     """Whole checkpoints among files of one folder, the preferred first, with all weight files of each."""
     made: list[tuple[Choice, list[str]]] = []
     if "config.json" not in top:

@@ -24,7 +24,7 @@ _QUANTISATION = re.compile(
     r"(?<![A-Z0-9])(I?Q\d(_([K01]|NL))?(_(XXS|XS|S|M|L|XL))?|TQ\d_\d|MXFP4(_MOE)?|NVFP4|BF16|FP?16|FP?32)(?![A-Z0-9])"
 )
 # Beside a model: its eyes, what its quantisation was weighed by, adapters, bare tokenizers; layouts of ARM alone.
-_NOT_A_MODEL = re.compile(r"mmproj|imatrix|(^|[^a-z])lora([^a-z]|$)|ggml-vocab|q4_0_[48]_[48]")
+NOT_A_MODEL = re.compile(r"mmproj|imatrix|(^|[^a-z])lora([^a-z]|$)|ggml-vocab|q4_0_[48]_[48]")
 # What drafts tokens for a model; also models that have such layers inside, which count where there is no other.
 _DRAFT = re.compile(r"(^|[^a-z])(draft(er)?|mtp|eagle\d?)([^a-z]|$)")
 # Said of a quantisation in file names, not of the model; the second ones only behind it.
@@ -94,7 +94,7 @@ def incomplete(names: Collection[str]) -> str:
 def _is_model(name: str) -> bool:
     # The folder of what is beside a model may say more than the file's own name.
     folders = PurePosixPath(name.lower()).parts[:-1]
-    return (name.endswith(".gguf") and not _NOT_A_MODEL.search(_base(name).lower())
+    return (name.endswith(".gguf") and not NOT_A_MODEL.search(_base(name).lower())
             and not any("mmproj" in folder for folder in folders))  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from ..disk import free_disk, nearest
 from ..errors import CheckpointError, SourceError, StoreError
 from ..trace import Progress, ProgressCallback
 from .folder import JOURNAL, MANIFEST, exclusively, locked
-from .hub import _reporting_bars, cache_folder
+from .hub import cache_folder, reporting_bars
 from .hub_errors import explained
 from .hub_headers import Headers
 from .index import TensorInfo
@@ -35,7 +35,7 @@ from .piecewise_plan import Jobs, Stage, WeightFile, bytes_needed, plan_stages
 from .room import OVERHEAD, explain
 from .shard import ShardJob, write_shards
 from .source import Source
-from .store import Store, StoreMeta, _finished, _job_key, _read_manifest, write_store
+from .store import Store, StoreMeta, finished_store, job_key, read_manifest, write_store
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Piecewise:
             with locked(self._folder, self._progress):
                 stages = self._plan()
                 jobs = [job for stage in stages for job in stage.jobs]
-                return _finished(self._folder, self._meta, jobs) or self._run(stages, jobs, beside)
+                return finished_store(self._folder, self._meta, jobs) or self._run(stages, jobs, beside)
         except (StoreError, CheckpointError, SourceError):
             raise
         except OSError as error:
@@ -184,7 +184,7 @@ class Piecewise:
     def _known(self) -> dict[str, dict[str, Any]]:
         """The shards of a store that was finished and damaged since."""
         with suppress(StoreError):
-            store = _read_manifest(self._folder)
+            store = read_manifest(self._folder)
             if store is not None and store.meta == self._meta:
                 return {shard["file"]: shard for shard in store.shards}
         return {}
@@ -195,7 +195,7 @@ class Piecewise:
             self._progress(Progress("convert", self._written, self._total, detail=file))
 
         def finished(job: ShardJob, sha256: str) -> None:
-            journal.add({"file": job.file, "key": _job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
+            journal.add({"file": job.file, "key": job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
 
         write_shards(self._folder, todo, wrote, finished)
 
@@ -204,7 +204,7 @@ class Piecewise:
 
         def is_written(job: ShardJob) -> bool:
             record, path = records.get(job.file), self._folder / job.file
-            return (record is not None and record["key"] == _job_key(job, self._meta)
+            return (record is not None and record["key"] == job_key(job, self._meta)
                     and path.is_file() and path.stat().st_size == record["bytes"] == job.nbytes)  # fmt: skip
 
         done: dict[str, int] = {}
@@ -236,7 +236,7 @@ class Piecewise:
         is_whole = path.is_file() and path.stat().st_size == file.nbytes
         if path != file.named and not is_whole:
             path.unlink(missing_ok=True)
-            bars = _reporting_bars(self._progress, arrived, total, repo)
+            bars = reporting_bars(self._progress, arrived, total, repo)
             try:
                 with explained(repo, self._options):
                     hf_hub_download(repo, path.name, revision=self._source.revision, token=self._options.hf_token,

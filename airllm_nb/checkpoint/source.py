@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Source", "read_config", "resolve", "store_folder"]
 
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _HUB_GGUF = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)[:/](.+\.gguf)")
 
 
@@ -97,10 +97,10 @@ def _hub_name(text: str) -> tuple[str, str | None]:
     if named := _HUB_GGUF.fullmatch(text):
         return named[1], named[2]
     repo_id, _, rest = text.partition(":")
-    if rest and _HUB_ID.fullmatch(repo_id):
+    if rest and HUB_ID.fullmatch(repo_id):
         raise SourceError(f"{text}: {rest!r} is no file; name one as {repo_id}:FILE.gguf, or {repo_id} alone to take "
                           "what suits this machine")  # fmt: skip
-    if not _HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".bin")):
+    if not HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".bin")):
         where = Path(text).expanduser().absolute()
         raise SourceError(f"there is no file or folder {where}, and {text!r} is no Hub id; check the path")
     return text, None

@@ -132,7 +132,7 @@ def open_store(folder: Path) -> Store | None:
     StoreError
         If the manifest or a shard is damaged, or was written by a newer version.
     """
-    store = _read_manifest(folder)
+    store = read_manifest(folder)
     if store is not None:
         store.check()
     return store
@@ -176,13 +176,13 @@ def write_store(
         ``should_stop`` said so.
     """
     jobs, stop = list(jobs), should_stop or (lambda: False)
-    if (done := _finished(folder, meta, jobs)) is not None:
+    if (done := finished_store(folder, meta, jobs)) is not None:
         return done
     if not folder.exists():
         check_space(folder, jobs, {})
     try:
         with locked(folder, progress, stop, sum(job.nbytes for job in jobs)):
-            if (done := _finished(folder, meta, jobs)) is not None:
+            if (done := finished_store(folder, meta, jobs)) is not None:
                 return done
             return _Writing(folder, jobs, meta, progress, stop).run(beside, {"origin": origin, "revision": revision})
     except StoreError:
@@ -207,7 +207,7 @@ class _Writing:
         self._done = sum(record["bytes"] for record in kept.values())
 
         def finished(job: ShardJob, sha256: str) -> None:
-            journal.add({"file": job.file, "key": _job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
+            journal.add({"file": job.file, "key": job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
 
         write_shards(self._folder, [job for job in self._jobs if job.file not in kept], self._wrote, finished)
         if beside is not None:
@@ -227,12 +227,12 @@ class _Writing:
 
     def _is_done(self, job: ShardJob, journal: Journal) -> bool:
         record, path = journal.records.get(job.file), self._folder / job.file
-        return (record is not None and record["key"] == _job_key(job, self._meta)
+        return (record is not None and record["key"] == job_key(job, self._meta)
                 and path.is_file() and path.stat().st_size == record["bytes"] == job.nbytes)  # fmt: skip
 
     def _known(self) -> dict[str, dict[str, Any]]:
         with suppress(StoreError):
-            store = _read_manifest(self._folder)
+            store = read_manifest(self._folder)
             if store is not None and store.meta == self._meta:
                 return {shard["file"]: shard for shard in store.shards}
         return {}
@@ -247,7 +247,7 @@ class _Writing:
         return {**asdict(self._meta), "format": FORMAT, "shards": shards, "parameters": parameters}
 
 
-def _finished(folder: Path, meta: StoreMeta, jobs: list[ShardJob]) -> Store | None:
+def finished_store(folder: Path, meta: StoreMeta, jobs: list[ShardJob]) -> Store | None:
     """The finished store, if it is this one; ``None`` if there is work to do, damage to repair included."""
     try:
         store = open_store(folder)
@@ -257,13 +257,14 @@ def _finished(folder: Path, meta: StoreMeta, jobs: list[ShardJob]) -> Store | No
         return None
     if store is None:
         return None
-    if store.meta != meta or [shard.get("key") for shard in store.shards] != [_job_key(job, meta) for job in jobs]:
+    if store.meta != meta or [shard.get("key") for shard in store.shards] != [job_key(job, meta) for job in jobs]:
         raise StoreError(f"{folder} holds a store of other weights or with other options ({store.meta.codec}, "
                          f"{store.meta.dtype}); name another folder or delete this one")  # fmt: skip
     return store
 
 
-def _read_manifest(folder: Path) -> Store | None:
+def read_manifest(folder: Path) -> Store | None:
+    """What a finished store says of itself, its files not looked at; ``None`` where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -282,7 +283,8 @@ def _is_newer(folder: Path) -> bool:
     return False
 
 
-def _job_key(job: ShardJob, meta: StoreMeta) -> str:
+def job_key(job: ShardJob, meta: StoreMeta) -> str:
+    """The same for what would be written the same."""
     return _digest({"store": meta.key, "entries": [(e.name, e.dtype, e.shape) for e in job.entries()]})
 
 
