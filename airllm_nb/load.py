@@ -70,7 +70,7 @@ def prepare(
     mark_taken(skeleton)
     # Before the model is downloaded or converted: an adapter of another one is refused here.
     adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
-    packed_as = at_rest.packed_as(source) if codec.name == "none" or store is None else ""
+    packed_as = at_rest.packed_as(source, headers) if codec.name == "none" or store is None else ""
     _check_codec(codec, source, skeleton, packed_as)
     if store:
         source, found, known, once, piecewise = _Found(source, at_rest.Weights(store.folder, store.index))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from .checkpoint.cached import named, written_beside
 from .checkpoint.folder import exclusively
+from .checkpoint.gguf_split import part_names, whole_name
 from .checkpoint.journal import write_atomically
 from .checkpoint.local import POINTER, Source
 from .checkpoint.originals import delete_original, weight_names
@@ -95,10 +96,15 @@ def opened_store(model: str | Path, options: LoadOptions, *, finish: bool = True
         original = f"the original, whose weights in {folder} were deleted" if replacement else "the original model"
         raise OptionError(f"{store.folder} is compressed as {store.meta.codec!r}, compression={options.compression!r} "
                           f"was asked for; leave the option out, or load {original}")  # fmt: skip
-    if replacement is not None and replacement.deleting and finish:
+    if replacement is not None and finish and _is_unfinished(folder, replacement, options):
         log.warning("the deleting of the original weights in %s was cut short; finishing it", folder)
         _delete(folder, key, store, [folder / name for name in replacement.files])
     return store
+
+
+def _is_unfinished(folder: Path, replacement: Replacement, options: LoadOptions) -> bool:
+    left = any((folder / name).is_file() for name in replacement.files)
+    return replacement.deleting or (options.delete_original and left)
 
 
 def replace_original(source: Source, folder: Path) -> None:
@@ -126,7 +132,11 @@ def _delete(folder: Path, key: str | None, store: Store, files: list[Path] | tup
                         "delete_original=True once it has ended", folder)  # fmt: skip
             return
         with _warned(folder):
-            deleted = delete_original(store, files, before=lambda: point(True))
+            try:
+                deleted = delete_original(store, files, before=lambda: point(True))
+            except OSError:  # not to be tried again at every load
+                point(False)
+                raise
             point(False)
             log.info("deleted %d original weight files; %s replaces them", len(deleted), store.folder)
 
@@ -158,17 +168,20 @@ def _followed(folder: Path, key: str) -> tuple[str, Replacement | None]:
 
     Of a folder that may be a GGUF file that was there: the key that is found comes with it.
     """
-    if not (folder / POINTER).is_file() or (key != FOLDER and (folder / key).exists()):
+    if not (folder / POINTER).is_file():
+        return key, None
+    if key != FOLDER and part_names(key) == (key,) and (folder / key).exists():
         return key, None
     try:
         known = _read(folder)
     except _DAMAGED as error:
-        if key == FOLDER and weight_names(folder):
+        if weight_names(folder) if key == FOLDER else (folder / key).exists():
             return key, None
         raise SourceError(f"{folder / POINTER}, which says what store replaces the weights that were deleted there, is "
                           f"damaged ({error!r}); delete it and name the store itself (airllm-nb cache lists the "
                           "stores), or download the model again") from None  # fmt: skip
-    if key != FOLDER:
+    if key != FOLDER:  # the first part, whichever was named
+        key = next((first for first in known if key in (whole_name(first), *part_names(first))), key)
         one = known.get(key)
         return key, one if one is not None and _is_followed(folder, one, []) else None
     there = weight_names(folder)

@@ -136,14 +136,18 @@ def mapped(
     return split(native, packed)
 
 
-def _config(source: Source, index: Mapping[str, TensorInfo] | None = None) -> Mapping[str, Any]:
+def _config(
+    source: Source, index: Mapping[str, TensorInfo] | None = None, headers: Headers | None = None
+) -> Mapping[str, Any]:
     """``config.json``, with what a file beside it says of how its weights are packed, if they are."""
     config = read_config(source)
     file = next((name for name in formats.BESIDE if (source.folder / name).is_file()), None)
     if file is None or source.format == "gguf" or formats.quantisation(config):
         return config
-    if index is None and source.files and source.format == "safetensors":
-        index = read_index(source.folder)
+    if index is None and source.files:
+        index = read_index(source.folder) if source.format == "safetensors" else pickle_index(source.files, 8)
+    if index is None and headers is not None:
+        index = headers.index
     if index is not None and not formats.look_packed(index):
         log.info("%s is left aside: no weight is packed", source.folder / file)
         return config
@@ -249,11 +253,11 @@ def _gguf_in_place(path: Path, nbytes: int, changed: int, dtype: str) -> InPlace
     return in_place(GGUFWeights(file, gguf_config(file), dtype))
 
 
-def packed_as(source: Source) -> str:
+def packed_as(source: Source, headers: Headers) -> str:
     """How the weights of a checkpoint are packed, for people; empty where they are plain."""
     if source.format == "gguf":
         return "GGUF"
-    return str(formats.quantisation(_config(source)).get("quant_method", ""))
+    return str(formats.quantisation(_config(source, None, headers)).get("quant_method", ""))
 
 
 def written_once(source: Source, dtype: torch.dtype) -> tuple[str, ...]:

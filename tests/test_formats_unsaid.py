@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import resident, run
 
-from airllm_nb import AutoModel
+from airllm_nb import AutoModel, LoadOptions, convert_model
 from airllm_nb.engine import plan_model
 from airllm_nb.errors import OptionError, UnsupportedModelError
 
@@ -184,3 +184,16 @@ def test_packed_experts_under_names_that_the_model_does_not_have(tmp_path: Path)
     words = r"layers\.\d\.mlp\.experts\.\w+_projs\.\d\.weight is packed \(nf4\) in a place that MixtralForCausalLM"
     with pytest.raises(UnsupportedModelError, match=words):
         AutoModel.from_pretrained(folder, dtype="float32")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_leftover_beside_plain_weights_stops_no_compression(
+    tiny_llama: Callable[..., Path], tmp_path: Path, suffix: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))
+    (folder / "quantize_config.json").write_text(json.dumps(AUTOGPTQ), "utf-8")
+    if suffix == ".bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    options = LoadOptions.create(compression="8bit", layer_shards_saving_path=tmp_path / "shards", device="cpu")
+    assert (convert_model(folder, options) / "config.json").is_file()

@@ -202,3 +202,15 @@ def test_factors_for_other_heads_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "tiny.gguf", case, made_from(case))
     with pytest.raises(CheckpointError, match=r"damaged: 'rope_freqs.weight' has 2 values, for heads of which 16 are"):
         gguf_config(read_gguf(path))
+
+
+@pytest.mark.parametrize(("layers", "width", "heads", "scalar"), [(62, 5376, 32, 168), (48, 3840, 16, 256)])
+def test_the_largest_gemma_divides_by_another_number(layers: int, width: int, heads: int, scalar: int) -> None:
+    """As their published configs say; no key of a GGUF file does."""
+    from transformers import Gemma3TextConfig
+
+    from airllm_nb.checkpoint.gguf import _scale_attention
+
+    config = Gemma3TextConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads)
+    _scale_attention(config, "gemma3")
+    assert config.query_pre_attn_scalar == scalar

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -71,7 +73,7 @@ def test_every_kind_of_tensor(tmp_path: Path) -> None:
             assert data(file, name) == (flat.view(torch.uint8).numpy().tobytes() if len(flat) else b"")
 
 
-@pytest.mark.parametrize("why", ["old format", "transposed", "compressed", "wide", "twice"])
+@pytest.mark.parametrize("why", ["old format", "transposed", "compressed", "zipped anew", "negative", "wide", "twice"])
 def test_what_cannot_be_read_in_place_is_rewritten(folder: Path, cache: Path, why: str) -> None:
     expected = tiny_models.run(tiny_models.resident(folder))
     first, second = sorted(folder.glob("*.bin"))
@@ -81,10 +83,14 @@ def test_what_cannot_be_read_in_place_is_rewritten(folder: Path, cache: Path, wh
     elif why == "transposed":
         name = next(name for name, weight in weights.items() if weight.dim() == 2)
         torch.save(weights | {name: weights[name].T.contiguous().T}, first)
-    elif why == "compressed":
+    elif why == "negative":
+        name = next(name for name, weight in weights.items() if weight.dim() == 2)
+        torch.save(weights | {name: torch._neg_view(-weights[name])}, first)
+    elif why in ("compressed", "zipped anew"):
         with zipfile.ZipFile(first) as archive:
             records = {info.filename: archive.read(info) for info in archive.infolist()}
-        with zipfile.ZipFile(first, "w", zipfile.ZIP_DEFLATED) as archive:
+        how = zipfile.ZIP_DEFLATED if why == "compressed" else zipfile.ZIP_STORED
+        with zipfile.ZipFile(first, "w", how) as archive:
             for name, record in records.items():
                 archive.writestr(name, record)
     elif why == "twice":
@@ -121,6 +127,23 @@ def test_a_plan_knows_its_sizes(folder: Path) -> None:
     matrices = [weight for file in folder.glob("*.bin") for weight in torch.load(file).values() if weight.dim() == 2]
     assert plan.fit.sizes_from == "files" and not plan.fit.spaces
     assert plan.fit.weights == sum(weight.nbytes for weight in matrices)
+
+
+def test_damaged_archives_are_no_traceback(folder: Path, tmp_path: Path) -> None:
+    file = next(folder.glob("*.bin"))
+    whole = file.read_bytes()
+    directory = whole.rindex(b"PK\x01\x02")
+    for at, value in ((directory + 8, 1), (directory + 6, 99), (directory, 0), (directory + 42, 255)):
+        file.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+        with suppress(CheckpointError), AutoModel.from_pretrained(folder, device="cpu"):
+            pass
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"")
+        archive.writestr("archive/byteorder", bytes(1 << 28))
+    tracemalloc.start()
+    assert pickle_index((file,), 4) is None
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24, "a quarter of a gigabyte was not unpacked"
+    tracemalloc.stop()
 
 
 def test_a_file_that_is_cut_short(folder: Path) -> None:

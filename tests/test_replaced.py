@@ -120,6 +120,28 @@ def test_what_the_disk_refuses_to_delete_is_no_reason_not_to_load(
     assert opened(source, options(tmp_path / "shards")) == store and weights(source) == []
 
 
+def test_what_the_disk_refused_is_deleted_when_it_is_asked_for_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not before: every attempt reads the whole store."""
+    remove = originals.remove
+
+    def refused(path: Path, *rest: Any) -> list[Path]:
+        if len(weights(source)) == 2:
+            raise PermissionError(13, "Permission denied", str(path))
+        return remove(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(originals, "remove", refused)
+        store = convert_model(source, options(tmp_path / "shards"))
+    assert len(weights(source)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("airllm_nb.checkpoint.store.Store.verify", lambda *_: pytest.fail("read as a whole"))
+        assert opened(source, PLAIN) == store
+    assert len(weights(source)) == 2
+    assert opened(source, options(tmp_path / "shards")) == store and weights(source) == []
+
+
 # ---- where the store is ----------------------------------------------------------------------------------------------
 
 
@@ -210,6 +232,23 @@ def test_leftovers_of_a_deletion_that_came_back_otherwise_stay(
     with pytest.raises(Exception, match="is missing"):
         opened(source)
     assert weights(source) == left
+
+
+def test_parts_are_replaced_by_any_name(tmp_path: Path) -> None:
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    gguf_files.tiny_llama_gguf(downloads / "m-Q8_0.gguf", limit=8)
+    parts = sorted(downloads.glob("*.gguf"))
+    store = convert_model(parts[0], options(tmp_path / "shards"))
+    assert len(parts) > 2 and not list(downloads.glob("*.gguf"))
+    for name in (
+        downloads,
+        *parts,
+        downloads / "m-Q8_0.gguf",
+        f"{downloads}:m-Q8_0.gguf",
+        f"{downloads}:{parts[1].name}",
+    ):
+        assert opened(name) == store, name
 
 
 def test_a_gguf_file_is_replaced_for_itself_alone(tmp_path: Path) -> None:

@@ -175,15 +175,26 @@ def _parsed_config(path: Path, nbytes: int, changed: int) -> Any:
     if file.is_split:  # transformers looks for the head in the first part alone
         config.tie_word_embeddings = "output.weight" not in file.tensors or file.architecture in ("falcon", "bloom")
     scale_rope(config, file)
+    _scale_attention(config, file.architecture)
     return config
+
+
+def _scale_attention(config: Any, architecture: str) -> None:
+    """Gemma's largest models divide by another number than the others; a file does not say it, their layers do.
+
+    So does llama.cpp tell them (``f_attention_scale`` in its ``src/llama-model.cpp``).
+    """
+    if config.num_hidden_layers == {"gemma2": 46, "gemma3": 62}.get(architecture):
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
 
 
 def supported_architectures() -> tuple[str, ...]:
     """The GGUF architectures of causal language models that the installed transformers can map."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    spelled = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss", "minimax_m2": "minimax-m2"}
-    other = {"general", "tokenizer", "t5", "umt5", "mistral"}
+    spelled = {"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "minimax_m2": "minimax-m2"}
+    # Of gpt-oss it reads neither the RoPE scaling nor the experts.
+    other = {"general", "tokenizer", "t5", "umt5", "mistral", "gpt_oss"}
     return tuple(sorted(spelled.get(name, name) for name in GGUF_SUPPORTED_ARCHITECTURES if name not in other))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -27,8 +26,6 @@ from .source import Source
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8
-# Bytes of what stands before each record of a zip archive.
-RECORD_HEADER = 30
 
 
 class Headers:
@@ -125,9 +122,6 @@ def _header(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
 def _pickled(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
     file = None if path.is_file() else RemoteFile(ranges(name))
     with path.open("rb") if file is None else file as opened:
-        if file is not None and zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                file.fetch((record.header_offset for record in archive.infolist()), RECORD_HEADER)
         found = tensors_in_place(path, cast(BinaryIO, opened))
     if found is None and file is not None and file.failure is not None:
         raise file.failure

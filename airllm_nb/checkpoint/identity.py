@@ -76,6 +76,8 @@ def stored(
         and (store.folder / "config.json").is_file()
     ]
     exact = [store for store in found if store.revision == commit or store.source == old]
+    if len({store.model for store in exact or found}) > 1:  # of several GGUF files; nobody said which
+        return None
     return max(exact or ([] if options.revision else found), key=lambda store: store.used, default=None)
 
 

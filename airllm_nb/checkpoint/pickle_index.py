@@ -18,7 +18,7 @@ import torch
 from ..errors import CheckpointError
 from .convert import CASTABLE, DTYPE_NAMES
 from .index import ITEMSIZE, CheckpointIndex, Extent, TensorInfo
-from .pickles import lies_plain, load_pickle
+from .pickles import load_pickle, plain_runs
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def tensors_in_place(file: Path, opened: BinaryIO) -> dict[str, TensorInfo] | No
 
     Neither is there an answer for a damaged file: loading it says what is wrong.
     """
-    if not lies_plain(opened):
+    runs = plain_runs(opened)
+    if runs is None:
         return None
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -61,20 +62,26 @@ def tensors_in_place(file: Path, opened: BinaryIO) -> dict[str, TensorInfo] | No
     except CheckpointError as error:
         log.info("%s is not read in place: %s", file, error)
         return None
-    found = {name: _tensor(file, name, tensor) for name, tensor in tensors.items()}
-    size = opened.seek(0, 2)
-    lies = {name: info for name, info in found.items() if info and info.extents[0].offset + info.nbytes <= size}
+    found = {name: _tensor(file, name, tensor, runs) for name, tensor in tensors.items()}
+    lies = {name: info for name, info in found.items() if info is not None}
     return lies if len(lies) == len(found) else None
 
 
-def _tensor(file: Path, name: str, tensor: torch.Tensor) -> TensorInfo | None:
-    dtype, start = DTYPE_NAMES.get(tensor.dtype), None
-    if tensor.layout is torch.strided and tensor.is_contiguous():
-        start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # older versions of torch do not say it
-    if dtype is None or start is None:
+def _tensor(file: Path, name: str, tensor: torch.Tensor, runs: Mapping[int, int]) -> TensorInfo | None:
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None or tensor.layout is not torch.strided or not tensor.is_contiguous():
         return None
-    offset, nbytes = start + tensor.storage_offset() * tensor.element_size(), tensor.numel() * tensor.element_size()
-    return TensorInfo(name, dtype, tuple(tensor.shape), (Extent(file, offset, nbytes),))
+    if tensor.is_neg() or tensor.is_conj():  # a bit beside the bytes
+        return None
+    storage = tensor.untyped_storage()
+    start = getattr(storage, "_checkpoint_offset", None)  # older versions of torch do not say it
+    # Torch calculates it as if it had written the archive itself: that is checked.
+    if start is None or (storage.nbytes() and runs.get(start) != storage.nbytes()):
+        return None
+    offset, nbytes = tensor.storage_offset() * tensor.element_size(), tensor.numel() * tensor.element_size()
+    if offset + nbytes > storage.nbytes():
+        return None
+    return TensorInfo(name, dtype, tuple(tensor.shape), (Extent(file, start + offset, nbytes),))
 
 
 @functools.lru_cache(maxsize=64)

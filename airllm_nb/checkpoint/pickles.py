@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,9 @@ from .shard import Entry
 from .source import Source
 from .store import StoreMeta
 
+# What stands before each record of a zip archive: at its end the lengths of a name and of a field that follow.
+_HEADER, _ENCRYPTED = struct.Struct("<26xHH"), 1
+_STORAGE = re.compile(r"/data/(\d+)$")
 # How torch's data-only unpickler names what it refused to import.
 _CALL = re.compile(r"(?:GLOBAL|Unsupported class) ([\w.]+)")
 
@@ -54,7 +58,7 @@ class PickledWeights(Mapping[str, torch.Tensor]):
                 self._home[name] = file
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._load(self._home[name])[name].to(TORCH_DTYPES[self.specs[name].dtype])
+        return self._load(self._home[name])[name].resolve_neg().to(TORCH_DTYPES[self.specs[name].dtype])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -84,7 +88,7 @@ def load_pickle(file: Path, opened: BinaryIO | None = None) -> dict[str, torch.T
     """
     try:
         whole = torch.load(opened or file, map_location="cpu", weights_only=True,
-                           mmap=opened is None and lies_plain(file))  # fmt: skip
+                           mmap=opened is None and _is_mappable(file))  # fmt: skip
     except pickle.UnpicklingError as error:
         if found := _CALL.search(str(error)):
             raise CheckpointError(f"{file} wants to call {found[1]}; nothing was run and the file was not loaded. Use "
@@ -102,18 +106,38 @@ def load_pickle(file: Path, opened: BinaryIO | None = None) -> dict[str, torch.T
     return {str(name): value for name, value in whole.items() if isinstance(value, torch.Tensor)}
 
 
-def lies_plain(file: Path | BinaryIO) -> bool:
-    """Whether a .bin file holds its tensors as they are in memory: uncompressed, in the byte order of this machine."""
-    if not zipfile.is_zipfile(file):
-        return False
+def plain_runs(opened: BinaryIO) -> dict[int, int] | None:
+    """Where the bytes of each record of a .bin file begin → how many they are.
+
+    ``None`` where they are not what they are in memory: of another archive than an uncompressed zip, packed, encrypted,
+    in another byte order or another order than torch writes them in. Damage is the loader's to name.
+    """
     try:
-        with zipfile.ZipFile(file) as archive:
-            order = next((name for name in archive.namelist() if name.endswith("/byteorder")), None)
-            return (order is None or archive.read(order) == sys.byteorder.encode()) and all(
-                info.compress_type == zipfile.ZIP_STORED for info in archive.infolist()
-            )
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError):  # loading it says what is wrong
-        return False
+        opened.seek(0)
+        if not zipfile.is_zipfile(opened):
+            return None
+        with zipfile.ZipFile(opened) as archive:
+            records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        if any(record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED for record in records):
+            return None
+        fetch = getattr(opened, "fetch", None)  # of a file that is not here
+        if fetch is not None:
+            fetch([record.header_offset for record in records], _HEADER.size)
+        runs, numbers = {}, []
+        for record in records:
+            opened.seek(record.header_offset)
+            name, extra = _HEADER.unpack(opened.read(_HEADER.size))
+            start = record.header_offset + _HEADER.size + name + extra
+            runs[start] = record.file_size
+            if record.filename.endswith("/byteorder"):
+                opened.seek(start)
+                if opened.read(16)[: record.file_size] != sys.byteorder.encode():
+                    return None
+            if number := _STORAGE.search(record.filename):
+                numbers.append(int(number[1]))
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, NotImplementedError, struct.error):
+        return None
+    return runs if numbers == sorted(numbers) else None
 
 
 def convert_pickles(
@@ -148,6 +172,11 @@ def convert_pickles(
     if not weights:
         raise CheckpointError(f"{source.files[0]} holds no tensors; download it again")
     return rewrite(folder, weights, meta, copy, progress, source.origin)
+
+
+def _is_mappable(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return plain_runs(opened) is not None
 
 
 def _target(file: Path, name: str, tensor: torch.Tensor, dtype: str | None) -> str:

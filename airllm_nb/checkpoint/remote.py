@@ -10,6 +10,7 @@ from .ranges import Ranges
 
 BLOCK = 256 << 10
 AT_ONCE = 8
+MOST = 20_000
 
 
 class RemoteFile(io.RawIOBase):
@@ -51,8 +52,16 @@ class RemoteFile(io.RawIOBase):
         return count
 
     def fetch(self, offsets: Iterable[int], count: int) -> None:
-        """Have ``count`` bytes at each of ``offsets``, fetched several at a time."""
+        """Have ``count`` bytes at each of ``offsets``, fetched several at a time.
+
+        Raises
+        ------
+        ValueError
+            If they are more than any header has.
+        """
         missing = [offset for offset in offsets if self._found(offset, count) is None]
+        if len(missing) > MOST:
+            raise ValueError(f"{len(missing):,} parts of a header")
         with ThreadPoolExecutor(AT_ONCE, "ranges") as pool:
             list(pool.map(lambda offset: self._fetch(offset, count), missing))
 

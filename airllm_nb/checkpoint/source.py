@@ -12,6 +12,7 @@ from typing import Any
 from ..config import LoadOptions, cache_dir
 from ..errors import CheckpointError, SourceError
 from ..trace import ProgressCallback, silent
+from .cached import cached_stores
 from .foreign import refuse_foreign
 from .gguf_split import whole_name
 from .hub import CheckConfig, Snapshot, fetch, offline
@@ -166,7 +167,11 @@ def _fingerprint(name: str, repo_id: str, snapshot: Snapshot, options: LoadOptio
     base = Path(options.layer_shards_saving_path or cache_dir())
     old = by_commit(repo_id, snapshot.commit, snapshot.weights)
     new = by_contents(repo_id, snapshot.contents, snapshot.weights)
+    if not new:  # a cache without links does not say it, but a store may know its commit
+        same = (store for store in cached_stores(base.absolute()) if store.state == "finished" and store.source)
+        named = repo_id, snapshot.commit, name
+        return next((store.source for store in same if (store.origin, store.revision, store.model) == named), old)
     # Without compression the store is called none or normalised.
     of_this = f"{glob.escape(name)}--{options.compression or 'no*'}--*--"
     has_old, has_new = (any(base.glob(of_this + said[:8])) for said in (old, new))
-    return old if not new or (has_old and not has_new) else new
+    return old if has_old and not has_new else new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
@@ -28,8 +29,8 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 CODED = (*FP8, "F8_E8M0", "I8", "U8", "I32")
 # What names of packed tensors have in them → who packs so.
 _MARKS = {
-    ".qweight": "GPTQ or AWQ", STATE: "bitsandbytes", ".absmax": "bitsandbytes", ".SCB": "bitsandbytes",
-    "_blocks": "MXFP4", ".weight_packed": "compressed-tensors", ".weight_scale_2": "NVFP4",
+    r"\.qweight$": "GPTQ or AWQ", re.escape(STATE): "bitsandbytes", r"\.(absmax|SCB)$": "bitsandbytes",
+    r"_blocks$": "MXFP4", r"\.weight_packed$": "compressed-tensors", r"\.weight_scale_2$": "NVFP4",
 }  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def look_packed(index: Mapping[str, TensorInfo]) -> bool:
 
 def layout(name: str) -> str:
     """Who packs weights into tensors of such a name; empty where nobody does."""
-    return next((who for mark, who in _MARKS.items() if mark in name), "")
+    return next((who for mark, who in _MARKS.items() if re.search(mark, name)), "")
 
 
 def scale_of(names: Iterable[str], index: Iterable[str]) -> tuple[str, str] | None:
