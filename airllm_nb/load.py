@@ -6,6 +6,7 @@ Nothing of the weights is read here, except where a store must be written first.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,8 @@ from .trace import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 NONE = get_codec(None)
 # Where a weight that is not here would be.
@@ -71,7 +74,7 @@ def prepare(
     # Before the model is downloaded or converted: an adapter of another one is refused here.
     adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
     packed_as = at_rest.packed_as(source, headers) if codec.name == "none" or store is None else ""
-    _check_codec(codec, source, skeleton, packed_as)
+    _check_codec(codec, source, skeleton, packed_as, options)
     if store:
         source, found, known, once, piecewise = _Found(source, at_rest.Weights(store.folder, store.index))
     else:
@@ -95,10 +98,14 @@ def prepare(
     return made
 
 
-def _check_codec(codec: Codec, source: Source, skeleton: Any, packed_as: str) -> None:
+def _check_codec(codec: Codec, source: Source, skeleton: Any, packed_as: str, options: LoadOptions) -> None:
     if codec.name != "none" and packed_as and source.format != "gguf":
         raise OptionError(f"{source.name} is packed already ({packed_as}) and streams as it is; leave out "
                           f"compression={codec.name!r}, or load the unquantised checkpoint")  # fmt: skip
+    if codec.name != "none" and packed_as:
+        level = logging.WARNING if options.delete_original else logging.INFO  # for good, then
+        log.log(level, "%s is packed already (%s) and streams as it is; compression=%r quantises it a second time, "
+                "which is slower and worse, and may be larger", source.name, packed_as, codec.name)  # fmt: skip
     if codec.name != "none" and not compressible(skeleton):
         raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
                                     "are); load it without compression")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -403,3 +404,30 @@ def test_the_rate_counts_from_the_beginning_of_a_stage(name: str, monkeypatch: p
         texts[now[0]] = (line._text(report, now[0]), meter.text(report))
     for at, has_rate in ((10.0, True), (20.0, False), (30.0, True)):
         assert all(("102.4 MiB/s" in text) is has_rate and ("/s" in text) is has_rate for text in texts[at]), texts
+
+
+def test_a_log_has_a_line_of_progress_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Where nobody looks at a terminal, stages that change all the time are no reason to be silent."""
+    now = 1000.0
+    monkeypatch.setattr("airllm_nb.cli.commands.time.monotonic", lambda: now)
+    with ProgressLine() as line:
+        for step in range(100):
+            line.show(Progress("download" if step % 2 else "convert", step, 100, detail="org/m"))
+            now += 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all(text.startswith(("download org/m", "convert org/m")) for text in said)
+
+
+@pytest.mark.parametrize("kept", [None, b"{}", b"no json"])
+def test_a_tokenizer_that_is_not_there_is_one_line(
+    cli: Callable[..., Any], endless: Path, tmp_path: Path, kept: bytes | None
+) -> None:
+    folder = Path(shutil.copytree(endless, tmp_path / "model"))
+    for file in [*folder.glob("*token*"), *folder.glob("vocab*"), *folder.glob("merges*")]:
+        if kept is None or "special" in file.name:
+            file.unlink()
+        elif file.name == "tokenizer.json":
+            file.write_bytes(kept)
+    code, out, err = cli("generate", folder, "hello", "-n", 2)
+    assert (code, out) == (1, "") and err.count("\n") == 1 and "give token ids to model.generate" in err
+    assert ("holds no tokenizer" in err) is (kept is None) and ("cannot be read" in err) is (kept is not None)

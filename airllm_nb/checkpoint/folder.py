@@ -154,6 +154,9 @@ def _lock_file(folder: Path, progress: ProgressCallback, should_stop: Callable[[
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / LOCK).open("ab")
         except (FileNotFoundError, FileExistsError):  # removed in the middle of either
+            if last and not folder.exists() and not folder.is_symlink():
+                raise StoreError(f"{folder} cannot be made: what should be above it is not there; name another folder "
+                                 "with layer_shards_saving_path=…") from None  # fmt: skip
             if last or folder.exists():
                 raise StoreError(f"{folder} is in the way, or is removed again and again; name another folder with "
                                  "layer_shards_saving_path=…") from None  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +29,11 @@ def pickle_index(files: tuple[Path, ...], itemsize: int) -> CheckpointIndex | No
 
     That is so for files of the old format, for tensors that are no plain run of bytes (transposed ones), and for
     matrices that are wider than ``itemsize``.
+
+    Raises
+    ------
+    CheckpointError
+        If a file was cut short.
     """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
@@ -88,4 +94,6 @@ def _tensor(file: Path, name: str, tensor: torch.Tensor, runs: Mapping[int, int]
 def _of_file(file: Path, nbytes: int, changed: int) -> dict[str, TensorInfo] | None:
     """A plan and a load after it ask several times."""
     with file.open("rb") as opened:
+        if opened.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(opened):
+            raise CheckpointError(f"{file} is truncated or damaged (the archive has no end); download the file again")
         return tensors_in_place(file, opened)

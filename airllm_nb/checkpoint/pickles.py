@@ -191,4 +191,4 @@ def _damaged(file: Path, error: Any) -> CheckpointError:
     # Of torch's twenty lines of advice, the one that says what is wrong.
     found = re.search(r"WeightsUnpickler error: (.+)", str(error))
     line = found[1] if found else (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    return CheckpointError(f"{file} is truncated or damaged ({line}); download the file again")
+    return CheckpointError(f"{file} is truncated or damaged ({line.split('. ')[0]}); download the file again")

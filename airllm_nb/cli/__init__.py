@@ -33,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AirLLMError as error:
         return _fail(str(error), USER)
     except KeyboardInterrupt as stopped:
-        return _fail(str(stopped) or "interrupted; what was downloaded or converted is kept", INTERRUPTED)
+        return _fail(
+            str(stopped)
+            or "interrupted; what was downloaded or converted is kept: the same command goes on from there",
+            INTERRUPTED,
+        )
     except BrokenPipeError:
         # The reader of stdout has gone: give Python something to flush into at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

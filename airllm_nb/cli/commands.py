@@ -124,8 +124,12 @@ def _summary(result: Any) -> str:
     return " · ".join([*parts, ends.get(result.stopped_by, result.stopped_by)])
 
 
+# Between lines of progress in a log.
+PLAIN_SECONDS = 30.0
+
+
 class ProgressLine:
-    """How far long work is, on stderr, where that is a terminal; called from any thread."""
+    """How far long work is, on stderr: where that is no terminal, a line now and then. Called from any thread."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
@@ -139,12 +143,13 @@ class ProgressLine:
         # One stage may follow another of the same name.
         if (counted := (progress.stage, progress.total)) != self._counted or progress.done < last:
             self._counted, self._first, self._since = counted, progress.done, now
-        elif now < self._next:
+            self._next = now if self._live else self._next or now + PLAIN_SECONDS
+        if now < self._next:
             return
-        if self._live:
-            self._next = now + 0.25
-            sys.stderr.write(f"\r\x1b[K{self._text(progress, now)}")
-            sys.stderr.flush()
+        self._next = now + (0.25 if self._live else PLAIN_SECONDS)
+        text = self._text(progress, now)
+        sys.stderr.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
+        sys.stderr.flush()
 
     def _text(self, progress: Progress, now: float) -> str:
         amount = format_bytes if progress.unit == "bytes" else "{:,.0f}".format

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.legacy.families import family_of
 from ..checkpoint.legacy.llama import llama_tokenizer
-from ..errors import UnsupportedModelError
+from ..errors import CheckpointError, UnsupportedModelError
+
+# A tokenizer's vocabulary; what is said of it alone is none.
+_FILES = re.compile(r"^tokenizer\.|^vocab|^merges|\.model$|tiktoken|^tekken|^spiece|sentencepiece")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -32,10 +36,14 @@ def load_tokenizer(folder: Path) -> Any:
         return converted
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"{folder.name}: its tokenizer is code of its own, which is never run here; save a tokenizer.json of it "
-            "into the folder, or give token ids to model.generate"
-        ) from None
+    except Exception as error:  # whatever a file makes a tokenizer of any family run into
+        ids = "or give token ids to model.generate"
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(f"{folder.name}: its tokenizer is code of its own, which is never run here; "
+                                        f"save a tokenizer.json of it into the folder, {ids}") from None  # fmt: skip
+        if not any(_FILES.search(path.name) for path in folder.iterdir()):
+            raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or the like); copy "
+                                  f"its files from the original model, {ids}") from None  # fmt: skip
+        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: "
+                              f"{str(error).strip().partition(chr(10))[0][:160]}); download its files again, "
+                              f"{ids}") from error  # fmt: skip
