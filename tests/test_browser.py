@@ -85,7 +85,10 @@ def _live(lab: Lab, source: str = LONG) -> tuple[int, Any]:
     cell = lab.cell(index)
     for name in ("vram", "overlap"):
         cell.locator(f".airllm-{name} img").wait_for(timeout=120_000)
-    lab.until("el => el.innerText.includes(' ')", _text(cell).element_handle())
+    ends = time.monotonic() + 120
+    while " " not in _text(cell).inner_text():  # asked anew each time: outputs are drawn again as they come
+        assert time.monotonic() < ends, "no text came"
+        lab.page.wait_for_timeout(50)
     assert lab.is_running(index)
     return index, cell
 
