@@ -45,7 +45,7 @@ def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, option
     """What is here already and needs nothing written; ``None`` when there is work to do."""
     if codec.name == "none" and source.format == "gguf":
         return _gguf(source, skeleton, dtype, options)
-    folder, index = source.folder, index_in_place(source, dtype) if codec.name == "none" else None
+    folder, index = source.folder, index_in_place(source, dtype.itemsize) if codec.name == "none" else None
     if index is None and (codec.name != "none" or source.format != "safetensors"):
         folder = _folder(source, codec.name, dtype, options)
         store = _whole(folder)
@@ -68,7 +68,7 @@ def alone(
 
     What :func:`find` says may be another thing then.
     """
-    in_place = codec.name == "none" and (source.format != "bin" or index_in_place(source, dtype) is not None)
+    in_place = codec.name == "none" and (source.format != "bin" or index_in_place(source, dtype.itemsize) is not None)
     if in_place and source.format != "gguf" and not normalised_names(source):
         yield
         return
@@ -90,7 +90,9 @@ def to_write(
     if source.format == "gguf" and (source.gguf_file or source.header) and codec.name == "none":
         once = gguf_in_place(source, dtype_name(dtype)).rest
         return sum(tensor.numel() * dtype.itemsize for name, tensor in parameters if name in once)
-    if source.format == "gguf" or (source.format == "bin" and known is None and index_in_place(source, dtype) is None):
+    if source.format == "gguf" or (
+        source.format == "bin" and known is None and index_in_place(source, dtype.itemsize) is None
+    ):
         done = _is_store(_folder(source, "none", dtype, options))
         return 0 if done else sum(tensor.numel() * tensor.element_size() for _, tensor in parameters)
     once = normalised_names(source)
@@ -119,9 +121,10 @@ def _write(
         return written
     once = _folder(source, NORMALISED, dtype, options)
     was_there, once_was_there = _is_store(_folder(source, "none", dtype, options)), _is_store(once)
-    plain = _plain(source, dtype, options, progress)
-    index = index_in_place(source, dtype) if plain == source.folder else open_store(plain).index  # type: ignore[union-attr]
-    assert index is not None
+    index, plain = index_in_place(source, dtype.itemsize), source.folder
+    if index is None:
+        plain = _rewritten(source, dtype, options, progress)
+        index = open_store(plain).index  # type: ignore[union-attr]
     tensors, packed = mapped(index, source, skeleton)
     if rows := normalised_names(source):
         tensors |= write_normalised(once, tensors, rows, dtype, _meta(source, get_codec(None), dtype), progress).index
@@ -205,10 +208,8 @@ def _discard(folder: Path) -> None:
         remove_store(folder)
 
 
-def _plain(source: Source, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback) -> Path:
-    """A folder of plain safetensors: the source's own, or one written once from pickles or GGUF."""
-    if index_in_place(source, dtype) is not None:
-        return source.folder
+def _rewritten(source: Source, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback) -> Path:
+    """A folder of plain safetensors, written once from pickles or GGUF."""
     folder, name = _folder(source, "none", dtype, options), dtype_name(dtype)
     if source.format == "gguf":
         return convert_gguf(source, folder, name, progress=progress)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WIDEST = 8  # bytes of a value
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -80,7 +82,7 @@ def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:
     if source.gguf_file is not None or source.header is not None:
         found = gguf_in_place(source, dtype_name(skeleton.dtype))
         return Weights(source.folder, found.tensors, found.packed)
-    index = index_in_place(source, skeleton.dtype)
+    index = index_in_place(source, skeleton.dtype.itemsize)
     index = headers.index if index is None else index
     if index is not None and source.format == "bin" and is_wide(index, skeleton.dtype.itemsize):
         headers.why_not = f"its weights are rewritten once, as {dtype_name(skeleton.dtype)}"
@@ -96,11 +98,17 @@ def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:
     return Weights(source.folder, {name: info for name, info in tensors.items() if name not in once}, packed)
 
 
-def index_in_place(source: Source, dtype: torch.dtype) -> CheckpointIndex | None:
-    """What is read where it lies; ``None`` where it is not here, or is rewritten once."""
+def index_in_place(source: Source, itemsize: int) -> CheckpointIndex | None:
+    """What is read where it lies; ``None`` where it is not here, or is rewritten once.
+
+    Parameters
+    ----------
+    itemsize
+        Of what is computed in; .bin files with wider matrices are rewritten.
+    """
     if source.files and source.format == "safetensors":
         return read_index(source.folder)
-    return pickle_index(source.files, dtype.itemsize) if source.files and source.format == "bin" else None
+    return pickle_index(source.files, itemsize) if source.files and source.format == "bin" else None
 
 
 def mapped(
@@ -144,8 +152,8 @@ def _config(
     file = next((name for name in formats.BESIDE if (source.folder / name).is_file()), None)
     if file is None or source.format == "gguf" or formats.quantisation(config):
         return config
-    if index is None and source.files:
-        index = read_index(source.folder) if source.format == "safetensors" else pickle_index(source.files, 8)
+    if index is None:
+        index = index_in_place(source, WIDEST)
     if index is None and headers is not None:
         index = headers.index
     if index is not None and not formats.look_packed(index):

@@ -35,13 +35,11 @@ class Headers:
     ----------
     why_not
         Why there are none, once they were asked for; empty where there are.
-    sizes
-        The bytes of each file, once they were asked for.
     """
 
     def __init__(self, source: Source, options: LoadOptions, progress: ProgressCallback):
         self._source, self._options, self._progress = source, options, progress
-        self.why_not, self.sizes = "", dict[Path, int]()
+        self.why_not = ""
 
     @functools.cached_property
     def by_file(self) -> Mapping[Path, Mapping[str, TensorInfo]] | None:
@@ -52,6 +50,15 @@ class Headers:
         CheckpointError
             If a header is damaged.
         """
+        return None if self._heads is None else {path: tensors for path, (tensors, _) in self._heads.items()}
+
+    @property
+    def sizes(self) -> Mapping[Path, int]:
+        """The bytes of each file; empty where headers cannot be had."""
+        return {path: size for path, (_, size) in (self._heads or {}).items()}
+
+    @functools.cached_property
+    def _heads(self) -> dict[Path, _Head] | None:
         source = self._source
         if source.files or source.repo_id is None or source.revision is None:
             return None
@@ -68,7 +75,7 @@ class Headers:
         """The whole checkpoint, as :func:`~airllm_nb.checkpoint.index.read_index` gives it once it is here."""
         return None if self.by_file is None else join_headers(self._source.folder, self.by_file)
 
-    def _asked(self, repo_id: str, commit: str) -> Mapping[Path, Mapping[str, TensorInfo]] | None:
+    def _asked(self, repo_id: str, commit: str) -> dict[Path, _Head] | None:
         key = repo_id, commit, self._source.wanted
         failures: tuple[type[BaseException], ...] = (NoRanges, _NotInPlace, OSError, *unreachable())
         try:
@@ -80,8 +87,7 @@ class Headers:
             return None
         _latest.clear()  # one is enough: it is for the plans of one model under several budgets
         _latest[key] = found
-        self.sizes = {path: size for path, (_, size) in found.items()}
-        return {path: tensors for path, (tensors, _) in found.items()}
+        return found
 
     def _all(self, ranges: Callable[[str], Ranges]) -> dict[Path, _Head]:
         folder, names = self._source.folder, self._source.wanted

@@ -15,8 +15,6 @@ from .source import Source
 def weight_sizes(source: Source, headers: Headers) -> dict[Path, int]:
     """The weight files and their bytes."""
     paths = [source.folder / name for name in source.wanted or [path.name for path in source.files]]
-    if not all(path.is_file() for path in paths):
-        headers.by_file  # noqa: B018 - has them asked for
     return {path: path.stat().st_size if path.is_file() else headers.sizes.get(path, 0) for path in paths}
 
 
