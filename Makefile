@@ -42,7 +42,11 @@ KERNEL_7.3 := ipykernel==7.3.0 nest-asyncio2==1.7.4
 FORMATS := build/formats
 FORMAT_PACKAGES := autoawq==0.2.9 auto-gptq==0.7.1 gptqmodel==7.7.0
 
-.PHONY: help demo test test-floor test-gpu lint browser kernels formats bench venv clean
+# The compiler of our GPU kernels, which PyTorch for CUDA brings along: it interprets and compiles them without a GPU. Not in
+# .venv, where a PyTorch for CUDA wants a version of its own.
+TRITON := build/triton
+
+.PHONY: help demo test test-floor test-gpu lint browser kernels formats triton bench venv clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -50,7 +54,7 @@ help: ## this list
 demo: $(STAMP) ## run notebooks/quickstart.ipynb on a real model; leaves it and its HTML in build/
 	@$(BIN)/python tools/demo.py
 
-test: lint browser test-floor kernels formats ## lint, the core tests on the oldest transformers, then the whole suite
+test: lint browser test-floor kernels formats triton ## lint, the core tests on the oldest transformers, then the whole suite
 	@echo "== the whole suite"
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
@@ -87,6 +91,16 @@ $(FORMATS)/installed: $(STAMP) Makefile
 	@echo "== installing AutoAWQ, AutoGPTQ and GPTQModel into $(FORMATS)"
 	@rm -rf $(FORMATS) && BUILD_CUDA_EXT=0 $(PIP_INSTALL) --no-deps --no-binary auto-gptq --target $(FORMATS) $(FORMAT_PACKAGES)
 	@touch $@
+
+triton: $(TRITON)/installed ## Triton, for the tests of GPU kernels
+
+$(TRITON)/installed: $(STAMP) Makefile
+	@if [ "$$(uname -s)" = Linux ]; then \
+	  echo "== installing Triton into $(TRITON)"; \
+	  rm -rf $(TRITON) && $(PIP_INSTALL) --no-deps --target $(TRITON) triton==3.6.0 && touch $@; \
+	else \
+	  echo "make: there is no Triton but for Linux; the tests of GPU kernels are skipped" >&2; \
+	fi
 
 bench: $(STAMP) ## seconds a token beside AirLLM 4.0.0, on this machine
 	@test -f benchmarks/compare.py || { echo "make: benchmarks/compare.py is not there yet" >&2; exit 1; }

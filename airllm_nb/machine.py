@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from .config import GiB
 from .load import NOWHERE
 from .model.device import available_ram, has_memory
 from .model.packed import PackedLinear
@@ -53,8 +52,9 @@ def _reads_directly(prepared: Prepared, file: Path) -> bool:
 def _compute_bandwidth(prepared: Prepared) -> float:
     """Bytes of weights a second that one token's matrix product reads, as they are encoded here, on this device."""
     device, kind = prepared.device, prepared.device.type
-    # The probe itself must stay far inside the budget that it serves.
-    side = _PROBE_SIDE[kind] if kind == "cpu" or prepared.vram_budget > GiB else 2048
+    side = _PROBE_SIDE[kind]
+    while kind != "cpu" and side > 2048 and 16 * side**2 > prepared.vram_budget:  # far inside the budget that it serves
+        side //= 2
     packed = _typical([each for each in prepared.skeleton.modules() if isinstance(each, PackedLinear)])
     if packed is not None and not packed.keeps:
         module = packed.sample(device)

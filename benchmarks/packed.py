@@ -59,6 +59,10 @@ def gptq(name: str, rows: int, columns: int) -> Tensors:
             f"{name}.scales": ("F16", (groups, rows))}  # fmt: skip
 
 
+def gptq_ordered(name: str, rows: int, columns: int) -> Tensors:
+    return gptq(name, rows, columns) | {f"{name}.g_idx": ("I32", (columns,))}
+
+
 def awq(name: str, rows: int, columns: int) -> Tensors:
     return gptq(name, rows, columns) | {f"{name}.qweight": ("I32", (columns, rows // 8))}
 
@@ -68,9 +72,11 @@ FORMATS: dict[str, tuple[Callable[[str, int, int], Tensors], dict[str, Any]]] = 
     "bitsandbytes": (bitsandbytes, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                                     "bnb_4bit_use_double_quant": True}),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False}),
+    "gptq-g_idx": (gptq_ordered, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True,
+                                  "desc_act": True}),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
 }  # fmt: skip
-GGUF_TYPES = ("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+GGUF_TYPES = ("Q3_K", "IQ4_XS", "Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 KINDS = ("nf4", *FORMATS, *GGUF_TYPES)
 
 
@@ -127,6 +133,8 @@ def _write_tensors(file: Any, tensors: Tensors, group: dict[str, tuple[int, ...]
             from bitsandbytes.functional import get_4bit_type
 
             file.write(get_4bit_type("nf4", device="cpu").numpy().tobytes())
+        elif name.endswith(".g_idx"):  # neighbours in different groups, each group whole
+            file.write((np.arange(size[0]) * 37 % size[0] // GROUP).astype(np.int32).tobytes())
         else:
             for chunk in noise(name, nbytes):
                 file.write(chunk)
@@ -147,9 +155,9 @@ def write_gguf(path: Path, shape: str, layers: int, kind: str) -> None:
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
     writer.add_tokenizer_model("gpt2")
-    words = [*map(chr, range(33, 127)), "ab"]
+    words = [*map(chr, range(33, 127)), "ab", "cd"]
     writer.add_token_list([*words, *(f"t{number}" for number in range(config["vocab_size"] - len(words)))])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])  # transformers takes a list of one for its only entry
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
              "lm_head.weight": "output.weight"}  # fmt: skip
     sizes = {_gguf_name(name, names): size for group in weights_by_file(config) for name, size in group.items()}

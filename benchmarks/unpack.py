@@ -1,6 +1,6 @@
 """How fast packed matrices are unpacked: packed bytes a second, to hold against the link's.
 
-    python benchmarks/unpack.py [--device cuda] [--dtypes bfloat16 float16] [--rows 28672] [--columns 8192]
+    python benchmarks/unpack.py [--device cuda] [--dtypes bfloat16 float16] [--no-kernels]
 
 A Markdown table on standard output; random bytes, the best of several runs. The matrix is the largest of a 70B model.
 """
@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from results import machine_line
 
-from airllm_nb.checkpoint.codecs import bnb
+from airllm_nb.checkpoint.codecs import bnb, kernels
 from airllm_nb.checkpoint.codecs.awq import AWQ
 from airllm_nb.checkpoint.codecs.bnb import NF4, Int8
 from airllm_nb.checkpoint.codecs.fp8 import FP8
@@ -115,13 +115,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=28672, help="a multiple of 128")
     parser.add_argument("--columns", type=int, default=8192, help="a multiple of 256")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-kernels", action="store_true", help="by PyTorch alone, as on an old GPU")
     parser.add_argument("--only", nargs="+", default=[""], help="formats whose name has one of these words in it")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device, has_kernels = torch.device(given.device), bnb.has_4bit_kernels
+    if given.no_kernels:
+        kernels.usable = lambda _: False
     print(machine_line())
-    print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}], {given.device}, {given.threads} threads; packed "
-          "GB/s:\n\n| format | bytes a value | " + " | ".join(given.dtypes) + " |")  # fmt: skip
+    kinds = " | ".join(given.dtypes)
+    print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}], {given.device}, {given.threads} threads"
+          f"{', no kernels' * given.no_kernels}; packed GB/s:\n\n| format | bytes a value | {kinds} |")  # fmt: skip
     print("|---|---|" + "---|" * len(given.dtypes))
     for name, packing, make in cases(given.rows, given.columns):
         if not any(word in name for word in given.only) or (name == WITH_KERNEL and not has_kernels(device)):

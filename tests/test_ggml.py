@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from airllm_nb.checkpoint.codecs import ggml, ggml_blocks, ggml_codebooks, packing
+from airllm_nb.checkpoint.codecs import ggml, ggml_blocks, ggml_codebooks, kernels, packing
 from airllm_nb.checkpoint.codecs.ggml import packed_row_bytes, packing_of
 
 Kind = gguf.GGMLQuantizationType
@@ -206,8 +206,12 @@ def test_bytes_of_a_row() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("has_kernels", [True, False])
 @every_type
-def test_values_on_a_gpu(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_on_a_gpu(kind: Kind, has_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.usable(torch.device("cuda"))
+    if not has_kernels:
+        monkeypatch.setattr(kernels, "usable", lambda device: False)
     weight = random_rows(kind, rows=33, columns=4096)
     wanted = reference(kind, weight)
     monkeypatch.setattr(packing, "DEVICE_BYTES", int(4096 * 12 * packing_of(int(kind)).spare))
@@ -217,3 +221,4 @@ def test_values_on_a_gpu(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype, epsilon in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
         out = unpacked(kind, weight.cuda(), torch.full((33, 4096), torch.nan, dtype=dtype, device="cuda")).cpu()
         assert torch.allclose(out.float(), wanted, rtol=1.01 * epsilon, atol=1e-6 * float(wanted.abs().max()))
+    assert not kernels._broken

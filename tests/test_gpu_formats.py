@@ -17,6 +17,7 @@ from test_formats import CASES_BY_NAME
 from test_gpu_families import streamed
 
 from airllm_nb import AutoModel
+from airllm_nb.checkpoint.codecs import kernels
 from airllm_nb.model import skeleton
 
 pytestmark = pytest.mark.gpu
@@ -47,9 +48,13 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skeleton.cut_units, "__defaults__", (12_000,))
 
 
-@pytest.mark.parametrize("dtype", NEAR)
-def test_it_says_what_the_dequantised_model_says(made: tuple[Path, Any], dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "has_kernels"), [*((dtype, True) for dtype in NEAR), ("bfloat16", False)])
+def test_it_says_what_the_dequantised_model_says(
+    made: tuple[Path, Any], dtype: str, has_kernels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, reference = made
+    if not has_kernels:  # an old GPU, or no Triton
+        monkeypatch.setattr(kernels, "usable", lambda device: False)
     ids = tiny_models.IDS.cuda()
     with torch.inference_mode():
         expected = reference(ids).logits

@@ -49,6 +49,7 @@ KEPT_IN = {
     "ipywidgets": "notebook/",
     "matplotlib": "notebook/",
     "bitsandbytes": "checkpoint/codec.py",
+    "triton": "checkpoint/codecs/triton_",
     "accelerate": "nowhere",
 }
 FILE_LINES, FUNCTION_LINES = 300, 60

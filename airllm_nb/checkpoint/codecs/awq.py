@@ -14,6 +14,7 @@ import torch
 
 from ...errors import UnsupportedModelError
 from ..index import TensorInfo
+from . import kernels
 from .gptq import group_affine, group_chunks, misfit, related
 from .packing import Packed, Packing
 
@@ -25,10 +26,13 @@ class AWQ(Packing):
     name: ClassVar[str] = "4-bit"
     transposed: ClassVar[bool] = True
     spare = 1.5
+    has_kernel: ClassVar[bool] = True
 
     group: int
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        if kernels.unpack_words(parts, out, 4, 0, self.group, is_awq=True):
+            return
         words, scale = parts["weight"], parts["scale"].float()
         minimum = _values(parts["zeros"]).float().mul_(scale).neg_()
         for rows in group_chunks(out, self.group, 1, self.spare):

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from . import kernels
 from .packing import Packing, affine, row_chunks
 
 
@@ -33,11 +34,12 @@ class Blocks(Packing):
     nbytes: ClassVar[int]
     row_steps = MappingProxyType({"weight": 1})
     spare = 6.0  # no type takes more
+    has_kernel = True
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         rows, columns = out.shape
         count = columns // self.values
-        if not count:
+        if not count or kernels.unpack_blocks(self, parts["weight"], out):
             return
         for chunk in row_chunks(rows, columns, out.device, spare=self.spare):
             packed = parts["weight"][chunk]
@@ -48,6 +50,10 @@ class Blocks(Packing):
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         """Dequantise ``blocks`` ``[rows, count, nbytes]`` into ``out`` ``[rows, count, values]``."""
         raise NotImplementedError
+
+    def table(self, device: torch.device) -> torch.Tensor | None:
+        """What a kernel looks up: the coordinates of points in int8, one after the other, or scales in float32."""
+        return None
 
 
 # ---- fields ----------------------------------------------------------------------------------------------------------

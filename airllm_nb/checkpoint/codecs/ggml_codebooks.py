@@ -7,6 +7,7 @@ are those of the ``gguf`` package (its ``quants`` classes hold ggml's tables); t
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 
@@ -85,6 +86,9 @@ class IQ4_NL(Blocks):
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         _scaled(_pairs(blocks[..., 2:], _iq4_levels()), halves(blocks, 0), out)
 
+    def table(self, device: torch.device) -> torch.Tensor:
+        return constant(device, torch.int8, *_iq4_levels())
+
 
 class IQ4_XS(Blocks):
     name, values, nbytes = "IQ4_XS", 256, 136
@@ -95,21 +99,30 @@ class IQ4_XS(Blocks):
         values = _pairs(blocks[..., 8:].unflatten(-1, (8, 16)), _iq4_levels())
         _scaled(values, halves(blocks, 0) * ((low | high << 4) - 32), out)
 
+    def table(self, device: torch.device) -> torch.Tensor:
+        return constant(device, torch.int8, *_iq4_levels())
+
 
 class MXFP4(Blocks):
     name, values, nbytes = "MXFP4", 32, 17
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        scale = _half_powers(blocks.device)[_wide(blocks[..., :1])]
+        scale = self.table(blocks.device)[_wide(blocks[..., :1])]
         _scaled(_pairs(blocks[..., 1:], _E2M1), scale, out)
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        return _half_powers(device)
 
 
 class NVFP4(Blocks):
     name, values, nbytes = "NVFP4", 64, 36
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
-        scale = _half_e4m3(blocks.device)[_wide(blocks[..., :4])]
+        scale = self.table(blocks.device)[_wide(blocks[..., :4])]
         _scaled(_pairs(blocks[..., 4:].unflatten(-1, (4, 8)), _E2M1), scale, out)
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        return _half_e4m3(device)
 
 
 @functools.cache
@@ -130,51 +143,61 @@ def _half_e4m3(device: torch.device) -> torch.Tensor:
 # ---- points of four or eight coordinates -----------------------------------------------------------------------------
 
 
-class IQ2_XXS(Blocks):
+class _Points(Blocks):
+    factor: ClassVar[int] = 1
+
+    def grid(self, device: torch.device) -> torch.Tensor:
+        return _grid(self.name, device, self.factor)
+
+    def table(self, device: torch.device) -> torch.Tensor:
+        return self.grid(device).view(torch.int8)
+
+
+class IQ2_XXS(_Points):
     name, values, nbytes = "IQ2_XXS", 256, 66
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         groups = blocks[..., 2:].unflatten(-1, (8, 8))
         signs, scale = _signs_and_scale(groups[..., 4:])
-        values = lookup(_grid(self.name, blocks.device), groups[..., :4]).mul_(signs)
+        values = lookup(self.grid(blocks.device), groups[..., :4]).mul_(signs)
         _scaled(values, halves(blocks, 0) * scale * 0.25, out)
 
 
-class IQ2_XS(Blocks):
+class IQ2_XS(_Points):
     name, values, nbytes = "IQ2_XS", 256, 74
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         fields = _unsigned(blocks[..., 2:66])
-        values = lookup(_grid(self.name, blocks.device), fields & 511)
+        values = lookup(self.grid(blocks.device), fields & 511)
         values *= lookup(_even_signs(blocks.device), fields >> 9)
         _scaled(values, halves(blocks, 0) * (0.5 + bit_fields(blocks[..., 66:], (0, 4), 15)) * 0.25, out)
 
 
-class IQ2_S(Blocks):
+class IQ2_S(_Points):
     name, values, nbytes = "IQ2_S", 256, 82
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         index = _wide(blocks[..., 2:34]) | bit_fields(_wide(blocks[..., 66:74]), (0, 2, 4, 6), 3) << 8
-        values = lookup(_grid(self.name, blocks.device), index)
+        values = lookup(self.grid(blocks.device), index)
         values *= lookup(_signs(blocks.device), blocks[..., 34:66])
         _scaled(values, halves(blocks, 0) * (0.5 + bit_fields(blocks[..., 74:], (0, 4), 15)) * 0.25, out)
 
 
-class IQ3_XXS(Blocks):
+class IQ3_XXS(_Points):
     name, values, nbytes = "IQ3_XXS", 256, 98
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         signs, scale = _signs_and_scale(blocks[..., 66:].unflatten(-1, (8, 4)))
-        values = lookup(_grid(self.name, blocks.device), blocks[..., 2:66]).mul_(signs.flatten(2))
+        values = lookup(self.grid(blocks.device), blocks[..., 2:66]).mul_(signs.flatten(2))
         _scaled(values, halves(blocks, 0) * scale * 0.5, out)
 
 
-class IQ3_S(Blocks):
+class IQ3_S(_Points):
     name, values, nbytes = "IQ3_S", 256, 110
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         index = _wide(blocks[..., 2:66]) | bit_fields(_wide(blocks[..., 66:74]), range(8), 1) << 8
-        values = lookup(_grid(self.name, blocks.device), index)
+        values = lookup(self.grid(blocks.device), index)
         values *= lookup(_signs(blocks.device), blocks[..., 74:106])
         _scaled(values, halves(blocks, 0) * (1 + 2 * bit_fields(blocks[..., 106:], (0, 4), 15)), out)
 
@@ -186,25 +209,27 @@ def _signs_and_scale(field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return signs, 0.5 + (fields.squeeze(-1) >> 28 & 15)
 
 
-class IQ1_S(Blocks):
+class IQ1_S(_Points):
     name, values, nbytes = "IQ1_S", 256, 50
+    factor = 8
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         fields = _unsigned(blocks[..., 34:])
         index = _wide(blocks[..., 2:34]) | bit_fields(fields, (0, 3, 6, 9), 7) << 8
         # [rows, blocks, 8 groups, 4 points of 8]; an eighth is added to each coordinate, or taken from it
-        values = lookup(_grid("IQ1_S", blocks.device, 8), index).unflatten(-1, (8, 32))
+        values = lookup(self.grid(blocks.device), index).unflatten(-1, (8, 32))
         values += (1 - (fields >> 15 << 1)).to(torch.int8).unsqueeze(-1)
         _scaled(values, halves(blocks, 0) * (2 * (fields >> 12 & 7) + 1) * 0.125, out)
 
 
-class IQ1_M(Blocks):
+class IQ1_M(_Points):
     name, values, nbytes = "IQ1_M", 256, 56
+    factor = 8
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         fields = _unsigned(blocks[..., 48:])
         high = bit_fields(_wide(blocks[..., 32:48]), (0, 4), 15)
-        values = lookup(_grid("IQ1_M", blocks.device, 8), _wide(blocks[..., :32]) | (high & 7) << 8)
+        values = lookup(self.grid(blocks.device), _wide(blocks[..., :32]) | (high & 7) << 8)
         values = values.unflatten(-1, (32, 8))
         values += (1 - (high >> 3 << 1)).to(torch.int8).unsqueeze(-1)
         # the float16 scale lies in the uppermost four bits of the four fields

@@ -15,6 +15,7 @@ import torch
 
 from ...errors import CheckpointError, UnsupportedModelError
 from ..index import TensorInfo
+from . import kernels
 from .packing import Packed, Packing, affine, row_chunks, stored
 from .words import select_rows, unpack_words, word_values
 
@@ -40,6 +41,7 @@ class GPTQ(Packing):
     """
 
     transposed: ClassVar[bool] = True
+    has_kernel: ClassVar[bool] = True
 
     bits: int
     group: int
@@ -51,6 +53,8 @@ class GPTQ(Packing):
         return f"{self.bits}-bit"
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        if kernels.unpack_words(parts, out, self.bits, self.offset, self.group, is_awq=False):
+            return
         words, scale = parts["weight"], parts["scale"].float()
         minimum = self._zeros(parts["zeros"])[:, : scale.shape[1]].float().mul_(scale).neg_()
         groups, unit = parts.get("group_index"), word_values(self.bits)

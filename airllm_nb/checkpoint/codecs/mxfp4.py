@@ -17,6 +17,7 @@ import torch
 
 from ...errors import CheckpointError
 from ..index import TensorInfo
+from . import kernels
 from .packing import Packed, Packing, affine, row_chunks
 
 _BLOCK = 32
@@ -31,10 +32,13 @@ class MXFP4(Packing):
     name: ClassVar[str] = "mxfp4"
     transposed: ClassVar[bool] = True
     spare = 6.5
+    has_kernel: ClassVar[bool] = True
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         (rows, columns), device = out.shape, out.device
         blocks, scales = parts["weight"].view(rows, columns // 2), parts["scale"].view(rows, columns // _BLOCK, 1)
+        if kernels.unpack_mxfp4(blocks, scales, _half_powers(device), out):
+            return
         for chunk in row_chunks(rows, columns, device, spare=self.spare):
             _fill(blocks[chunk], scales[chunk], out[chunk])
 
@@ -62,6 +66,11 @@ def _powers(device: torch.device) -> torch.Tensor:
     powers = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
     powers[255] = torch.nan  # by the specification
     return powers.to(device)
+
+
+@functools.cache
+def _half_powers(device: torch.device) -> torch.Tensor:
+    return _powers(device) / 2
 
 
 def check(settings: Mapping[str, Any]) -> None:

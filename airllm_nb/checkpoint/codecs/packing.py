@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from ..index import TensorInfo
+from . import kernels
 
 # What is unpacked at once: as many values as stay in a processor's cache, or bytes that a device has for what unpacking
 # makes beside the matrix. Fewer would cost more launches than they save.
@@ -35,12 +36,15 @@ class Packing:
     spare
         Device memory that each value of a chunk takes while it is unpacked, beside its place in the matrix: bytes that
         PyTorch's allocator reserves, which are more than there are at once.
+    has_kernel
+        Whether one of :mod:`.kernels` unpacks it, with no memory beside the matrix.
     """
 
     name: ClassVar[str] = ""
     transposed: ClassVar[bool] = False
     row_steps: Mapping[str, int] | None = None
     spare: float = 4.0
+    has_kernel: ClassVar[bool] = False
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Dequantise a matrix.
@@ -60,6 +64,8 @@ class Packing:
         """Memory that :meth:`unpack` takes at most beside a matrix of so many ``values``."""
         if device.type == "cpu":
             return 4 * min(values, HOST_VALUES)
+        if self.has_kernel and kernels.usable(device):
+            return 0
         return math.ceil(min(self.spare * values, DEVICE_BYTES)) + self.whole_bytes(values)
 
     def whole_bytes(self, values: int) -> int:

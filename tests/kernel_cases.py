@@ -1,0 +1,72 @@
+"""Matrices for the kernels that unpack, and the two ways in which they are unpacked."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from airllm_nb.checkpoint.codecs import kernels
+from airllm_nb.checkpoint.codecs.awq import AWQ
+from airllm_nb.checkpoint.codecs.gptq import GPTQ
+from airllm_nb.checkpoint.codecs.mxfp4 import MXFP4
+from airllm_nb.checkpoint.codecs.packing import Packing
+
+Parts = dict[str, torch.Tensor]
+ROWS, COLUMNS, GROUP = 256, 160, 32
+BITS = itertools.product((2, 3, 4, 8), (0, 1), (None, True))
+WORDS: list[Packing] = [GPTQ(bits, GROUP, offset, even) for bits, offset, even in BITS]
+# Everything but GGUF's types, each for [ROWS, COLUMNS].
+PACKINGS = [*WORDS, AWQ(GROUP), MXFP4()]
+
+
+def parts_of(found: Packing) -> Parts:
+    """Random, but for the scales."""
+    random = torch.Generator().manual_seed(0)
+
+    def noise(rows: int, words: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, (rows, words), dtype=torch.int32, generator=random)
+
+    if isinstance(found, MXFP4):
+        scale = torch.randint(110, 136, (ROWS, COLUMNS // 32), dtype=torch.uint8, generator=random)
+        return {"weight": noise(ROWS, COLUMNS // 8).view(torch.uint8), "scale": scale}
+    bits, groups = getattr(found, "bits", 4), ROWS // GROUP
+    parts = {
+        "weight": noise(ROWS, COLUMNS // 8) if isinstance(found, AWQ) else noise(ROWS * bits // 32, COLUMNS),
+        "zeros": noise(groups, COLUMNS * bits // 32),
+        "scale": torch.rand(groups, COLUMNS, generator=random).half(),
+    }
+    if getattr(found, "even", None):
+        parts["group_index"] = torch.randperm(ROWS, generator=random).int() // GROUP
+    return parts
+
+
+def by_kernel(found: Packing, parts: Parts, out: torch.Tensor) -> torch.Tensor:
+    """``out``, filled by a kernel and nothing else."""
+    launched = []
+
+    def launch(what: str, out: torch.Tensor, work: Any) -> bool:
+        launched.append(work())
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_try", launch)
+        found.unpack(parts, out)
+    assert launched == [None]
+    return out
+
+
+def by_pytorch(found: Packing, parts: Parts, out: torch.Tensor) -> torch.Tensor:
+    """``out``, filled without kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda device: False)
+        found.unpack(parts, out)
+    return out
+
+
+def empty(rows: int, columns: int, transposed: bool = False, **options: Any) -> torch.Tensor:
+    """A matrix that lies row by row, or column by column."""
+    out = torch.full((columns, rows) if transposed else (rows, columns), torch.nan, **options)
+    return out.t() if transposed else out

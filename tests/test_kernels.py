@@ -1,0 +1,116 @@
+"""The kernels that unpack on a GPU: they run or compile without one, and whatever fails, PyTorch unpacks instead."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import COLUMNS, PACKINGS, ROWS, by_kernel, by_pytorch, empty, parts_of
+
+from airllm_nb.checkpoint.codecs import kernels
+from airllm_nb.checkpoint.codecs.ggml import packing_of
+from airllm_nb.checkpoint.codecs.packing import Packing
+
+HERE = Path(__file__).parent
+TRITON = HERE.parent / "build" / "triton"  # by `make triton`
+GPTQ_4 = next(found for found in PACKINGS if found.name == "4-bit")
+
+
+@pytest.mark.parametrize("script", ["kernels_interpreted", "kernels_compiled"])
+def test_without_a_gpu(script: str, tmp_path: Path) -> None:
+    """In a process of its own: what imports triton once has it for all tests, and interpreted or not for good."""
+    if not TRITON.is_dir() and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is missing; run: make triton (there is one for Linux)")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TRITON), os.environ.get("PYTHONPATH", "")]),
+        "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": str(int(script == "kernels_interpreted")),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"{script}.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert not done.returncode and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-5000:]
+
+
+def test_where_there_is_none_pytorch_unpacks(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not kernels.usable(torch.device("cpu"))
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("no compiler was found")
+
+    monkeypatch.setattr(kernels, "_launch_blocks", refuse)
+    monkeypatch.setattr(torch, "tensor", lambda *args, device, **kwargs: torch.zeros(18, dtype=torch.uint8))
+    monkeypatch.setattr(torch, "empty", lambda *args, device, **kwargs: None)
+    with caplog.at_level(logging.INFO):
+        assert not kernels.usable.__wrapped__(torch.device("cuda"))
+    assert "no compiler was found" in caplog.text
+
+
+def test_a_kernel_that_fails_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, tried = parts_of(GPTQ_4), []
+    wanted = by_pytorch(GPTQ_4, parts, empty(ROWS, COLUMNS))
+
+    def fail(*args: object) -> None:
+        tried.append(args)
+        raise TypeError("cannot be compiled")
+
+    monkeypatch.setattr(kernels, "usable", lambda device: True)
+    monkeypatch.setattr(kernels, "_broken", set())
+    monkeypatch.setattr(kernels, "_launch_words", fail)
+    for _ in range(2):
+        out = empty(ROWS, COLUMNS)
+        GPTQ_4.unpack(parts, out)
+        assert torch.equal(out, wanted)
+    assert len(tried) == 1 and len(caplog.records) == 1 and "cannot be compiled" in caplog.text
+
+
+def test_a_kernel_takes_no_memory_beside_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, q4_k = torch.device("meta"), packing_of(12)
+    assert q4_k is not None
+    assert q4_k.temporary_bytes(1 << 24, device) and GPTQ_4.temporary_bytes(1 << 24, device)
+    monkeypatch.setattr(kernels, "usable", lambda device: device.type == "meta")
+    assert not q4_k.temporary_bytes(1 << 24, device) and not GPTQ_4.temporary_bytes(1 << 24, device)
+    assert q4_k.temporary_bytes(1 << 24, torch.device("cpu"))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("found", PACKINGS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
+    parts = {name: part.cuda() for name, part in parts_of(found).items()}
+    wanted = by_pytorch(found, parts, empty(ROWS, COLUMNS, dtype=dtype, device="cuda"))
+    for transposed in (False, True):
+        out = by_kernel(found, parts, empty(ROWS, COLUMNS, transposed, dtype=dtype, device="cuda"))
+        assert torch.allclose(out, wanted, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.gpu
+def test_they_are_used_on_a_gpu_and_take_no_memory() -> None:
+    """A matrix as large as a 70B model's; on an old GPU, or without Triton, this fails and is meant to."""
+    device, q4_k = torch.device("cuda", 0), packing_of(12)
+    assert kernels.usable(device) and q4_k is not None
+    blocks = torch.zeros(28672, 8192 // 256 * 144, dtype=torch.uint8, device=device)
+    out = torch.full((28672, 8192), torch.nan, dtype=torch.bfloat16, device=device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    q4_k.unpack({"weight": blocks}, out)
+    assert torch.cuda.max_memory_allocated() == before and not kernels._broken
+    assert not out.count_nonzero()
+
+
+@pytest.mark.gpu
+def test_more_values_than_an_int_counts() -> None:
+    """The last rows of a matrix of more than 2^31 values are its own."""
+    found, rows, columns = packing_of(8), 70_000, 32_768
+    assert found is not None
+    blocks = torch.zeros(rows, columns // 32 * 34, dtype=torch.uint8, device="cuda")
+    blocks[-1] = torch.tensor([0, 0x3C, *range(32)], dtype=torch.uint8, device="cuda").repeat(columns // 32)
+    out = by_kernel(found, {"weight": blocks}, empty(rows, columns, dtype=torch.float16, device="cuda"))
+    assert torch.equal(out[-1].view(-1, 32)[0].long().cpu(), torch.arange(32)) and not out[-2].count_nonzero()
