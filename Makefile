@@ -97,7 +97,7 @@ triton: $(TRITON)/installed ## Triton, for the tests of GPU kernels
 $(TRITON)/installed: $(STAMP) Makefile
 	@if [ "$$(uname -s)" = Linux ]; then \
 	  echo "== installing Triton into $(TRITON)"; \
-	  rm -rf $(TRITON) && $(PIP_INSTALL) --no-deps --target $(TRITON) triton==3.6.0 && touch $@; \
+	  rm -rf $(TRITON) && $(PIP_INSTALL) --no-deps --target $(TRITON) triton==3.8.0 && touch $@; \
 	else \
 	  echo "make: there is no Triton but for Linux; the tests of GPU kernels are skipped" >&2; \
 	fi

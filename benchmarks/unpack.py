@@ -1,4 +1,4 @@
-"""How fast packed matrices are unpacked: packed bytes a second, to hold against the link's.
+"""How fast packed matrices are unpacked and multiplied: packed bytes a second, to hold against the link's.
 
     python benchmarks/unpack.py [--device cuda] [--dtypes bfloat16 float16] [--no-kernels]
 
@@ -108,6 +108,15 @@ def measured(packing: Packing, parts: Parts, shape: tuple[int, int], dtype: str,
         return best(lambda: packing.unpack(parts, out), device)
 
 
+def product_rate(packing: Packing, parts: Parts, shape: tuple[int, int], nbytes: int, device: torch.device) -> str:
+    """Packed GB/s of a product with one vector, where a kernel computes on packed bytes."""
+    x = torch.rand(1, shape[1], dtype=torch.float16, device=device)
+    with torch.inference_mode():
+        if packing.multiply(x, parts, shape, None) is None:
+            return ""
+        return f"{nbytes / best(lambda: packing.multiply(x, parts, shape, None), device) / 1e9:.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -124,9 +133,10 @@ def main() -> None:
         kernels.usable = lambda _: False
     print(machine_line())
     kinds = " | ".join(given.dtypes)
-    print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}], {given.device}, {given.threads} threads"
-          f"{', no kernels' * given.no_kernels}; packed GB/s:\n\n| format | bytes a value | {kinds} |")  # fmt: skip
-    print("|---|---|" + "---|" * len(given.dtypes))
+    how = f"{given.device}, {given.threads} threads{', no kernels' * given.no_kernels}"
+    print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}], {how}; packed GB/s:\n")
+    print(f"| format | bytes a value | {kinds} | product with a vector |")
+    print("|---|---|---|" + "---|" * len(given.dtypes))
     for name, packing, make in cases(given.rows, given.columns):
         if not any(word in name for word in given.only) or (name == WITH_KERNEL and not has_kernels(device)):
             continue
@@ -136,7 +146,8 @@ def main() -> None:
         shape = (given.rows, given.columns)
         rates = [nbytes / measured(packing, parts, shape, dtype, device) / 1e9 for dtype in given.dtypes]
         figures = " | ".join(f"{rate:.2f}" for rate in rates)
-        print(f"| {name} | {nbytes / given.rows / given.columns:.3f} | {figures} |", flush=True)
+        product = product_rate(packing, parts, shape, nbytes, device)
+        print(f"| {name} | {nbytes / given.rows / given.columns:.3f} | {figures} | {product} |", flush=True)
 
 
 if __name__ == "__main__":

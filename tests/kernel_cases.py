@@ -10,6 +10,7 @@ import torch
 
 from airllm_nb.checkpoint.codecs import kernels
 from airllm_nb.checkpoint.codecs.awq import AWQ
+from airllm_nb.checkpoint.codecs.fp8 import FP8
 from airllm_nb.checkpoint.codecs.gptq import GPTQ
 from airllm_nb.checkpoint.codecs.mxfp4 import MXFP4
 from airllm_nb.checkpoint.codecs.packing import Packing
@@ -18,8 +19,10 @@ Parts = dict[str, torch.Tensor]
 ROWS, COLUMNS, GROUP = 256, 160, 32
 BITS = itertools.product((2, 3, 4, 8), (0, 1), (None, True))
 WORDS: list[Packing] = [GPTQ(bits, GROUP, offset, even) for bits, offset, even in BITS]
+SCALED = [FP8((128, 128)), FP8((96, 64), True), FP8((1, None)), FP8((None, None)), FP8((None, 1)), FP8((64, 128))]
 # Everything but GGUF's types, each for [ROWS, COLUMNS].
-PACKINGS = [*WORDS, AWQ(GROUP), MXFP4()]
+PACKINGS = [*WORDS, GPTQ(4, 12, 1), AWQ(GROUP), AWQ(8), MXFP4(), *SCALED]
+WITH_PRODUCT = [found for found in PACKINGS if not isinstance(found, MXFP4) and not getattr(found, "even", None)]
 
 
 def parts_of(found: Packing) -> Parts:
@@ -32,7 +35,14 @@ def parts_of(found: Packing) -> Parts:
     if isinstance(found, MXFP4):
         scale = torch.randint(110, 136, (ROWS, COLUMNS // 32), dtype=torch.uint8, generator=random)
         return {"weight": noise(ROWS, COLUMNS // 8).view(torch.uint8), "scale": scale}
-    bits, groups = getattr(found, "bits", 4), ROWS // GROUP
+    if isinstance(found, FP8):
+        grid = [-(-size // (of_block or size)) for size, of_block in zip((ROWS, COLUMNS), found.block, strict=True)]
+        weight = torch.randn(ROWS, COLUMNS, generator=random).to(
+            torch.float8_e5m2 if found.block == (64, 128) else torch.float8_e4m3fn
+        )
+        scale = torch.randint(110, 136, grid, dtype=torch.uint8, generator=random)
+        return {"weight": weight, "scale": scale if found.is_exponent else torch.rand(grid, generator=random)}
+    bits, groups = getattr(found, "bits", 4), -(-ROWS // found.group)
     parts = {
         "weight": noise(ROWS, COLUMNS // 8) if isinstance(found, AWQ) else noise(ROWS * bits // 32, COLUMNS),
         "zeros": noise(groups, COLUMNS * bits // 32),
@@ -56,6 +66,16 @@ def by_kernel(found: Packing, parts: Parts, out: torch.Tensor) -> torch.Tensor:
         found.unpack(parts, out)
     assert launched == [None]
     return out
+
+
+def by_product(found: Packing, parts: Parts, x: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x @ weight.T + bias`` by a kernel on the packed bytes, and nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda device: True)
+        patch.setattr(kernels, "_try", lambda what, out, work: work() is None)
+        product = found.multiply(x, parts, (rows, x.shape[-1]), bias)
+    assert product is not None
+    return product
 
 
 def by_pytorch(found: Packing, parts: Parts, out: torch.Tensor) -> torch.Tensor:

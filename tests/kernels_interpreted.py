@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from kernel_cases import COLUMNS, PACKINGS, ROWS, by_kernel, by_pytorch, empty, parts_of
+from kernel_cases import COLUMNS, PACKINGS, ROWS, WITH_PRODUCT, by_kernel, by_product, by_pytorch, empty, parts_of
 from test_ggml import Kind, every_type, random_rows, reference
 
 from airllm_nb.checkpoint.codecs.ggml import packing_of
@@ -37,3 +37,26 @@ def test_words(found: Packing, transposed: bool) -> None:
     parts = parts_of(found)
     wanted = by_pytorch(found, parts, empty(ROWS, COLUMNS))
     assert torch.equal(by_kernel(found, parts, empty(ROWS, COLUMNS, transposed)), wanted)
+
+
+@every_type
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_with_blocks(kind: Kind, has_bias: bool) -> None:
+    weight, found = random_rows(kind, rows=3, columns=1280), packing_of(int(kind))
+    assert found is not None
+    x, bias = torch.randn(1, 1, 1280), torch.randn(3) if has_bias else None
+    wanted = torch.nn.functional.linear(x, reference(kind, weight), bias)
+    out = by_product(found, {"weight": weight}, x, 3, bias)
+    assert out.shape == (1, 1, 3) and torch.allclose(out, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("found", WITH_PRODUCT, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products(found: Packing, has_bias: bool) -> None:
+    parts = parts_of(found)
+    weight = by_pytorch(found, parts, empty(ROWS, COLUMNS))
+    weight = weight.t() if found.transposed else weight
+    x, bias = torch.randn(1, weight.shape[1]), torch.randn(weight.shape[0]) if has_bias else None
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    out = by_product(found, parts, x, len(weight), bias)
+    assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))

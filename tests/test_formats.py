@@ -161,11 +161,12 @@ FOUND: dict[str, str] = {}
 
 @dataclass
 class Runs:
-    """How a format was seen to run: ``kernels`` are packings that have one for packed bytes."""
+    """How a format was seen to run: ``kernels`` are packings that have one of its library for packed bytes."""
 
     keeps: bool = True
     one_by_one: bool = True
     kernels: set[str] = field(default_factory=set)
+    has_ours: bool = False
     dtypes: dict[str, None] = field(default_factory=dict)
 
 
@@ -222,9 +223,10 @@ def look(form: str, model: Any, is_here: bool) -> None:
     """Write down how the packed weights of a model that has run were computed on."""
     runs, packed = RUNS.setdefault(form, Runs()), placing._packed_in(model.native)
     runs.dtypes |= {"float32": None}
-    runs.kernels |= {
-        one.name for weight in packed for one in weight._packed.packing if type(one).multiply is not Packing.multiply
-    }
+    for packing in {one for weight in packed for one in weight._packed.packing}:
+        if type(packing).multiply is not Packing.multiply:
+            runs.has_ours |= packing.has_kernel
+            runs.kernels |= set() if packing.has_kernel else {packing.name}
     if is_here:
         runs.keeps &= all(weight._kept is not None for weight in packed)
     else:
@@ -328,7 +330,9 @@ def on_cpu(runs: Runs) -> str:
 
 
 def on_gpu(runs: Runs, capability: tuple[int, int]) -> str:
-    kernel = f"its library's kernel for few tokens ({', '.join(sorted(runs.kernels))}), else " if runs.kernels else ""
+    kernel = "our kernel for one token, else " if runs.has_ours else ""
+    if runs.kernels:
+        kernel = f"its library's kernel for few tokens ({', '.join(sorted(runs.kernels))}), else "
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         dtype = choose_dtype(LoadOptions(), None, None, torch.device("cuda"))
@@ -343,12 +347,15 @@ HEAD = """# Formats
 
 Checkpoints that somebody has quantised already stream as they lie: their packed bytes go from the file to the GPU, are
 never encoded anew, and are unpacked there, one matrix at a time into one reused scratch, or computed on by a kernel of
-the format's library. `tests/test_formats.py` makes this page and fails where it no longer holds.
+the format's library, or of ours. `tests/test_formats.py` makes this page and fails where it no longer holds.
 """
 VARIANTS = """
 The column for a CPU is what was seen to run there. Those for GPUs say which code runs, and the dtype that a checkpoint
 in bfloat16 is computed in, by the program's own rules; `make test-gpu` compares it with the CPU's on the GPU at hand.
-FP8 weights are computed on in bfloat16 or float16 on every GPU: FP8 products would round activations too.
+Our kernels need Triton, which PyTorch brings along for NVIDIA's GPUs on Linux, from the T4 on. Elsewhere PyTorch's own
+operations unpack, and the results are the same but for rounding. No kernel rounds activations, not those for FP8
+either: a GPU's own FP8 products would, by 2.6 % of a product, and a sweep of fewer than some 8,000 tokens would still
+wait for the link (`benchmarks/LOG.md`).
 
 How weights are packed is read from `quantization_config` in `config.json`, or from `quantize_config.json`,
 `quant_config.json` or `hf_quant_config.json` beside it. FP8 weights with scales that nothing explains are refused;

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import COLUMNS, PACKINGS, ROWS, by_kernel, by_pytorch, empty, parts_of
+from kernel_cases import COLUMNS, PACKINGS, ROWS, WITH_PRODUCT, by_kernel, by_product, by_pytorch, empty, parts_of
+from test_ggml import Kind, every_type, random_rows, reference
 
 from airllm_nb.checkpoint.codecs import kernels
 from airllm_nb.checkpoint.codecs.ggml import packing_of
@@ -42,9 +43,9 @@ def test_where_there_is_none_pytorch_unpacks(caplog: pytest.LogCaptureFixture, m
     def refuse(*args: object) -> None:
         raise RuntimeError("no compiler was found")
 
-    monkeypatch.setattr(kernels, "_launch_blocks", refuse)
-    monkeypatch.setattr(torch, "tensor", lambda *args, device, **kwargs: torch.zeros(18, dtype=torch.uint8))
-    monkeypatch.setattr(torch, "empty", lambda *args, device, **kwargs: None)
+    monkeypatch.setattr(kernels, "_unpack_mxfp4", refuse)
+    for function in ("tensor", "zeros", "ones", "empty"):
+        monkeypatch.setattr(torch, function, lambda *args, **kwargs: None)
     with caplog.at_level(logging.INFO):
         assert not kernels.usable.__wrapped__(torch.device("cuda"))
     assert "no compiler was found" in caplog.text
@@ -60,7 +61,7 @@ def test_a_kernel_that_fails_is_said_once(caplog: pytest.LogCaptureFixture, monk
 
     monkeypatch.setattr(kernels, "usable", lambda device: True)
     monkeypatch.setattr(kernels, "_broken", set())
-    monkeypatch.setattr(kernels, "_launch_words", fail)
+    monkeypatch.setattr(kernels, "_unpack_words", fail)
     for _ in range(2):
         out = empty(ROWS, COLUMNS)
         GPTQ_4.unpack(parts, out)
@@ -92,6 +93,35 @@ def test_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("found", WITH_PRODUCT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_products_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
+    parts = {name: part.cuda() for name, part in parts_of(found).items()}
+    weight = by_pytorch(found, parts, empty(ROWS, COLUMNS, device="cuda"))
+    weight = weight.t() if found.transposed else weight
+    x, bias = (
+        torch.randn(1, weight.shape[1], device="cuda").to(dtype),
+        torch.randn(len(weight), device="cuda").to(dtype),
+    )
+    for beside in (bias, None):
+        wanted = torch.nn.functional.linear(x.double(), weight.double(), None if beside is None else beside.double())
+        out = by_product(found, parts, x, len(weight), beside)
+        assert out.dtype == dtype and torch.equal(out, by_product(found, parts, x, len(weight), beside))
+        assert ((out - wanted).abs().max() / wanted.abs().max()).item() <= 2 * torch.finfo(dtype).eps + 1e-6
+
+
+@pytest.mark.gpu
+@every_type
+def test_products_with_blocks_on_a_gpu(kind: Kind) -> None:
+    found, blocks = packing_of(int(kind)), random_rows(kind, rows=33, columns=4096)
+    assert found is not None
+    x = torch.randn(1, 1, 4096)
+    wanted = torch.nn.functional.linear(x.double(), reference(kind, blocks).double())
+    out = by_product(found, {"weight": blocks.cuda()}, x.cuda(), 33, None).cpu()
+    assert ((out - wanted).abs().max() / wanted.abs().max()).item() <= 1e-5
+
+
+@pytest.mark.gpu
 def test_they_are_used_on_a_gpu_and_take_no_memory() -> None:
     """A matrix as large as a 70B model's; on an old GPU, or without Triton, this fails and is meant to."""
     device, q4_k = torch.device("cuda", 0), packing_of(12)
@@ -103,6 +133,17 @@ def test_they_are_used_on_a_gpu_and_take_no_memory() -> None:
     q4_k.unpack({"weight": blocks}, out)
     assert torch.cuda.max_memory_allocated() == before and not kernels._broken
     assert not out.count_nonzero()
+
+
+@pytest.mark.gpu
+def test_a_gradient_passes() -> None:
+    """Through PyTorch: no kernel passes one on."""
+    parts = {name: part.cuda() for name, part in parts_of(GPTQ_4).items()}
+    x = torch.ones(1, ROWS, device="cuda", requires_grad=True)
+    assert GPTQ_4.multiply(x, parts, (COLUMNS, ROWS), None) is None
+    with torch.no_grad():
+        assert GPTQ_4.multiply(x, parts, (COLUMNS, ROWS), None) is not None
+        assert GPTQ_4.multiply(x.expand(2, -1), parts, (COLUMNS, ROWS), None) is None
 
 
 @pytest.mark.gpu

@@ -38,6 +38,11 @@ class AWQ(Packing):
         for rows in group_chunks(out, self.group, 1, self.spare):
             group_affine(_values(words[rows]), scale, minimum, out, rows, self.group)
 
+    def multiply(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return kernels.multiply_words(x, parts, shape[0], bias, 4, 0, self.group, is_awq=True)
+
     def whole_bytes(self, values: int) -> int:
         return 11 * -(-values // self.group)  # scales and minimums in float32, while zero points are unpacked
 

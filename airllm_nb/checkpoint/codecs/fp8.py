@@ -19,6 +19,7 @@ import torch
 
 from ...errors import CheckpointError, UnsupportedModelError
 from ..index import TensorInfo
+from . import kernels
 from .packing import Packed, Packing, row_chunks
 
 FORMATS = ("float-quantized", "naive-quantized", "dense")  # of compressed-tensors
@@ -44,6 +45,7 @@ class FP8(Packing):
 
     name = "fp8"
     spare = 0.0  # a device converts in place
+    has_kernel = True
     block: tuple[int | None, int | None]
     is_exponent: bool = False
 
@@ -53,6 +55,8 @@ class FP8(Packing):
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         rows, columns = out.shape
+        if kernels.unpack_fp8(self, parts, out):
+            return
         weight, scale = parts["weight"].view(rows, columns), self._scale(parts["scale"], rows)
         width = self.block[1] or columns
         if out.device.type != "cpu":
@@ -65,6 +69,11 @@ class FP8(Packing):
             values = table.index_select(0, bits).view(-1, columns)
             _scale_columns(values, scale[chunk], width)
             out[chunk].copy_(values)
+
+    def multiply(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return kernels.multiply_fp8(self, x, parts, shape[0], bias)
 
     def whole_bytes(self, values: int) -> int:
         return 12 * -(-values // (self.block[1] or 128))  # scales in float32, for every row

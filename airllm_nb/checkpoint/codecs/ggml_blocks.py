@@ -51,6 +51,11 @@ class Blocks(Packing):
         """Dequantise ``blocks`` ``[rows, count, nbytes]`` into ``out`` ``[rows, count, values]``."""
         raise NotImplementedError
 
+    def multiply(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return kernels.multiply_blocks(self, x, parts["weight"], shape[0], bias)
+
     def table(self, device: torch.device) -> torch.Tensor | None:
         """What a kernel looks up: the coordinates of points in int8, one after the other, or scales in float32."""
         return None

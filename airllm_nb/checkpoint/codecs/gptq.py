@@ -71,6 +71,11 @@ class GPTQ(Packing):
                 affine(self._values(words, rows), *of_rows, out[rows])
                 del of_rows  # before the next are made
 
+    def multiply(
+        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        return kernels.multiply_words(x, parts, shape[0], bias, self.bits, self.offset, self.group, is_awq=False)
+
     def _unpack_even(
         self, words: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, groups: torch.Tensor, out: torch.Tensor
     ) -> None:

@@ -16,6 +16,7 @@ import torch
 from ..index import TensorInfo
 from . import kernels
 
+Parts = Mapping[str, torch.Tensor]
 # What is unpacked at once: as many values as stay in a processor's cache, or bytes that a device has for what unpacking
 # makes beside the matrix. Fewer would cost more launches than they save.
 HOST_VALUES, DEVICE_BYTES = 1 << 18, 96 << 20

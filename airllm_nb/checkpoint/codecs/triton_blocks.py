@@ -1,8 +1,8 @@
-"""One kernel for every type of GGUF files: a value at a time, straight from the bytes of its block.
+"""Kernels for every type of GGUF files: ``scale · integer + minimum``, straight from the bytes of the blocks.
 
-The layouts are those of ggml (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). Each function takes
-pointers to the blocks of some values and their numbers in them, and gives the values in float32. Fields are read byte
-by byte: blocks of 18 or 210 bytes are aligned to nothing, and neighbours find theirs in the cache.
+The layouts are those of ggml (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h). A tile is some groups of
+values that share a scale: what belongs to a group is read once. Fields are read byte by byte: blocks of 18 or 210 bytes
+are aligned to nothing, and neighbours find theirs in the cache.
 """
 
 from __future__ import annotations
@@ -14,97 +14,164 @@ import triton.language as tl
 @triton.jit
 def unpack_blocks(
     packed, table, out, columns, packed_stride, row_stride, column_stride,
-    KIND: tl.constexpr, VALUES: tl.constexpr, NBYTES: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, VALUES: tl.constexpr, NBYTES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """``out[row, columns]`` for one row and ``BLOCK`` columns; strides are in elements."""
+    """``out[row, columns]`` for one row and ``GROUPS`` groups; strides are in elements."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    v = tl.where(inside, column, 0)
-    block = packed + row * packed_stride + (v // VALUES) * NBYTES
-    value = _value(block, table, v % VALUES, KIND)
+    first = tl.program_id(1) * GROUPS * GROUP
+    weight, column = _tile(packed + row * packed_stride, table, first, columns, KIND, VALUES, NBYTES, GROUP, GROUPS)
     to = out + row * row_stride + column.to(tl.int64) * column_stride
-    tl.store(to, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(to, weight.to(out.dtype.element_ty), mask=column < columns)
 
 
 @triton.jit
-def _value(block, table, v, KIND: tl.constexpr):
-    if KIND == "Q4_0":
-        return _half(block) * (_nibble(block + 2, v) - 8)
-    elif KIND == "Q4_1":
-        return _half(block) * _nibble(block + 4, v) + _half(block + 2)
-    elif KIND == "Q5_0":
-        return _half(block) * ((_nibble(block + 6, v) | _bit(block + 2, v) << 4) - 16)
-    elif KIND == "Q5_1":
-        return _half(block) * (_nibble(block + 8, v) | _bit(block + 4, v) << 4) + _half(block + 2)
-    elif KIND == "Q8_0":
-        return _half(block) * _signed(block + 2 + v)
+def multiply_blocks(
+    x, packed, table, bias, out, columns, packed_stride, HAS_BIAS: tl.constexpr,
+    KIND: tl.constexpr, VALUES: tl.constexpr, NBYTES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """``out[row] = weight[row] @ x + bias[row]`` for one row; ``x`` is one vector, and sums are in float32."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((GROUPS, GROUP), tl.float32)
+    for first in range(0, columns, GROUPS * GROUP):
+        weight, column = _tile(packed + row * packed_stride, table, first, columns, KIND, VALUES, NBYTES, GROUP, GROUPS)
+        total += weight * tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
+    product = tl.sum(tl.sum(total, 1), 0)
+    if HAS_BIAS:
+        product += tl.load(bias + row).to(tl.float32)
+    tl.store(out + row, product.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _tile(
+    packed, table, first, columns,
+    KIND: tl.constexpr, VALUES: tl.constexpr, NBYTES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The values of a row from the ``first`` column on, ``[GROUPS, GROUP]``, and their columns."""
+    start = first + tl.arange(0, GROUPS)[:, None] * GROUP
+    column = start + tl.arange(0, GROUP)[None, :]
+    start = tl.where(start < columns, start, 0)  # rows are whole blocks, hence whole groups
+    block, v = packed + start // VALUES * NBYTES, start % VALUES
+    weight = _scale(block, table, v, KIND) * _integer(block, table, v + tl.arange(0, GROUP)[None, :], KIND)
+    if KIND == "Q4_1" or KIND == "Q5_1":
+        weight += _half(block + 2)
     elif KIND == "Q2_K":
-        scale = _byte(block + v // 16)
-        return _half(block + 80) * (scale & 15) * _two_bits(block + 16, v) - _half(block + 82) * (scale >> 4)
-    elif KIND == "Q3_K":
-        return _half(block + 108) * _scale_of_q3(block + 96, v // 16) * _three_bits(block, v)
-    elif KIND == "Q4_K":
-        return _scaled(block, v // 32, _byte(block + 16 + v // 64 * 32 + v % 32) >> (v // 32 % 2 * 4) & 15)
-    elif KIND == "Q5_K":
-        low = _byte(block + 48 + v // 64 * 32 + v % 32) >> (v // 32 % 2 * 4) & 15
-        return _scaled(block, v // 32, low | (_byte(block + 16 + v % 32) >> v // 32 & 1) << 4)
-    elif KIND == "Q6_K":
-        low = _byte(block + v // 128 * 64 + v % 64) >> (v // 64 % 2 * 4) & 15
-        return _half(block + 208) * _signed(block + 192 + v // 16) * ((low | _two_bits(block + 128, v) << 4) - 32)
-    elif KIND == "TQ1_0":
-        return _half(block + 52) * _trit(block, v)
-    elif KIND == "TQ2_0":
-        return _half(block + 64) * (_two_bits(block, v) - 1)
-    else:
-        return _of_table(block, table, v, KIND)
+        weight -= _half(block + 82) * (_byte(block + v // 16) >> 4)
+    elif KIND == "Q4_K" or KIND == "Q5_K":
+        weight -= _half(block + 2) * _six_bits(block + 8, v, _byte(block + 12 + v // 32 % 4) >> 4)
+    return weight, column
 
 
 @triton.jit
-def _of_table(block, table, v, KIND: tl.constexpr):
-    """Of types with a codebook: int8 points, or float32 scales of the types that are floats of 4 bits."""
-    if KIND == "IQ4_NL":
-        return _half(block) * tl.load(table + _nibble(block + 2, v)).to(tl.int32)
+def _scale(block, table, v, KIND: tl.constexpr):
+    """Of the group that begins with value ``v`` of its block."""
+    if KIND == "Q2_K":
+        return _half(block + 80) * (_byte(block + v // 16) & 15)
+    elif KIND == "Q3_K":  # four bits of each of 16 scales in the halves of eight bytes, then two of each in four bytes
+        group = v // 16
+        low = _byte(block + 96 + group % 8) >> (group // 8 * 4) & 15
+        return _half(block + 108) * ((low | (_byte(block + 104 + group % 4) >> (group // 4 * 2) & 3) << 4) - 32)
+    elif KIND == "Q4_K" or KIND == "Q5_K":
+        return _half(block) * _six_bits(block + 4, v, _byte(block + 12 + v // 32 % 4) & 15)
+    elif KIND == "Q6_K":
+        return _half(block + 208) * _signed(block + 192 + v // 16)
+    elif KIND == "TQ1_0":
+        return _half(block + 52)
+    elif KIND == "TQ2_0":
+        return _half(block + 64)
     elif KIND == "IQ4_XS":
         low = _byte(block + 4 + v // 64) >> (v // 32 % 2 * 4) & 15
-        scale = (low | (_short(block + 2) >> (v // 32 * 2) & 3) << 4) - 32
-        return _half(block) * scale * tl.load(table + _nibble(block + 8 + v // 32 * 16, v % 32)).to(tl.int32)
+        return _half(block) * ((low | (_short(block + 2) >> (v // 32 * 2) & 3) << 4) - 32)
     elif KIND == "MXFP4":
-        return tl.load(table + _byte(block)) * _e2m1(_nibble(block + 1, v))
+        return tl.load(table + _byte(block))
     elif KIND == "NVFP4":
-        half = _byte(block + 4 + v // 16 * 8 + v % 8) >> (v // 8 % 2 * 4) & 15
-        return tl.load(table + _byte(block + v // 16)) * _e2m1(half)
+        return tl.load(table + _byte(block + v // 16))
+    elif KIND == "IQ2_XXS":
+        return _half(block) * (0.5 + (_byte(block + 9 + v // 32 * 8) >> 4)) * 0.25
+    elif KIND == "IQ2_XS":
+        return _half(block) * (0.5 + (_byte(block + 66 + v // 32) >> (v // 16 % 2 * 4) & 15)) * 0.25
+    elif KIND == "IQ2_S":
+        return _half(block) * (0.5 + (_byte(block + 74 + v // 32) >> (v // 16 % 2 * 4) & 15)) * 0.25
+    elif KIND == "IQ3_XXS":
+        return _half(block) * (0.5 + (_byte(block + 69 + v // 32 * 4) >> 4)) * 0.5
+    elif KIND == "IQ3_S":
+        return _half(block) * (1 + 2 * (_byte(block + 106 + v // 64) >> (v // 32 % 2 * 4) & 15))
+    elif KIND == "IQ1_S":
+        return _half(block) * (2 * (_byte(block + 35 + v // 32 * 2) >> 4 & 7) + 1) * 0.125
+    elif KIND == "IQ1_M":  # the float16 lies in the uppermost four bits of four fields
+        low = _byte(block + 49) >> 4 | _byte(block + 51) & 240
+        bits = low | (_byte(block + 53) & 240) << 4 | (_byte(block + 55) & 240) << 8
+        scale = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        return scale * (2 * (_short(block + 48 + v // 64 * 2) >> (v // 16 % 4 * 3) & 7) + 1) * 0.125
+    else:  # a block of 32
+        return _half(block)
+
+
+@triton.jit
+def _integer(block, table, v, KIND: tl.constexpr):
+    if KIND == "Q4_0":
+        return _nibble(block + 2, v) - 8
+    elif KIND == "Q4_1":
+        return _nibble(block + 4, v)
+    elif KIND == "Q5_0":
+        return (_nibble(block + 6, v) | _bit(block + 2, v) << 4) - 16
+    elif KIND == "Q5_1":
+        return _nibble(block + 8, v) | _bit(block + 4, v) << 4
+    elif KIND == "Q8_0":
+        return _signed(block + 2 + v)
+    elif KIND == "Q2_K":
+        return _two_bits(block + 16, v)
+    elif KIND == "Q3_K":  # 4 is taken away where the third bit is not set
+        return _two_bits(block + 32, v) + 4 * (_byte(block + v % 32) >> v // 32 & 1) - 4
+    elif KIND == "Q4_K":
+        return _byte(block + 16 + v // 64 * 32 + v % 32) >> (v // 32 % 2 * 4) & 15
+    elif KIND == "Q5_K":
+        low = _byte(block + 48 + v // 64 * 32 + v % 32) >> (v // 32 % 2 * 4) & 15
+        return low | (_byte(block + 16 + v % 32) >> v // 32 & 1) << 4
+    elif KIND == "Q6_K":
+        low = _byte(block + v // 128 * 64 + v % 64) >> (v // 64 % 2 * 4) & 15
+        return (low | _two_bits(block + 128, v) << 4) - 32
+    elif KIND == "TQ1_0":
+        return _trit(block, v)
+    elif KIND == "TQ2_0":
+        return _two_bits(block, v) - 1
+    elif KIND == "MXFP4":
+        return e2m1(_nibble(block + 1, v))
+    elif KIND == "NVFP4":
+        return e2m1(_byte(block + 4 + v // 16 * 8 + v % 8) >> (v // 8 % 2 * 4) & 15)
+    else:
+        return _point(block, table, v, KIND)
+
+
+@triton.jit
+def _point(block, table, v, KIND: tl.constexpr):
+    """A coordinate of a point of the codebook, with its sign."""
+    if KIND == "IQ4_NL":
+        return tl.load(table + _nibble(block + 2, v)).to(tl.int32)
+    elif KIND == "IQ4_XS":
+        return tl.load(table + _nibble(block + 8 + v // 32 * 16, v % 32)).to(tl.int32)
     elif KIND == "IQ2_XXS":
         group = block + 2 + v // 32 * 8
-        fields = _word(group + 4)
         point = tl.load(table + _byte(group + v % 32 // 8) * 8 + v % 8).to(tl.int32)
-        return _half(block) * (0.5 + (fields >> 28 & 15)) * 0.25 * _sign(_even(fields >> (v % 32 // 8 * 7)), v, point)
+        return _sign(_even(_word(group + 4) >> (v % 32 // 8 * 7)), v, point)
     elif KIND == "IQ2_XS":
         fields = _short(block + 2 + v // 8 * 2)
-        point = tl.load(table + (fields & 511) * 8 + v % 8).to(tl.int32)
-        return _scale_of_iq2(block, 66, v) * _sign(_even(fields >> 9), v, point)
+        return _sign(_even(fields >> 9), v, tl.load(table + (fields & 511) * 8 + v % 8).to(tl.int32))
     elif KIND == "IQ2_S":
         index = _byte(block + 2 + v // 8) | (_byte(block + 66 + v // 32) >> (v % 32 // 8 * 2) & 3) << 8
-        point = tl.load(table + index * 8 + v % 8).to(tl.int32)
-        return _scale_of_iq2(block, 74, v) * _sign(_byte(block + 34 + v // 8), v, point)
+        return _sign(_byte(block + 34 + v // 8), v, tl.load(table + index * 8 + v % 8).to(tl.int32))
     elif KIND == "IQ3_XXS":
-        fields = _word(block + 66 + v // 32 * 4)
         point = tl.load(table + _byte(block + 2 + v // 4) * 4 + v % 4).to(tl.int32)
-        return _half(block) * (0.5 + (fields >> 28 & 15)) * 0.5 * _sign(_even(fields >> (v % 32 // 8 * 7)), v, point)
+        return _sign(_even(_word(block + 66 + v // 32 * 4) >> (v % 32 // 8 * 7)), v, point)
     elif KIND == "IQ3_S":
         index = _byte(block + 2 + v // 4) | (_byte(block + 66 + v // 32) >> (v % 32 // 4) & 1) << 8
-        scale = 1 + 2 * (_byte(block + 106 + v // 64) >> (v // 32 % 2 * 4) & 15)
-        point = tl.load(table + index * 4 + v % 4).to(tl.int32)
-        return _half(block) * scale * _sign(_byte(block + 74 + v // 8), v, point)
+        return _sign(_byte(block + 74 + v // 8), v, tl.load(table + index * 4 + v % 4).to(tl.int32))
     elif KIND == "IQ1_S":
         fields = _short(block + 34 + v // 32 * 2)
-        index = _byte(block + 2 + v // 8) | (fields >> (v % 32 // 8 * 3) & 7) << 8
-        return _half(block) * (2 * (fields >> 12 & 7) + 1) * _moved(table, index, v, fields >> 15)
+        return _moved(table, _byte(block + 2 + v // 8) | (fields >> (v % 32 // 8 * 3) & 7) << 8, v, fields >> 15)
     else:
         tl.static_assert(KIND == "IQ1_M")
         high = _byte(block + 32 + v // 16) >> (v // 8 % 2 * 4)
-        scale = 2 * (_short(block + 48 + v // 64 * 2) >> (v // 16 % 4 * 3) & 7) + 1
-        return _scale_of_iq1(block + 48) * scale * _moved(table, _byte(block + v // 8) | (high & 7) << 8, v, high >> 3)
+        return _moved(table, _byte(block + v // 8) | (high & 7) << 8, v, high >> 3)
 
 
 # ---- fields ----------------------------------------------------------------------------------------------------------
@@ -153,29 +220,6 @@ def _two_bits(field, v):
 
 
 @triton.jit
-def _three_bits(block, v):
-    """Of ``Q3_K``: 4 is taken away where the third bit is not set."""
-    return _two_bits(block + 32, v) + 4 * (_byte(block + v % 32) >> v // 32 & 1) - 4
-
-
-@triton.jit
-def _scale_of_q3(field, group):
-    """Four bits of each of 16 scales in the halves of eight bytes, then two of each in four bytes."""
-    low = _byte(field + group % 8) >> (group // 8 * 4) & 15
-    return (low | (_byte(field + 8 + group % 4) >> (group // 4 * 2) & 3) << 4) - 32
-
-
-@triton.jit
-def _scaled(block, group, integer):
-    """Of ``Q4_K`` and ``Q5_K``: scales and minimums of six bits for eight groups."""
-    first, field = group < 4, block + 4 + group % 4
-    scales, minimums, rest = _byte(field), _byte(field + 4), _byte(field + 8)
-    scale = tl.where(first, scales & 63, rest & 15 | scales >> 6 << 4)
-    minimum = tl.where(first, minimums & 63, rest >> 4 | minimums >> 6 << 4)
-    return _half(block) * scale * integer - _half(block + 2) * minimum
-
-
-@triton.jit
 def _trit(block, v):
     """Of ``TQ1_0``: five digits to the base of 3 in each of 32 and of 16 bytes, four in each of the last 4."""
     run = tl.where(v < 160, 32, tl.where(v < 240, 16, 4))
@@ -186,7 +230,7 @@ def _trit(block, v):
 
 
 @triton.jit
-def _e2m1(half):
+def e2m1(half):
     """Twice a float of 4 bits."""
     size = half & 7
     size = tl.where(size < 2, size, (2 | size & 1) << (size >> 1) >> 1)
@@ -208,20 +252,13 @@ def _sign(signs, v, value):
 
 
 @triton.jit
-def _scale_of_iq2(block, at, v):
-    return _half(block) * (0.5 + (_byte(block + at + v // 32) >> (v // 16 % 2 * 4) & 15)) * 0.25
-
-
-@triton.jit
-def _scale_of_iq1(field):
-    """A float16 in the uppermost four bits of four fields."""
-    bits = (
-        _byte(field + 1) >> 4 | _byte(field + 3) & 240 | (_byte(field + 5) & 240) << 4 | (_byte(field + 7) & 240) << 8
-    )
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+def _six_bits(field, v, low):
+    """Of ``Q4_K`` and ``Q5_K``: of eight numbers four are in four bytes, under the upper two bits of the others."""
+    byte = _byte(field + v // 32 % 4)
+    return tl.where(v < 128, byte & 63, low | byte >> 6 << 4)
 
 
 @triton.jit
 def _moved(table, index, v, down):
-    """A coordinate of a point (the table has eight times as much), and an eighth more or less."""
-    return (tl.load(table + index * 8 + v % 8).to(tl.int32) + 1 - 2 * (down & 1)) * 0.125
+    """Eight times a coordinate (so the table has it), and one more or less."""
+    return tl.load(table + index * 8 + v % 8).to(tl.int32) + 1 - 2 * (down & 1)

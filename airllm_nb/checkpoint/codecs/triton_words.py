@@ -5,22 +5,62 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_blocks import _e2m1
+from .triton_blocks import e2m1
 
 
 @triton.jit
 def unpack_words(
     words, zeros, scale, groups, out, rows, columns, words_stride, zeros_stride, scale_stride, row_stride,
-    column_stride, group,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, IS_AWQ: tl.constexpr, HAS_GROUPS: tl.constexpr,
+    column_stride, group, BITS: tl.constexpr, OFFSET: tl.constexpr, IS_AWQ: tl.constexpr, ORDER: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``out[rows, columns]`` for ``ROWS`` inputs and ``COLUMNS`` outputs; ``scale`` is ``[groups, columns]``."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    """``out[rows, columns]`` for ``ROWS`` inputs and ``COLUMNS`` outputs; ``scale`` is ``[groups, columns]``.
+
+    ``ORDER`` is ``"listed"`` (``groups`` has the group of each input), ``"runs"`` (``group`` inputs each) or
+    ``"tiles"`` (the same, and no tile has inputs of two groups).
+    """
+    first = tl.program_id(0) * ROWS
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < rows) & (column < columns)
-    i, o = tl.minimum(row, rows - 1), tl.minimum(column, columns - 1)
-    of_row = tl.load(groups + i).to(tl.int32) if HAS_GROUPS else i // group
+    weight = _tile(words, zeros, scale, groups, first, column, rows, columns, words_stride, zeros_stride, scale_stride,
+                   group, BITS, OFFSET, IS_AWQ, ORDER, ROWS)  # fmt: skip
+    row = first + tl.arange(0, ROWS)[:, None]
+    to = out + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    tl.store(to, weight.to(out.dtype.element_ty), mask=(row < rows) & (column < columns))
+
+
+@triton.jit
+def multiply_words(
+    x, words, zeros, scale, groups, out, rows, columns, words_stride, zeros_stride, scale_stride, group, share,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, IS_AWQ: tl.constexpr, ORDER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """``out[n, columns]``: ``x @ weight`` over the ``n``-th ``share`` of the inputs, a multiple of ``ROWS``."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    begin = tl.program_id(0) * share
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(begin, tl.minimum(begin + share, rows), ROWS):
+        weight = _tile(words, zeros, scale, groups, first, column, rows, columns, words_stride, zeros_stride,
+                       scale_stride, group, BITS, OFFSET, IS_AWQ, ORDER, ROWS)  # fmt: skip
+        row = first + tl.arange(0, ROWS)[:, None]
+        total += weight * tl.load(x + row, mask=row < rows, other=0).to(tl.float32)
+    at = out + tl.program_id(0) * columns + column
+    tl.store(at, tl.sum(total, 0)[None, :], mask=column < columns)
+
+
+@triton.jit
+def _tile(
+    words, zeros, scale, groups, first, column, rows, columns, words_stride, zeros_stride, scale_stride, group,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, IS_AWQ: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """``[ROWS, columns]`` in float32 from the ``first`` row on."""
+    i = tl.minimum(first + tl.arange(0, ROWS)[:, None], rows - 1)
+    o = tl.minimum(column, columns - 1)
+    if ORDER == "listed":
+        of_row = tl.load(groups + i).to(tl.int32)
+    elif ORDER == "runs":
+        of_row = i // group
+    else:
+        of_row = first // group + tl.zeros((1, 1), tl.int32)
     zero_row = zeros + of_row * zeros_stride
     if IS_AWQ:
         # the nibbles of a word are the outputs 0, 2, 4, 6, 1, 3, 5, 7
@@ -35,8 +75,7 @@ def unpack_words(
         if BITS == 3:
             zero = zero + OFFSET & 7
     factor = tl.load(scale + of_row.to(tl.int64) * scale_stride + o).to(tl.float32)
-    result = ((value - zero).to(tl.float32) * factor).to(out.dtype.element_ty)
-    tl.store(out + row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride, result, mask=inside)
+    return (value - zero).to(tl.float32) * factor
 
 
 @triton.jit
@@ -63,4 +102,4 @@ def unpack_mxfp4(blocks, scales, powers, out, columns, row_stride, column_stride
     half = tl.load(blocks + row * (columns // 2) + v // 2).to(tl.int32) >> (v % 2 * 4) & 15
     scale = tl.load(powers + tl.load(scales + row * (columns // 32) + v // 32).to(tl.int32))
     to = out + row * row_stride + column.to(tl.int64) * column_stride
-    tl.store(to, (scale * _e2m1(half)).to(out.dtype.element_ty), mask=inside)
+    tl.store(to, (scale * e2m1(half)).to(out.dtype.element_ty), mask=inside)
