@@ -336,6 +336,20 @@ def test_a_folder_that_cannot_be_written_can_be_held(tmp_path: Path) -> None:
         folder.chmod(0o755)
 
 
+def test_a_folder_that_goes_while_it_is_opened_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, opened = made(tmp_path / "x"), os.open
+
+    def removed_before(path: Path, *args: Any, **kwargs: Any) -> int:
+        monkeypatch.undo()
+        remove_store(folder)
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", removed_before)
+    with pytest.raises(StoreError, match="was removed by another process"), hold(folder):
+        pass
+    assert not folder.exists()
+
+
 def test_readers_and_removers_race_and_a_reader_always_has_the_whole(tmp_path: Path) -> None:
     """A reader that got its hold finds every file until it lets go; one that did not is told."""
     folder, stop, read, told = tmp_path / "store", threading.Event(), [], []

@@ -118,7 +118,9 @@ def in_use(folder: Path) -> Literal["", "converting", "open"]:
 @contextmanager
 def exclusively(folder: Path) -> Iterator[bool]:
     """Whether nobody reads from ``folder``; where that is so, nobody begins to until the end of this."""
-    descriptor = _open(folder)
+    descriptor = None
+    with suppress(FileNotFoundError):
+        descriptor = _open(folder)
     if descriptor is None:
         yield True
         return
@@ -184,11 +186,14 @@ def _lock_file(folder: Path, progress: ProgressCallback, should_stop: Callable[[
 
 def _share(folder: Path) -> int | None:
     for last in (*[False] * _MOMENTS, True):
-        if not folder.is_dir():
-            raise StoreError(f"{folder} was removed by another process; load the model again")
-        descriptor = _open(folder)
-        if descriptor is None:
+        try:
+            descriptor = _open(folder)
+        except FileNotFoundError:
+            raise StoreError(f"{folder} was removed by another process; load the model again") from None
+        if descriptor is None and folder.is_dir():
             return None
+        if descriptor is None:
+            raise StoreError(f"{folder} is no folder; load the model again")
         is_ours = _try_lock(descriptor, exclusive=False)
         if is_ours and (last or _is_at(descriptor, folder)):
             with suppress(OSError):
@@ -224,11 +229,15 @@ def _drop_if_empty(folder: Path) -> None:
 
 
 def _open(folder: Path) -> int | None:
+    """``None`` where folders cannot be opened, and hence not be locked."""
     if fcntl is None:
         return None
-    with suppress(OSError):
+    try:
         return os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    return None
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return None
 
 
 def _try_lock(descriptor: int, exclusive: bool, tries: int = 1) -> bool:
