@@ -166,7 +166,7 @@ class StreamedModel:
             kwargs.update(stop_strings=stops, tokenizer=self.tokenizer)
         room = (self._prepared.context or sys.maxsize) - inputs["input_ids"].shape[-1]
         kwargs.update(inputs, max_new_tokens=min(max_new_tokens, room))
-        return Generation(self, text, kwargs, stops)
+        return Generation(self, text, kwargs, stops, is_cut=max_new_tokens > room)
 
     def answer(self, prompt: Prompt, **kwargs: Any) -> GenerationResult:
         """:meth:`stream` to its end; returns the result."""

@@ -260,6 +260,15 @@ def test_a_chat_goes_through_the_template(model: StreamedModel) -> None:
     assert result.token_ids == model.answer("user: Hi\nassistant:", max_new_tokens=3, do_sample=False).token_ids
 
 
+def test_a_full_context_is_not_the_length_that_was_asked_for(tiny_llama: Any) -> None:
+    with open_model(tiny_llama(eos_token_id=None), LoadOptions.create(max_seq_len=24)) as model:
+        prompt = model.tokenizer("Hello").input_ids
+        for wanted, stopped_by in ((500, "context"), (24 - len(prompt), "length")):
+            result = model.answer("Hello", max_new_tokens=wanted)
+            assert len(result.token_ids) == 24 - len(prompt) and result.stopped_by == stopped_by
+    assert result.ended == "ended by the length (-n)"
+
+
 def test_why_it_stopped(streamed: StreamedModel) -> None:
     by_length = streamed.answer("Hello", max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert by_length.stopped_by == "length"

@@ -116,12 +116,11 @@ def _facts(model: str, status: dict[str, Any], result: Any) -> dict[str, Any]:
 
 def _summary(result: Any) -> str:
     tokens = len(result.token_ids)
-    ends = {"end": "ended by itself", "length": "ended by the length (-n)", "user": "stopped by you"}
     parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{result.tokens_per_second:.3g} tok/s",
              speed_line(result.trace.summary())]  # fmt: skip
     if result.peak_bytes:
         parts.append(f"peak {format_bytes(result.peak_bytes)}")
-    return " · ".join([*parts, ends.get(result.stopped_by, result.stopped_by)])
+    return " · ".join([*parts, result.ended])
 
 
 # Between lines of progress in a log.

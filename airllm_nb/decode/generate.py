@@ -39,6 +39,12 @@ class GenerationChunk:
     tokens: int
 
 
+_ENDS = {
+    "end": "ended by itself", "length": "ended by the length (-n)", "context": "ended because the context is full",
+    "user": "stopped by you",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GenerationResult:
     """A finished, or stopped, generation.
@@ -52,7 +58,8 @@ class GenerationResult:
     prompt_tokens
         Length of the prompt.
     stopped_by
-        ``"end"`` (the model's own end, or a stop string), ``"length"`` or ``"user"``.
+        ``"end"`` (the model's own end, or a stop string), ``"length"`` (as many tokens as were asked for),
+        ``"context"`` (there was room for no more) or ``"user"``.
     seconds
         From call to end.
     trace
@@ -66,6 +73,11 @@ class GenerationResult:
     stopped_by: str
     seconds: float
     trace: Trace = field(repr=False)
+
+    @property
+    def ended(self) -> str:
+        """Why it ended, in words."""
+        return _ENDS[self.stopped_by]
 
     @property
     def tokens_per_second(self) -> float:
@@ -106,6 +118,8 @@ class Runs(Protocol):
 class Generation:
     """A generation under way: iterate it for chunks, best in ``with``, so that leaving early ends it.
 
+    ``is_cut`` says that ``max_new_tokens`` was more, and the context has no room for it.
+
     It runs in a worker thread from the first chunk asked for. Closing stops the worker within one unit; what the worker
     raises is raised here, except a stop that was asked for, which is a normal end.
 
@@ -115,8 +129,10 @@ class Generation:
         The :class:`GenerationResult`, also of a stopped generation; ``None`` before the end.
     """
 
-    def __init__(self, model: Runs, prompt: str, kwargs: dict[str, Any], stops: Sequence[str] = ()):
-        self._model, self._prompt, self._kwargs = model, prompt, kwargs
+    def __init__(
+        self, model: Runs, prompt: str, kwargs: dict[str, Any], stops: Sequence[str] = (), is_cut: bool = False
+    ):
+        self._model, self._prompt, self._kwargs, self._is_cut = model, prompt, kwargs, is_cut
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         self._text, self._parts = StopText(Detokenizer(model.tokenizer), stops), [""]
@@ -213,10 +229,11 @@ class Generation:
         trace.tokens = len(self._ids)
         limit = self._kwargs.get("max_new_tokens")
         by_length = limit is not None and len(self._ids) >= limit
+        end = ("context" if self._is_cut else "length") if by_length else "end"
         self.result = GenerationResult(
             prompt=self._prompt, text="".join(self._parts), token_ids=tuple(self._ids),
             prompt_tokens=int(self._kwargs["input_ids"].shape[-1]),
-            stopped_by="user" if self._cancel.is_set() else "length" if by_length else "end",
+            stopped_by="user" if self._cancel.is_set() else end,
             seconds=time.perf_counter() - self._start, trace=trace,
         )  # fmt: skip
 

@@ -154,10 +154,9 @@ class Waiting:
 
 def summary_line(result: Any) -> str:
     """``"48 tokens · 12.3 tok/s · predicted 0.08 s a token (link-bound), achieved 0.09 s (89%) · ended by itself"``"""
-    ends = {"end": "ended by itself", "length": "ended by the length (-n)", "user": "stopped by you"}
     tokens = len(result.token_ids)
     parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{result.tokens_per_second:.3g} tok/s",
-             speed_line(result.trace.summary()), ends.get(result.stopped_by, result.stopped_by)]  # fmt: skip
+             speed_line(result.trace.summary()), result.ended]  # fmt: skip
     if result.stopped_by == "user":
         parts = [f"stopped by you after {parts[0]}", *parts[1:-1]]
     return " · ".join(parts)
