@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from tiny_models import IDS, run, streamed
 
 from airllm_nb import AutoModel
+from airllm_nb.checkpoint.codecs import kernels
 from airllm_nb.checkpoint.codecs.packing import Packing
 from airllm_nb.checkpoint.gguf_file import read_gguf
 from airllm_nb.checkpoint.index import read_index
@@ -224,9 +225,8 @@ def look(form: str, model: Any, is_here: bool) -> None:
     runs, packed = RUNS.setdefault(form, Runs()), placing._packed_in(model.native)
     runs.dtypes |= {"float32": None}
     for packing in {one for weight in packed for one in weight._packed.packing}:
-        if type(packing).multiply is not Packing.multiply:
-            runs.has_ours |= packing.has_kernel
-            runs.kernels |= set() if packing.has_kernel else {packing.name}
+        runs.kernels |= {packing.name} if type(packing).multiply is not Packing.multiply else set()
+        runs.has_ours |= packing.kernel in kernels.MULTIPLY
     if is_here:
         runs.keeps &= all(weight._kept is not None for weight in packed)
     else:
@@ -352,10 +352,11 @@ the format's library, or of ours. `tests/test_formats.py` makes this page and fa
 VARIANTS = """
 The column for a CPU is what was seen to run there. Those for GPUs say which code runs, and the dtype that a checkpoint
 in bfloat16 is computed in, by the program's own rules; `make test-gpu` compares it with the CPU's on the GPU at hand.
-Our kernels need Triton, which PyTorch brings along for NVIDIA's GPUs on Linux, from the T4 on. Elsewhere PyTorch's own
-operations unpack, and the results are the same but for rounding. No kernel rounds activations, not those for FP8
-either: a GPU's own FP8 products would, by 2.6 % of a product, and a sweep of fewer than some 8,000 tokens would still
-wait for the link (`benchmarks/LOG.md`).
+Our kernels need Triton, which PyTorch brings along for NVIDIA's GPUs on Linux, of compute capability 7.0 or more: one
+unpacks a matrix, one computes on packed bytes, except where GPTQ has its inputs in an order, matrices are merged, or
+rows lie in another order. Elsewhere PyTorch's own operations unpack, and the results are the same but for rounding.
+No kernel rounds activations, not those for FP8 either: a GPU's own FP8 products would, by 2.6 % of a product, and a
+sweep of fewer than some 4,000 tokens would still wait for the link (`benchmarks/LOG.md`).
 
 How weights are packed is read from `quantization_config` in `config.json`, or from `quantize_config.json`,
 `quant_config.json` or `hf_quant_config.json` beside it. FP8 weights with scales that nothing explains are refused;

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from airllm_nb.checkpoint.codecs.ggml import packing_of
 from airllm_nb.checkpoint.codecs.packing import Packing
 
 HERE = Path(__file__).parent
+META = torch.device("meta")
 TRITON = HERE.parent / "build" / "triton"  # by `make triton`
 GPTQ_4 = next(found for found in PACKINGS if found.name == "4-bit")
 
@@ -37,44 +38,80 @@ def test_without_a_gpu(script: str, tmp_path: Path) -> None:
     assert not done.returncode and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-5000:]
 
 
-def test_where_there_is_none_pytorch_unpacks(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not kernels.usable(torch.device("cpu"))
-
-    def refuse(*args: object) -> None:
-        raise RuntimeError("no compiler was found")
-
-    monkeypatch.setattr(kernels, "_unpack_mxfp4", refuse)
-    for function in ("tensor", "zeros", "ones", "empty"):
-        monkeypatch.setattr(torch, function, lambda *args, **kwargs: None)
-    with caplog.at_level(logging.INFO):
-        assert not kernels.usable.__wrapped__(torch.device("cuda"))
-    assert "no compiler was found" in caplog.text
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A GPU that nothing was tried on yet, and cannot be: what is launched there is each test's own."""
+    monkeypatch.setattr(kernels, "_usable", set())
+    monkeypatch.setattr(kernels, "_failed", Counter())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(kernels, "_try", lambda device: None)
+    return torch.device("cuda", 0)
 
 
-def test_a_kernel_that_fails_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, tried = parts_of(GPTQ_4), []
+def fail(*args: object) -> None:
+    raise RuntimeError("the compiler was ended\nby a signal")
+
+
+def test_what_fails_is_tried_once_more(
+    fresh: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C goes to the compiler too: that must not make a whole session slow."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_try", fail)
+        assert not kernels.usable(fresh)
+    assert kernels.usable(fresh) and kernels.usable(fresh) and len(caplog.records) == 1
+    assert "the compiler was ended" in caplog.text and "by a signal" not in caplog.text
+
+
+def test_what_fails_twice_is_left_alone(
+    fresh: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_try", fail)
+    assert not any(kernels.usable(fresh) for _ in range(5)) and len(caplog.records) == 2
+
+
+def test_where_nothing_is_tried(fresh: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not kernels.usable(torch.device("cpu")) and not kernels.usable(torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))  # its compiler may abort
+    monkeypatch.setattr(kernels, "_try", None)
+    assert not kernels.usable(fresh) and not kernels._failed
+
+
+def test_too_little_memory_is_no_fault_of_a_kernel(fresh: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack(device: torch.device) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "_try", lack)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels.usable(fresh)
+    assert not kernels._failed
+
+
+def test_where_a_kernel_fails_pytorch_does_it_and_the_plan_counts_that(
+    fresh: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, x = parts_of(GPTQ_4), torch.ones(1, ROWS)
     wanted = by_pytorch(GPTQ_4, parts, empty(ROWS, COLUMNS))
-
-    def fail(*args: object) -> None:
-        tried.append(args)
-        raise TypeError("cannot be compiled")
-
     monkeypatch.setattr(kernels, "usable", lambda device: True)
-    monkeypatch.setattr(kernels, "_broken", set())
-    monkeypatch.setattr(kernels, "_unpack_words", fail)
-    for _ in range(2):
-        out = empty(ROWS, COLUMNS)
-        GPTQ_4.unpack(parts, out)
-        assert torch.equal(out, wanted)
-    assert len(tried) == 1 and len(caplog.records) == 1 and "cannot be compiled" in caplog.text
+    monkeypatch.setitem(kernels._UNPACK, "words", fail)
+    monkeypatch.setitem(kernels.MULTIPLY, "words", fail)
+    assert not GPTQ_4.temporary_bytes(1 << 24, META)
+    for device in ("cpu", META):
+        for _ in range(3):
+            out = empty(ROWS, COLUMNS, device=device)
+            GPTQ_4.unpack({name: part.to(device) for name, part in parts.items()}, out)
+            assert out.is_meta or torch.equal(out, wanted)
+            assert GPTQ_4.multiply(x.to(device), parts, (COLUMNS, ROWS), None) is None
+    assert set(kernels._failed.values()) == {2} and len(kernels._failed) == 4
+    assert GPTQ_4.temporary_bytes(1 << 24, META)
 
 
 def test_a_kernel_takes_no_memory_beside_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, q4_k = torch.device("meta"), packing_of(12)
+    q4_k = packing_of(12)
     assert q4_k is not None
-    assert q4_k.temporary_bytes(1 << 24, device) and GPTQ_4.temporary_bytes(1 << 24, device)
+    assert q4_k.temporary_bytes(1 << 24, META) and GPTQ_4.temporary_bytes(1 << 24, META)
     monkeypatch.setattr(kernels, "usable", lambda device: device.type == "meta")
-    assert not q4_k.temporary_bytes(1 << 24, device) and not GPTQ_4.temporary_bytes(1 << 24, device)
+    assert not q4_k.temporary_bytes(1 << 24, META) and not GPTQ_4.temporary_bytes(1 << 24, META)
     assert q4_k.temporary_bytes(1 << 24, torch.device("cpu"))
 
 
@@ -131,7 +168,7 @@ def test_they_are_used_on_a_gpu_and_take_no_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     q4_k.unpack({"weight": blocks}, out)
-    assert torch.cuda.max_memory_allocated() == before and not kernels._broken
+    assert torch.cuda.max_memory_allocated() == before and not kernels._failed
     assert not out.count_nonzero()
 
 

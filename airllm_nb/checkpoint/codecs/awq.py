@@ -26,22 +26,20 @@ class AWQ(Packing):
     name: ClassVar[str] = "4-bit"
     transposed: ClassVar[bool] = True
     spare = 1.5
-    has_kernel: ClassVar[bool] = True
+    kernel: ClassVar[str] = "words"
+    bits: ClassVar[int] = 4
+    offset: ClassVar[int] = 0
+    is_interleaved: ClassVar[bool] = True
 
     group: int
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        if kernels.unpack_words(parts, out, 4, 0, self.group, is_awq=True):
+        if kernels.unpack(self, parts, out):
             return
         words, scale = parts["weight"], parts["scale"].float()
         minimum = _values(parts["zeros"]).float().mul_(scale).neg_()
         for rows in group_chunks(out, self.group, 1, self.spare):
             group_affine(_values(words[rows]), scale, minimum, out, rows, self.group)
-
-    def multiply(
-        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        return kernels.multiply_words(x, parts, shape[0], bias, 4, 0, self.group, is_awq=True)
 
     def whole_bytes(self, values: int) -> int:
         return 11 * -(-values // self.group)  # scales and minimums in float32, while zero points are unpacked

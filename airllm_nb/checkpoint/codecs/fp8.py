@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,7 +45,7 @@ class FP8(Packing):
 
     name = "fp8"
     spare = 0.0  # a device converts in place
-    has_kernel = True
+    kernel: ClassVar[str] = "fp8"
     block: tuple[int | None, int | None]
     is_exponent: bool = False
 
@@ -55,7 +55,7 @@ class FP8(Packing):
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         rows, columns = out.shape
-        if kernels.unpack_fp8(self, parts, out):
+        if kernels.unpack(self, parts, out):
             return
         weight, scale = parts["weight"].view(rows, columns), self._scale(parts["scale"], rows)
         width = self.block[1] or columns
@@ -69,11 +69,6 @@ class FP8(Packing):
             values = table.index_select(0, bits).view(-1, columns)
             _scale_columns(values, scale[chunk], width)
             out[chunk].copy_(values)
-
-    def multiply(
-        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        return kernels.multiply_fp8(self, x, parts, shape[0], bias)
 
     def whole_bytes(self, values: int) -> int:
         return 12 * -(-values // (self.block[1] or 128))  # scales in float32, for every row

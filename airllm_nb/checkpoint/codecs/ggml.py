@@ -133,6 +133,7 @@ def _fives(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 
 class Q2_K(Blocks):
     name, values, nbytes = "Q2_K", 256, 84
+    group = 16
     spare = 2.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -145,6 +146,7 @@ class Q2_K(Blocks):
 
 class Q3_K(Blocks):
     name, values, nbytes = "Q3_K", 256, 110
+    group = 16
     spare = 3.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -186,6 +188,7 @@ class Q5_K(Blocks):
 
 class Q6_K(Blocks):
     name, values, nbytes = "Q6_K", 256, 210
+    group = 16
     spare = 3.75
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:

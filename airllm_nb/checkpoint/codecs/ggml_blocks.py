@@ -28,18 +28,21 @@ class Blocks(Packing):
     ----------
     values, nbytes
         Of one block.
+    group
+        Values that share a scale; more than 32 are taken apart.
     """
 
     values: ClassVar[int]
     nbytes: ClassVar[int]
+    group: ClassVar[int] = 32
     row_steps = MappingProxyType({"weight": 1})
     spare = 6.0  # no type takes more
-    has_kernel = True
+    kernel: ClassVar[str] = "blocks"
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         rows, columns = out.shape
         count = columns // self.values
-        if not count or kernels.unpack_blocks(self, parts["weight"], out):
+        if not count or kernels.unpack(self, parts, out):
             return
         for chunk in row_chunks(rows, columns, out.device, spare=self.spare):
             packed = parts["weight"][chunk]
@@ -50,11 +53,6 @@ class Blocks(Packing):
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         """Dequantise ``blocks`` ``[rows, count, nbytes]`` into ``out`` ``[rows, count, values]``."""
         raise NotImplementedError
-
-    def multiply(
-        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        return kernels.multiply_blocks(self, x, parts["weight"], shape[0], bias)
 
     def table(self, device: torch.device) -> torch.Tensor | None:
         """What a kernel looks up: the coordinates of points in int8, one after the other, or scales in float32."""

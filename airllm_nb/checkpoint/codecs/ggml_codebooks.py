@@ -116,6 +116,7 @@ class MXFP4(Blocks):
 
 class NVFP4(Blocks):
     name, values, nbytes = "NVFP4", 64, 36
+    group = 16
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         scale = self.table(blocks.device)[_wide(blocks[..., :4])]
@@ -165,6 +166,7 @@ class IQ2_XXS(_Points):
 
 class IQ2_XS(_Points):
     name, values, nbytes = "IQ2_XS", 256, 74
+    group = 16
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         fields = _unsigned(blocks[..., 2:66])
@@ -175,6 +177,7 @@ class IQ2_XS(_Points):
 
 class IQ2_S(_Points):
     name, values, nbytes = "IQ2_S", 256, 82
+    group = 16
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
         index = _wide(blocks[..., 2:34]) | bit_fields(_wide(blocks[..., 66:74]), (0, 2, 4, 6), 3) << 8
@@ -224,6 +227,7 @@ class IQ1_S(_Points):
 
 class IQ1_M(_Points):
     name, values, nbytes = "IQ1_M", 256, 56
+    group = 16
     factor = 8
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:

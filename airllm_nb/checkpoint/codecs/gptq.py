@@ -36,12 +36,15 @@ class GPTQ(Packing):
         Inputs that follow one another and share a scale, if there is no part ``group_index``.
     offset
         What is added to zero points as they are stored.
+    is_interleaved
+        Whether the outputs in a word are in AWQ's order.
     even
         Where there is a part ``group_index``, whether it gives every group just ``group`` inputs.
     """
 
     transposed: ClassVar[bool] = True
-    has_kernel: ClassVar[bool] = True
+    kernel: ClassVar[str] = "words"
+    is_interleaved: ClassVar[bool] = False
 
     bits: int
     group: int
@@ -53,7 +56,7 @@ class GPTQ(Packing):
         return f"{self.bits}-bit"
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        if kernels.unpack_words(parts, out, self.bits, self.offset, self.group, is_awq=False):
+        if kernels.unpack(self, parts, out):
             return
         words, scale = parts["weight"], parts["scale"].float()
         minimum = self._zeros(parts["zeros"])[:, : scale.shape[1]].float().mul_(scale).neg_()
@@ -70,11 +73,6 @@ class GPTQ(Packing):
                 of_rows = scale.index_select(0, group), minimum.index_select(0, group)
                 affine(self._values(words, rows), *of_rows, out[rows])
                 del of_rows  # before the next are made
-
-    def multiply(
-        self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        return kernels.multiply_words(x, parts, shape[0], bias, self.bits, self.offset, self.group, is_awq=False)
 
     def _unpack_even(
         self, words: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, groups: torch.Tensor, out: torch.Tensor

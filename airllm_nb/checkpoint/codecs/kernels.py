@@ -8,7 +8,7 @@ for a second; Triton keeps what it compiled on disk.
 
 from __future__ import annotations
 
-import functools
+import collections
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,115 +16,88 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .fp8 import FP8
-    from .ggml_blocks import Blocks
-    from .packing import Parts
+    from .packing import Packing, Parts
 
 log = logging.getLogger(__name__)
 
+OLDEST_GPU = (7, 0)  # compute capability; for older ones a compiler may end the process instead of raising an error
 _TILE = 1024  # values
-_ROWS, _COLUMNS = 16, 128  # of words
+_ROWS, _COLUMNS = 16, 128  # of a tile of values that are packed in words
 # Of a product with words, which are summed in shares: enough of them to keep a large GPU busy.
 _PROGRAMS = 1024
-# GGUF's types whose scales are of 16 values; those of the others are of 32 or more.
-_SIXTEENS = {"Q2_K", "Q3_K", "Q6_K", "NVFP4", "IQ2_XS", "IQ2_S", "IQ1_M"}
-_broken: set[str] = set()
+_Key = tuple[str, str, torch.device]
+_usable: set[torch.device] = set()
+_failed: collections.Counter[_Key] = collections.Counter()
 
 
-@functools.cache
-def usable(device: torch.device) -> bool:
-    """Whether kernels can be compiled and run on ``device``; tried once, on one block."""
-    if device.type != "cuda":
+def unpack(packing: Packing, parts: Parts, out: torch.Tensor) -> bool:
+    """What :meth:`.Packing.unpack` does, if there is a kernel for it; whether there was."""
+    if not out.numel() or not unpacks(packing, out.device):
         return False
-    try:
-        halves = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2], dtype=torch.uint8, device=device)
-        scale, power = torch.zeros(1, 1, dtype=torch.uint8, device=device), torch.ones(1, device=device)
-        out = torch.empty(1, 32, dtype=torch.float16, device=device)
-        _unpack_mxfp4(halves, scale, power, out)
-        agrees = out[0].tolist() == [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12] * 2
-    except Exception as error:  # no compiler, no headers, too old a GPU: Triton has a class of error for each
-        log.info("packed weights are unpacked by PyTorch: Triton's kernels do not run here (%s: %s)",
-                 type(error).__name__, error)  # fmt: skip
-        return False
-    if not agrees:
-        log.warning("packed weights are unpacked by PyTorch: Triton's kernels are wrong on this GPU")
-    return agrees
+    return _launch(_key("unpack", packing, out.device), lambda: _UNPACK[packing.kernel](packing, parts, out))
 
 
-# ---- one matrix; each returns whether that was done ------------------------------------------------------------------
+def unpacks(packing: Packing, device: torch.device) -> bool:
+    """Whether :func:`unpack` is to be expected to work."""
+    return packing.kernel in _UNPACK and usable(device) and _failed[_key("unpack", packing, device)] < 2
 
 
-def unpack_blocks(blocks: Blocks, packed: torch.Tensor, out: torch.Tensor) -> bool:
-    """Rows of GGML blocks ``[rows, bytes]`` into ``out`` ``[rows, columns]``."""
-    return _try(blocks.name, out, lambda: _unpack_blocks(blocks, packed, out))
+def multiply(
+    packing: Packing, x: torch.Tensor, parts: Parts, rows: int, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``x @ weight.T + bias`` for one vector, if there is a kernel for it.
 
-
-def unpack_fp8(packing: FP8, parts: Parts, out: torch.Tensor) -> bool:
-    """Bytes ``[rows, columns]`` with their scales into ``out``."""
-    return _try("FP8", out, lambda: _unpack_fp8(packing, parts, out))
-
-
-def unpack_words(parts: Parts, out: torch.Tensor, bits: int, offset: int, group: int, is_awq: bool) -> bool:
-    """Words of GPTQ or AWQ into ``out`` ``[in, out]``."""
-    return _try(f"{bits}-bit", out, lambda: _unpack_words(parts, out, bits, offset, group, is_awq))
-
-
-def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, out: torch.Tensor) -> bool:
-    """Blocks ``[rows, columns / 2]`` and scales ``[rows, columns / 32]`` into ``out``.
-
-    ``powers`` has half the power of two that each scale stands for, in float32.
+    It is given in float32 precision: weights are not rounded to the dtype of ``x``.
     """
-    return _try("mxfp4", out, lambda: _unpack_mxfp4(blocks, scales, powers, out))
-
-
-# ---- one vector; each returns ``x @ weight.T + bias``, or ``None`` where that was not done ---------------------------
-
-
-def multiply_blocks(
-    blocks: Blocks, x: torch.Tensor, packed: torch.Tensor, rows: int, bias: torch.Tensor | None
-) -> torch.Tensor | None:
-    """With rows of GGML blocks."""
-    return _product(blocks.name, x, rows, lambda out: _multiply_blocks(blocks, x, packed, bias, out))
-
-
-def multiply_fp8(
-    packing: FP8, x: torch.Tensor, parts: Parts, rows: int, bias: torch.Tensor | None
-) -> torch.Tensor | None:
-    """With bytes and their scales."""
-    return _product("FP8", x, rows, lambda out: _multiply_fp8(packing, x, parts, bias, out))
-
-
-def multiply_words(
-    x: torch.Tensor, parts: Parts, rows: int, bias: torch.Tensor | None, bits: int, offset: int, group: int,
-    is_awq: bool,
-) -> torch.Tensor | None:  # fmt: skip
-    """With words of GPTQ or AWQ, unless their inputs are in an order: then unpacking is not slower."""
-
-    def launch(out: torch.Tensor) -> None:
-        _multiply_words(x, parts, bias, out, bits, offset, group, is_awq)
-
-    return None if "group_index" in parts else _product(f"{bits}-bit", x, rows, launch)
-
-
-def _product(what: str, x: torch.Tensor, rows: int, launch: Callable[[torch.Tensor], None]) -> torch.Tensor | None:
     has_gradient = torch.is_grad_enabled() and x.requires_grad  # which no kernel here passes on
-    if x.numel() != x.shape[-1] or has_gradient or not usable(x.device):
+    # With inputs in an order, unpacking is not slower.
+    if packing.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
+        return None
+    key = _key("multiply", packing, x.device)
+    if not usable(x.device) or _failed[key] > 1:
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-    return out if _try(what, out, lambda: launch(out)) else None
+    vector = x.contiguous().view(-1)
+    return out if _launch(key, lambda: MULTIPLY[packing.kernel](packing, vector, parts, bias, out)) else None
 
 
-def _try(what: str, out: torch.Tensor, launch: Callable[[], None]) -> bool:
-    if not out.numel() or what in _broken or not usable(out.device):
+def usable(device: torch.device) -> bool:
+    """Whether kernels can be compiled and run on ``device``: known after one was."""
+    if device in _usable:
+        return True
+    key = "try", "one block", device
+    if device.type != "cuda" or _failed[key] > 1 or torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return False
+    if _launch(key, lambda: _try(device)):
+        _usable.add(device)
+    return device in _usable
+
+
+def _try(device: torch.device) -> None:
+    halves = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2], dtype=torch.uint8, device=device)
+    scale, power = torch.zeros(1, 1, dtype=torch.uint8, device=device), torch.ones(1, device=device)
+    out = torch.empty(1, 32, dtype=torch.float16, device=device)
+    _run_mxfp4(halves, scale, power, out)
+    if out[0].tolist() != [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12] * 2:
+        raise RuntimeError("a kernel gives wrong values on this GPU")
+
+
+def _key(what: str, packing: Packing, device: torch.device) -> _Key:
+    return what, f"{type(packing).__name__}: {packing.name}", device
+
+
+def _launch(key: _Key, launch: Callable[[], None]) -> bool:
+    """Whether it went well. What failed is tried once more: Ctrl-C ends a compiler as well."""
     try:
         launch()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # Triton could not compile this one
-        _broken.add(what)
-        log.warning("%s weights are unpacked by PyTorch: Triton's kernel does not compile (%s: %s)", what,
-                    type(error).__name__, error)  # fmt: skip
+    except Exception as error:  # no compiler, no headers: Triton has a class of error for each
+        _failed[key] += 1
+        reason = next(iter(str(error).strip().splitlines()), "")
+        level = logging.INFO if isinstance(error, ImportError) else logging.WARNING  # there is none but for Linux
+        log.log(level, "PyTorch does it, as Triton's kernel failed (%s %s): %s: %s", *key[:2],
+                type(error).__name__, reason)  # fmt: skip
         return False
     return True
 
@@ -132,32 +105,32 @@ def _try(what: str, out: torch.Tensor, launch: Callable[[], None]) -> bool:
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _unpack_blocks(blocks: Blocks, packed: torch.Tensor, out: torch.Tensor) -> None:
+def _unpack_blocks(blocks: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_blocks
 
-    (rows, columns), (table, constants) = out.shape, _of_blocks(blocks, packed, out.shape[1])
-    _run(triton_blocks.unpack_blocks, (rows, _tiles(columns)), out, packed, table, out,
-         columns, packed.stride(0), *out.stride(), **constants)  # fmt: skip
+    packed, (rows, columns) = parts["weight"], out.shape
+    table, constants = _of_blocks(blocks, packed, columns)
+    _run(triton_blocks.unpack_blocks, (rows, _tiles(columns)), out, packed, table, out, columns, packed.stride(0),
+         *out.stride(), **constants)  # fmt: skip
 
 
-def _multiply_blocks(
-    blocks: Blocks, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
+def _multiply_blocks(blocks: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     from . import triton_blocks
 
-    x, (table, constants) = x.reshape(-1), _of_blocks(blocks, packed, x.shape[-1])
+    packed = parts["weight"]
+    table, constants = _of_blocks(blocks, packed, len(x))
     _run(triton_blocks.multiply_blocks, (out.shape[-1],), out, x, packed, table, x if bias is None else bias, out,
          len(x), packed.stride(0), HAS_BIAS=bias is not None, **constants)  # fmt: skip
 
 
-def _of_blocks(blocks: Blocks, packed: torch.Tensor, columns: int) -> tuple[torch.Tensor, dict[str, Any]]:
+def _of_blocks(blocks: Any, packed: torch.Tensor, columns: int) -> tuple[torch.Tensor, dict[str, Any]]:
     """The table of the type, or anything, and constants."""
-    table, group = blocks.table(packed.device), 16 if blocks.name in _SIXTEENS else 32
-    constants = {"KIND": blocks.name, "VALUES": blocks.values, "NBYTES": blocks.nbytes, "GROUP": group}
-    return packed if table is None else table, {**constants, "GROUPS": _tile(columns) // group}
+    table = blocks.table(packed.device)
+    constants = {"KIND": blocks.name, "VALUES": blocks.values, "NBYTES": blocks.nbytes, "GROUP": blocks.group}
+    return packed if table is None else table, {**constants, "GROUPS": _tile(columns) // blocks.group}
 
 
-def _unpack_fp8(packing: FP8, parts: Parts, out: torch.Tensor) -> None:
+def _unpack_fp8(packing: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_fp8
 
     rows, columns = out.shape
@@ -166,17 +139,17 @@ def _unpack_fp8(packing: FP8, parts: Parts, out: torch.Tensor) -> None:
          **constants)  # fmt: skip
 
 
-def _multiply_fp8(packing: FP8, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def _multiply_fp8(packing: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     from . import triton_fp8
 
-    x, rows = x.reshape(-1), out.shape[-1]
+    rows = out.shape[-1]
     weight, arguments, constants = _of_fp8(packing, parts, rows, len(x))
     _run(triton_fp8.multiply_fp8, (rows,), out, x, weight, parts["scale"], x if bias is None else bias, out,
          *arguments, HAS_BIAS=bias is not None, **constants)  # fmt: skip
 
 
 def _of_fp8(
-    packing: FP8, parts: Parts, rows: int, columns: int
+    packing: Any, parts: Parts, rows: int, columns: int
 ) -> tuple[torch.Tensor, tuple[int, ...], dict[str, Any]]:
     """The bytes; columns, strides and the block; constants."""
     weight, (height, width) = parts["weight"].view(rows, columns), packing.block
@@ -186,43 +159,43 @@ def _of_fp8(
     return weight.view(torch.uint8), arguments, {**constants, "BLOCK": _tile(columns)}
 
 
-def _unpack_words(parts: Parts, out: torch.Tensor, bits: int, offset: int, group: int, is_awq: bool) -> None:
+def _unpack_words(packing: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_words
 
-    rows, columns = out.shape
-    arguments, constants = _of_words(parts, bits, offset, group, is_awq)
-    words, zeros, scale, groups, *strides = arguments
-    _run(triton_words.unpack_words, (-(-rows // _ROWS), -(-columns // _COLUMNS)), out, words, zeros, scale, groups, out,
-         rows, columns, *strides, *out.stride(), group, **constants)  # fmt: skip
+    (rows, columns), (tensors, strides, constants) = out.shape, _of_words(packing, parts)
+    grid = -(-rows // _ROWS), -(-columns // _COLUMNS)
+    _run(triton_words.unpack_words, grid, out, *tensors, out, rows, columns, *strides, *out.stride(), packing.group,
+         **constants)  # fmt: skip
 
 
-def _multiply_words(
-    x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor, bits: int, offset: int, group: int,
-    is_awq: bool,
-) -> None:  # fmt: skip
+def _multiply_words(packing: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     from . import triton_words
 
-    x, columns = x.reshape(-1), out.shape[-1]
-    arguments, constants = _of_words(parts, bits, offset, group, is_awq)
-    words, zeros, scale, groups, *strides = arguments
+    columns, (tensors, strides, constants) = out.shape[-1], _of_words(packing, parts)
     wide, tiles = -(-columns // _COLUMNS), -(-len(x) // _ROWS)
     share = -(-tiles // max(_PROGRAMS // wide, 1)) * _ROWS
     sums = torch.empty(-(-len(x) // share), columns, dtype=torch.float32, device=x.device)
-    _run(triton_words.multiply_words, (len(sums), wide), out, x, words, zeros, scale, groups, sums, len(x), columns,
-         *strides, group, share, **constants)  # fmt: skip
+    _run(triton_words.multiply_words, (len(sums), wide), out, x, *tensors, sums, len(x), columns, *strides,
+         packing.group, share, **constants)  # fmt: skip
     product = sums.sum(0)
     out.view(-1).copy_(product if bias is None else product.add_(bias))
 
 
-def _of_words(parts: Parts, bits: int, offset: int, group: int, is_awq: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _of_words(packing: Any, parts: Parts) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, Any]]:
     words, zeros, scale, groups = parts["weight"], parts["zeros"], parts["scale"], parts.get("group_index")
-    order = "listed" if groups is not None else "tiles" if group % _ROWS == 0 else "runs"
-    constants = {"BITS": bits, "OFFSET": offset, "IS_AWQ": is_awq, "ORDER": order, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+    order = "listed" if groups is not None else "tiles" if packing.group % _ROWS == 0 else "runs"
+    constants = {"BITS": packing.bits, "OFFSET": packing.offset, "IS_AWQ": packing.is_interleaved, "ORDER": order}
     strides = words.stride(0), zeros.stride(0), scale.stride(0)
-    return (words, zeros, scale, words if groups is None else groups, *strides), constants
+    tensors = words, zeros, scale, words if groups is None else groups
+    return tensors, strides, {**constants, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
 
 
-def _unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, out: torch.Tensor) -> None:
+def _unpack_mxfp4(packing: Any, parts: Parts, out: torch.Tensor) -> None:
+    _run_mxfp4(parts["weight"].view(len(out), -1), parts["scale"].view(len(out), -1), packing.powers(out.device), out)
+
+
+def _run_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, out: torch.Tensor) -> None:
+    """``powers`` has half the power of two that each scale stands for, in float32."""
     from . import triton_words
 
     rows, columns = out.shape
@@ -243,3 +216,12 @@ def _run(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any,
     """On the current stream of the device of ``out``."""
     with torch.cuda.device_of(out):
         kernel[grid](*arguments, **constants)
+
+
+_UNPACK: dict[str, Callable[..., None]] = {
+    "blocks": _unpack_blocks, "fp8": _unpack_fp8, "words": _unpack_words, "mxfp4": _unpack_mxfp4,
+}  # fmt: skip
+# By :attr:`.Packing.kernel`.
+MULTIPLY: dict[str, Callable[..., None]] = {
+    "blocks": _multiply_blocks, "fp8": _multiply_fp8, "words": _multiply_words,
+}  # fmt: skip

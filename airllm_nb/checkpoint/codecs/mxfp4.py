@@ -32,15 +32,19 @@ class MXFP4(Packing):
     name: ClassVar[str] = "mxfp4"
     transposed: ClassVar[bool] = True
     spare = 6.5
-    has_kernel: ClassVar[bool] = True
+    kernel: ClassVar[str] = "mxfp4"
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+        if kernels.unpack(self, parts, out):
+            return
         (rows, columns), device = out.shape, out.device
         blocks, scales = parts["weight"].view(rows, columns // 2), parts["scale"].view(rows, columns // _BLOCK, 1)
-        if kernels.unpack_mxfp4(blocks, scales, _half_powers(device), out):
-            return
         for chunk in row_chunks(rows, columns, device, spare=self.spare):
             _fill(blocks[chunk], scales[chunk], out[chunk])
+
+    def powers(self, device: torch.device) -> torch.Tensor:
+        """For a kernel: byte → half of the power of two that it stands for."""
+        return _half_powers(device)
 
 
 def _fill(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
@@ -62,15 +66,15 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
+def _half_powers(device: torch.device) -> torch.Tensor:
+    return _powers(device) / 2
+
+
+@functools.cache
 def _powers(device: torch.device) -> torch.Tensor:
     powers = torch.ldexp(torch.ones(256), torch.arange(256) - 127)
     powers[255] = torch.nan  # by the specification
     return powers.to(device)
-
-
-@functools.cache
-def _half_powers(device: torch.device) -> torch.Tensor:
-    return _powers(device) / 2
 
 
 def check(settings: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Weights that a checkpoint holds packed: what they consist of, and how one matrix is unpacked.
 
-A :class:`Packing` is what a format adds: pure functions over the tensors of one matrix, in plain PyTorch, for every
-device. Nothing here knows names of checkpoints; nothing outside of this folder knows a format.
+A :class:`Packing` is what a format adds: pure functions over the tensors of one matrix, in plain PyTorch for every
+device, and by a kernel where one runs. Nothing here knows names of checkpoints; nothing outside of this folder knows a
+format.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Packing:
     spare
         Device memory that each value of a chunk takes while it is unpacked, beside its place in the matrix: bytes that
         PyTorch's allocator reserves, which are more than there are at once.
-    has_kernel
-        Whether one of :mod:`.kernels` unpacks it, with no memory beside the matrix.
+    kernel
+        The one of :mod:`.kernels` that unpacks it, with no memory beside the matrix; empty if there is none.
     """
 
     name: ClassVar[str] = ""
     transposed: ClassVar[bool] = False
     row_steps: Mapping[str, int] | None = None
     spare: float = 4.0
-    has_kernel: ClassVar[bool] = False
+    kernel: ClassVar[str] = ""
 
     def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
         """Dequantise a matrix.
@@ -65,7 +66,7 @@ class Packing:
         """Memory that :meth:`unpack` takes at most beside a matrix of so many ``values``."""
         if device.type == "cpu":
             return 4 * min(values, HOST_VALUES)
-        if self.has_kernel and kernels.usable(device):
+        if kernels.unpacks(self, device):
             return 0
         return math.ceil(min(self.spare * values, DEVICE_BYTES)) + self.whole_bytes(values)
 
@@ -77,7 +78,7 @@ class Packing:
         self, x: torch.Tensor, parts: Mapping[str, torch.Tensor], shape: tuple[int, int], bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """``x @ weight.T + bias`` by a kernel that reads packed bytes; ``None`` where there is none for this case."""
-        return None
+        return kernels.multiply(self, x, parts, shape[0], bias)
 
 
 @dataclass(frozen=True)
