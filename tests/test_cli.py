@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -431,3 +432,22 @@ def test_a_tokenizer_that_is_not_there_is_one_line(
     code, out, err = cli("generate", folder, "hello", "-n", 2)
     assert (code, out) == (1, "") and err.count("\n") == 1 and "give token ids to model.generate" in err
     assert ("holds no tokenizer" in err) is (kept is None) and ("cannot be read" in err) is (kept is not None)
+
+
+def test_warnings_are_in_the_words_of_a_shell(cli: Any, monkeypatch: pytest.MonkeyPatch, endless: Path) -> None:
+    def plan_model(*args: Any, **kwargs: Any) -> None:
+        logging.getLogger("airllm_nb.stores").warning("%s stays: delete_original=True came too late", "x")
+        raise SourceError("no model")
+
+    monkeypatch.setattr("airllm_nb.engine.plan_model", plan_model)
+    for _ in range(2):  # once each
+        code, out, err = cli("plan", endless)
+        assert (code, out) == (1, "")
+        assert err == "airllm-nb: x stays: --delete-original came too late\nairllm-nb: no model\n"
+
+
+def test_what_does_not_apply_is_said(cli: Any, endless: Path) -> None:
+    code, _, err = cli("plan", endless, "--revision", "v2")
+    assert code == 1 and "has no revision 'v2'" in err and err.count("\n") == 1
+    code, _, err = cli("convert", endless, "--compression", "8bit", "--adapter", "x")
+    assert code == 2 and "give it when the model is used" in err

@@ -166,9 +166,9 @@ def test_gemma3_says_what_transformers_says(gemma3: tuple[Path, Any], tmp_path: 
         ids = model.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             logits = expected(ids).logits
-            tokens = greedy(expected, ids, 12)
+            tokens = greedy(expected, ids)
         torch.testing.assert_close(model(ids).logits, logits, rtol=1e-4, atol=1e-4 * logits.abs().max().item())
-        ours = greedy(model, ids, 12)
+        ours = greedy(model, ids)
         assert torch.equal(ours, tokens)
         assert "is the capital of" in model.tokenizer.decode(ours[0])
         assert bool(budgets) == bool(model.plan.streamed_bytes)

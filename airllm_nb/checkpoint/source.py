@@ -68,6 +68,9 @@ def resolve(
         if "://" in text:
             raise SourceError(f"{text} is a web address; give the part after the host, as org/name, or a local folder")
         found = _on_hub(text, options, progress, weights, check, room)
+    elif options.revision is not None:
+        raise SourceError(f"{text} is on this machine and has no revision {options.revision!r}: those are of the Hub; "
+                          "leave the revision out, or name the repository")  # fmt: skip
     if found.why:
         log.info("%s", found.why)
     return found

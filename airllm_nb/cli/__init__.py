@@ -6,9 +6,11 @@ Ctrl-C. With ``--json`` stdout is one JSON document and nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..errors import AirLLMError, OptionError, in_flags
 from . import bench, cache, commands, doctor
@@ -27,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     given = parser.parse_args(argv)
     try:
-        return given.run(given)
+        with _warnings():
+            return given.run(given)
     except OptionError as error:
         return _fail(str(error), USAGE)
     except AirLLMError as error:
@@ -47,6 +50,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         reason = str(error).splitlines()[0]
         return _fail(f"the GPU ran out of memory ({reason}); give a smaller --vram or --max-seq-len", USER)
+
+
+class _InFlags(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"airllm-nb: {in_flags(record.getMessage())}"
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[None]:
+    """Warnings on stderr, in the words of a shell."""
+    log, handler = logging.getLogger("airllm_nb"), logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(_InFlags())
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _fail(message: str, code: int) -> int:

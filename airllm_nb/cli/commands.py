@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from ..config import format_bytes
-from ..errors import in_flags
+from ..errors import OptionError, in_flags
 from ..trace import Progress, speed_line
 from .arguments import load_options, read_prompt, sampling
 
@@ -35,6 +35,8 @@ def plan(given: argparse.Namespace) -> int:
 
 def convert(given: argparse.Namespace) -> int:
     """The store, once."""
+    if given.adapter:
+        raise OptionError("--adapter: stores are of models without adapters; give it when the model is used")
     options = load_options(given)
     start = time.perf_counter()
     with ProgressLine() as line:
