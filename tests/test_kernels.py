@@ -136,10 +136,8 @@ def test_products_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
     parts = {name: part.cuda() for name, part in parts_of(found).items()}
     weight = by_pytorch(found, parts, empty(ROWS, COLUMNS, device="cuda"))
     weight = weight.t() if found.transposed else weight
-    x, bias = (
-        torch.randn(1, weight.shape[1], device="cuda").to(dtype),
-        torch.randn(len(weight), device="cuda").to(dtype),
-    )
+    x = torch.randn(1, weight.shape[1], device="cuda").to(dtype)
+    bias = torch.randn(len(weight), device="cuda").to(dtype)
     for beside in (bias, None):
         wanted = torch.nn.functional.linear(x.double(), weight.double(), None if beside is None else beside.double())
         out = by_product(found, parts, x, len(weight), beside)

@@ -227,8 +227,7 @@ class Generation:
 
     def _complete(self, trace: Trace) -> None:
         trace.tokens = len(self._ids)
-        limit = self._kwargs.get("max_new_tokens")
-        by_length = limit is not None and len(self._ids) >= limit
+        by_length = self.limit is not None and len(self._ids) >= self.limit
         end = ("context" if self._is_cut else "length") if by_length else "end"
         self.result = GenerationResult(
             prompt=self._prompt, text="".join(self._parts), token_ids=tuple(self._ids),

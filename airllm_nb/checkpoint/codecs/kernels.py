@@ -53,8 +53,7 @@ def multiply(
     # With inputs in an order, unpacking is not slower.
     if packing.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
         return None
-    key = _key("multiply", packing, x.device)
-    if not usable(x.device) or _failed[key] > 1:
+    if not usable(x.device) or _failed[key := _key("multiply", packing, x.device)] > 1:
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     vector = x.contiguous().view(-1)

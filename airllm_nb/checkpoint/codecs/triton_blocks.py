@@ -79,8 +79,7 @@ def _scale(block, table, v, KIND: tl.constexpr):
     elif KIND == "TQ2_0":
         return _half(block + 64)
     elif KIND == "IQ4_XS":
-        low = _byte(block + 4 + v // 64) >> (v // 32 % 2 * 4) & 15
-        return _half(block) * ((low | (_short(block + 2) >> (v // 32 * 2) & 3) << 4) - 32)
+        return _half(block) * ((_half_byte(block + 4, v // 32) | (_short(block + 2) >> (v // 32 * 2) & 3) << 4) - 32)
     elif KIND == "MXFP4":
         return tl.load(table + _byte(block))
     elif KIND == "NVFP4":
@@ -88,13 +87,13 @@ def _scale(block, table, v, KIND: tl.constexpr):
     elif KIND == "IQ2_XXS":
         return _half(block) * (0.5 + (_byte(block + 9 + v // 32 * 8) >> 4)) * 0.25
     elif KIND == "IQ2_XS":
-        return _half(block) * (0.5 + (_byte(block + 66 + v // 32) >> (v // 16 % 2 * 4) & 15)) * 0.25
+        return _half(block) * (0.5 + _half_byte(block + 66, v // 16)) * 0.25
     elif KIND == "IQ2_S":
-        return _half(block) * (0.5 + (_byte(block + 74 + v // 32) >> (v // 16 % 2 * 4) & 15)) * 0.25
+        return _half(block) * (0.5 + _half_byte(block + 74, v // 16)) * 0.25
     elif KIND == "IQ3_XXS":
         return _half(block) * (0.5 + (_byte(block + 69 + v // 32 * 4) >> 4)) * 0.5
     elif KIND == "IQ3_S":
-        return _half(block) * (1 + 2 * (_byte(block + 106 + v // 64) >> (v // 32 % 2 * 4) & 15))
+        return _half(block) * (1 + 2 * _half_byte(block + 106, v // 32))
     elif KIND == "IQ1_S":
         return _half(block) * (2 * (_byte(block + 35 + v // 32 * 2) >> 4 & 7) + 1) * 0.125
     elif KIND == "IQ1_M":  # the float16 lies in the uppermost four bits of four fields
@@ -170,7 +169,7 @@ def _point(block, table, v, KIND: tl.constexpr):
         return _moved(table, _byte(block + 2 + v // 8) | (fields >> (v % 32 // 8 * 3) & 7) << 8, v, fields >> 15)
     else:
         tl.static_assert(KIND == "IQ1_M")
-        high = _byte(block + 32 + v // 16) >> (v // 8 % 2 * 4)
+        high = _half_byte(block + 32, v // 8)
         return _moved(table, _byte(block + v // 8) | (high & 7) << 8, v, high >> 3)
 
 
@@ -200,6 +199,12 @@ def _word(at):
 @triton.jit
 def _half(at):
     return _short(at).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _half_byte(field, number):
+    """Two in each byte, the lower half first."""
+    return _byte(field + number // 2) >> (number % 2 * 4) & 15
 
 
 @triton.jit
