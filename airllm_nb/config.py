@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .disk import expanded
 from .errors import OptionError
 
 COMPRESSIONS = (None, "4bit", "8bit")
@@ -78,8 +79,13 @@ def size_option(nbytes: int) -> str:
 def cache_dir() -> Path:
     """Where stores go when no folder is named: ``$AIRLLM_NB_CACHE``, else the user's cache folder."""
     if named := os.environ.get("AIRLLM_NB_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "airllm_nb"
+        return expanded(named)
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "airllm_nb"
+    try:
+        return Path.home() / ".cache" / "airllm_nb"
+    except RuntimeError:
+        raise OptionError("this user has no home folder to keep anything in; set AIRLLM_NB_CACHE to a folder") from None
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ class LoadOptions:
             name: parse_bytes(getattr(self, name), name) for name in ("vram_budget", "ram_budget")
         }
         if self.layer_shards_saving_path:
-            normal["layer_shards_saving_path"] = Path(self.layer_shards_saving_path).expanduser()
+            normal["layer_shards_saving_path"] = expanded(self.layer_shards_saving_path)
         if self.dtype is not None:
             normal["dtype"] = str(self.dtype).removeprefix("torch.")
         if self.device is not None:

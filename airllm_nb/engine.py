@@ -20,6 +20,7 @@ from .decode.prefill import of_forward
 from .decode.prompt import Prompt, check_length, encode
 from .decode.replay import Replay
 from .decode.tokenizer import load_tokenizer
+from .disk import told
 from .errors import BusyError, ClosedError, OptionError
 from .fit import FittedPlan
 from .machine import measure
@@ -45,9 +46,11 @@ def open_model(
     progress
         Called during downloads, conversion and set-up.
     """
-    prepared = load.prepare(model, options or LoadOptions(), progress=progress)
+    with told():
+        prepared = load.prepare(model, options or LoadOptions(), progress=progress)
     try:
-        return StreamedModel(prepared, measure(prepared))
+        with told():
+            return StreamedModel(prepared, measure(prepared))
     except BaseException:
         prepared.held.close()  # at once: whoever keeps the exception keeps what it refers to
         raise
@@ -57,12 +60,14 @@ def plan_model(
     model: str | Path, options: LoadOptions | None = None, *, progress: ProgressCallback = silent
 ) -> FittedPlan:
     """What would go where, how fast, and whether it fits, without downloading, converting or reading any weight."""
-    return Preview(model, options or LoadOptions(), progress=progress).plan()
+    with told():
+        return Preview(model, options or LoadOptions(), progress=progress).plan()
 
 
 def convert_model(model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent) -> Path:
     """Write the store that ``options`` need (compression, or a format that is not safetensors); returns its folder."""
-    return load.prepare(model, options, progress=progress).folder
+    with told():
+        return load.prepare(model, options, progress=progress).folder
 
 
 class StreamedModel:

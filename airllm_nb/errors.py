@@ -10,7 +10,9 @@ __all__ = [
     "BusyError",
     "CheckpointError",
     "ClosedError",
+    "FileError",
     "GenerationStopped",
+    "MissingFileError",
     "OptionError",
     "PromptError",
     "SourceError",
@@ -34,6 +36,14 @@ class SourceError(AirLLMError, FileNotFoundError):
 
 class CheckpointError(AirLLMError, ValueError):
     """A checkpoint file is missing, truncated or says something that cannot be true."""
+
+
+class FileError(CheckpointError, OSError):
+    """The system refuses to open, read or list a file; ``errno`` says why."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """A file is not there."""
 
 
 class UnsupportedModelError(AirLLMError, ValueError):

@@ -10,7 +10,7 @@ from .checkpoint.codecs.formats import quantisation
 from .checkpoint.hub import cache_folder
 from .checkpoint.source import read_config
 from .config import cache_dir, format_bytes
-from .disk import free_disk, nearest
+from .disk import free_disk, nearest, status
 from .model.plan import ResidencyPlan
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def spaces(prepared: Prepared) -> tuple[Space, ...]:
         found.append(("store", store, folder))
     made: list[Space] = []
     for what, nbytes, folder in found:
-        disk = nearest(folder).stat().st_dev
-        beside = sum(space.nbytes for space in made if nearest(space.folder).stat().st_dev == disk)
+        disk = status(nearest(folder)).st_dev
+        beside = sum(space.nbytes for space in made if status(nearest(space.folder)).st_dev == disk)
         made.append(Space(what, nbytes, folder, free_disk(folder), beside))
     return tuple(made)
 

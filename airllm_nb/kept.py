@@ -13,7 +13,7 @@ from .checkpoint.hub import repository_folder
 from .checkpoint.identity import fingerprints_at
 from .checkpoint.local import POINTER
 from .config import cache_dir
-from .disk import free_disk
+from .disk import expanded, free_disk
 from .errors import SourceError, StoreError
 
 __all__ = ["CachedStore", "Kept", "choose", "is_only_copy", "kept_stores", "remove_store", "source_is_here"]
@@ -47,7 +47,7 @@ def kept_stores(folder: str | Path | None = None) -> Kept:
     SourceError
         If a folder is named that is not there.
     """
-    base = cache_dir() if folder is None else Path(folder).expanduser()
+    base = cache_dir() if folder is None else expanded(folder)
     if folder is not None and not base.is_dir():
         raise SourceError(f"there is no folder {base.absolute()}; check the path")
     return Kept(base, tuple(cached_stores(base)), free_disk(base))
@@ -81,7 +81,7 @@ def choose(
 
 
 def _meant(name: str, kept: Kept) -> list[CachedStore]:
-    ways = {name, str(Path(name).expanduser().absolute())} if "/" in name else {name}
+    ways = {name, str(expanded(name).absolute())} if "/" in name else {name}
     if exact := [store for store in kept.stores if ways & _names(store)]:
         return exact
     found = [store for store in kept.stores if store.model == name]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .disk import status
 from .load import NOWHERE
 from .model.device import available_ram, has_memory
 from .model.packed import PackedLinear
@@ -28,7 +29,7 @@ def measure(prepared: Prepared) -> Machine:
     """
     device, is_cpu = prepared.device, prepared.device.type == "cpu"
     files = {piece.extent.path for unit in prepared.units for piece in unit.stream.pieces[:1]} - {NOWHERE}
-    file = max(files, key=lambda file: file.stat().st_size, default=None)
+    file = max(files, key=lambda file: status(file).st_size, default=None)
     direct = file is not None and _reads_directly(prepared, file)
     disk = disk_bandwidth(file, direct) if file else FALLBACK
     has_device = has_memory(prepared.options, device)

@@ -21,6 +21,7 @@ from .checkpoint.local import POINTER, Source
 from .checkpoint.originals import delete_original, weight_names
 from .checkpoint.store import Store, open_store
 from .config import LoadOptions
+from .disk import expanded, read_json, status
 from .errors import OptionError, SourceError, StoreError
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def meant(model: str | Path) -> str | Path:
     SourceError
         If the file is not here any more, or was not noted.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     beside = written_beside(folder) if str(model).strip() and folder.is_dir() else None
     if beside is None:
         return model
@@ -155,11 +156,11 @@ def _warned(folder: Path) -> Iterator[None]:
 
 def _place(model: str | Path) -> tuple[Path, str]:
     """The folder that a name leads to, and what in it is meant."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.suffix != ".gguf" or path.is_dir():
         return path, FOLDER
     above, _, name = str(model).rpartition(":")
-    folder = Path(above).expanduser()
+    folder = expanded(above)
     return (folder, name) if above and folder.is_dir() else (path.parent, path.name)
 
 
@@ -217,15 +218,15 @@ def _stamps(folder: Path, names: list[str]) -> dict[str, tuple[int, int] | None]
     found: dict[str, tuple[int, int] | None] = {}
     for name in names:
         try:
-            status = (folder / name).stat()
-            found[name] = (status.st_size, status.st_mtime_ns)
+            seen = status(folder / name)
+            found[name] = (seen.st_size, seen.st_mtime_ns)
         except FileNotFoundError:
             found[name] = None
     return found
 
 
 def _read(folder: Path) -> dict[str, Replacement]:
-    said = json.loads((folder / POINTER).read_text(encoding="utf-8"))
+    said = read_json(folder / POINTER)
     if "store" in said:  # of an earlier version, which noted no files
         return {FOLDER: Replacement(Path(said["store"]), {}, False)}
     return {

@@ -27,6 +27,7 @@ from .checkpoint.rewrite import is_complete
 from .checkpoint.source import Source, store_folder
 from .checkpoint.store import MANIFEST, ShardJob, Store, StoreMeta, open_store, write_store
 from .config import LoadOptions
+from .disk import read_bytes
 from .errors import StoreError
 from .model.skeleton import kept_in_float32
 from .trace import ProgressCallback
@@ -231,4 +232,4 @@ def _copy_companions(plain: Path, folder: Path) -> None:
     ]
     for name in sorted(companions(names, Choice("safetensors", None, ())), key=lambda name: name == "config.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / name, (plain / name).read_bytes())
+        write_atomically(folder / name, read_bytes(plain / name))

@@ -16,7 +16,6 @@ from .checkpoint.encoded import TORCH_DTYPES
 from .checkpoint.gguf import GGUFWeights, gguf_config
 from .checkpoint.gguf_file import read_gguf
 from .checkpoint.gguf_packed import InPlace, in_place
-from .checkpoint.hub import read_json
 from .checkpoint.hub_headers import Headers
 from .checkpoint.index import CheckpointIndex, Extent, TensorInfo, read_header, read_index
 from .checkpoint.legacy.families import native_tensors, normalised
@@ -24,6 +23,7 @@ from .checkpoint.mapping import map_checkpoint
 from .checkpoint.pickle_index import is_wide, pickle_index
 from .checkpoint.pickles import load_pickle
 from .checkpoint.source import Source, read_config
+from .disk import read_json, status
 from .errors import CheckpointError, UnsupportedModelError
 from .model.skeleton import lacking
 
@@ -250,7 +250,7 @@ def gguf_in_place(source: Source, dtype: str) -> InPlace:
     # Of a file on the Hub the header alone; its table and the length of the file are the real ones.
     path = source.gguf_file or source.header
     assert path is not None
-    stat = path.stat()
+    stat = status(path)
     return _gguf_in_place(path, stat.st_size, stat.st_mtime_ns, dtype)
 
 

@@ -17,8 +17,8 @@ ENGINE = {"engine", "auto_model", "bench"}
 # room or top-level module: what it may import of ours, besides itself
 ALLOWED = {
     "errors": set(),
-    "disk": set(),
-    "config": {"errors"},
+    "disk": {"errors"},
+    "config": {"errors", "disk"},
     "trace": {"config", "errors"},
     "timeline": {"trace", "config", "errors"},
     "checkpoint": BASE,
@@ -53,6 +53,30 @@ KEPT_IN = {
     "accelerate": "nowhere",
 }
 FILE_LINES, FUNCTION_LINES = 300, 60
+# Files are opened, read, looked at and listed through disk.py, which turns what the system refuses into one line.
+# module: what it may do beside the door, and why
+OPENS = {
+    "disk": {"open", "stat", "iterdir"},  # the door
+    "checkpoint.libc": {"mmap"},  # of a descriptor
+    "stream.trial_child": {"open", "loads", "mmap"},  # a script that imports nothing of ours
+    "stream.trial": {"read_text"},  # /proc
+    "model.device": {"read_text"},  # /proc and /sys
+    "model.recorder": {"read_text"},  # /proc
+    "bench.measure": {"read_text"},  # /proc
+    "cli.doctor": {"read_text"},  # /proc and /sys
+    "cli.__init__": {"open"},  # /dev/null
+    "checkpoint.folder": {"open", "scandir", "stat"},  # folders that are locked, and progress that may be a guess
+    "checkpoint.cached": {"scandir", "stat"},  # sizes that may be a guess
+    "checkpoint.shard": {"open"},  # a folder that is synced
+    "kept": {"scandir"},  # a folder of the Hub's cache
+    "checkpoint.sample": {"open"},  # a member of an archive
+    "checkpoint.files": {"mmap"},  # memory
+    "checkpoint.rows": {"mmap"},  # memory
+    "stream.arena": {"mmap"},  # memory
+    "stream.mapped": {"mmap"},  # a file that was opened through the door
+    "checkpoint.gguf_file": {"mmap", "memmap"},  # likewise
+}
+_READS = {"open", "read_text", "read_bytes", "stat", "lstat", "iterdir", "scandir", "listdir", "mmap", "memmap", "load"}
 
 
 class Import(NamedTuple):
@@ -192,6 +216,32 @@ def prints(modules: list[Module]) -> list[str]:
     ]
 
 
+def bypasses(modules: list[Module]) -> list[str]:
+    """Files that are read past the door; a bare name other than ``open`` is a function of the door itself."""
+    return [
+        f"{module.at(node.lineno)} {ast.unparse(node.func)}"
+        for module in modules
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Call)
+        and (name := _reads(node))
+        and name not in OPENS.get(module.name.removeprefix("airllm_nb."), ())
+    ]
+
+
+def _reads(call: ast.Call) -> str:
+    of, _, name = ast.unparse(call.func).rpartition(".")
+    words = [argument.value for argument in call.args if isinstance(argument, ast.Constant)]
+    if (
+        name not in _READS
+        or (not of and name != "open")
+        or (name == "open" and any(str(word)[:1] in "wax" for word in words))
+        or (name == "load" and of != "json")
+        or (name == "stat" and call.args and of != "os")
+    ):
+        return ""
+    return name
+
+
 def oversize(modules: list[Module]) -> list[str]:
     long = []
     for module in modules:
@@ -235,6 +285,10 @@ def test_libraries_stay_in_their_rooms(modules: list[Module]) -> None:
 
 def test_only_the_command_line_prints(modules: list[Module]) -> None:
     assert prints(modules) == []
+
+
+def test_files_are_read_through_one_door(modules: list[Module]) -> None:
+    assert bypasses(modules) == []
 
 
 def test_files_and_functions_are_small(modules: list[Module]) -> None:
@@ -316,3 +370,18 @@ def test_a_print_and_a_giant_are_found(tmp_path: Path) -> None:
     modules = house(tmp_path, engine="print(1)", cli="print(1)", config=giant, model__plan="\n" * (FILE_LINES + 1))
     assert prints(modules) == ["airllm_nb/engine.py:1"]
     assert oversize(modules) == ["airllm_nb/config.py:1 f of 61 lines", "airllm_nb/model/plan.py:301 file of 301 lines"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["open(path)", "open(path, 'rb')", "path.open()", "path.open('rb')", "path.read_text('utf-8')", "path.read_bytes()",
+     "path.stat()", "os.stat(path)", "os.open(path, 0)", "path.iterdir()", "os.listdir(path)", "os.scandir(path)",
+     "json.load(file)", "mmap.mmap(3, 0)", "np.memmap(path)", "io.open(path, 'rb')"],
+)  # fmt: skip
+def test_a_way_past_the_door_is_found(tmp_path: Path, line: str) -> None:
+    assert [found.split()[0] for found in bypasses(house(tmp_path, engine=line))] == ["airllm_nb/engine.py:1"]
+
+
+def test_what_writes_or_goes_through_the_door_is_none(tmp_path: Path) -> None:
+    source = "path.open('wb')\nopen(path, 'ab')\ndisk.open_file(path)\nstatus(path)\ntorch.load(path)\nread_json(path)"
+    assert bypasses(house(tmp_path, engine=source)) == []

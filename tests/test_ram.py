@@ -21,7 +21,7 @@ import torch
 from airllm_nb import AutoModel
 from airllm_nb.checkpoint import libc
 from airllm_nb.checkpoint.index import Extent
-from airllm_nb.errors import CheckpointError
+from airllm_nb.errors import CheckpointError, OptionError
 from airllm_nb.stream import trial
 from airllm_nb.stream.mapped import MappedFiles
 from airllm_nb.stream.page_cache import CachedPieces
@@ -236,7 +236,7 @@ def test_a_cached_file_says_nothing_about_direct_reads(gpu: Path, monkeypatch: p
 
 def test_a_user_without_a_home_gets_an_answer_each_time(gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+        raise OptionError("this user has no home folder")
 
     log = child(monkeypatch, gpu.parent, "print('{\"page_cache\": 50e9}')")
     monkeypatch.setattr(trial, "cache_dir", homeless)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoadOptions, format_bytes
+from ..disk import read_json
 from ..errors import CheckpointError, UnsupportedModelError
 from ..trace import ProgressCallback, silent
 from .adapter_files import CONFIG_FILE, AdapterFiles, find_adapter, read_tensors
-from .hub import read_json
 from .index import TensorInfo
 
 PREFIX = "base_model.model."

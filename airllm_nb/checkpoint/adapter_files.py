@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..config import LoadOptions, cache_dir
+from ..disk import entries, expanded, status
 from ..errors import CheckpointError, SourceError, StoreError
 from ..trace import ProgressCallback
 from .hub import Repository, offline
@@ -47,10 +48,10 @@ def find_adapter(adapter: str | Path, options: LoadOptions) -> AdapterFiles:
     CheckpointError
         If what is there is no adapter.
     """
-    text, path = str(adapter), Path(adapter).expanduser()
+    text, path = str(adapter), expanded(adapter)
     if path.is_dir():
         path = path.absolute()
-        return AdapterFiles(path.name, path, path / _choose({file.name for file in path.iterdir()}, path))
+        return AdapterFiles(path.name, path, path / _choose({file.name for file in entries(path)}, path))
     if path.is_file():
         raise SourceError(f"the adapter {path} is a file; name the folder that holds {CONFIG_FILE}: {path.parent}")
     if not HUB_ID.fullmatch(text):
@@ -120,7 +121,7 @@ def _cached(repo_id: str, why: str) -> AdapterFiles:
                           f"({constants.HF_HUB_CACHE}), and the Hub is not asked ({why}); download it once with a "
                           "connection, or name a local folder")  # fmt: skip
     folder = Path(config).parent
-    return AdapterFiles(repo_id, folder, folder / _choose({file.name for file in folder.iterdir()}, repo_id))
+    return AdapterFiles(repo_id, folder, folder / _choose({file.name for file in entries(folder)}, repo_id))
 
 
 def _headers(files: AdapterFiles, options: LoadOptions, progress: ProgressCallback) -> Mapping[str, TensorInfo] | None:
@@ -139,7 +140,7 @@ def _unpickled(file: Path, options: LoadOptions, weights: bool) -> Mapping[str, 
     from .convert import DTYPE_NAMES
     from .pickles import load_pickle
 
-    state = file.stat()
+    state = status(file)
     key = hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = Path(options.layer_shards_saving_path or cache_dir()) / "adapters"
     copy = folder / f"{file.parent.name}--{key}.safetensors"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..disk import entries, open_file, read_json, status
 from ..errors import StoreError
 from .folder import JOURNAL, LOCK, MANIFEST, exclusively, in_use, vacated
 from .index import header_length
@@ -150,7 +151,7 @@ def _remove_copy(path: Path) -> int:
     with exclusively(path.parent) as is_free:
         if not is_free:
             raise StoreError(f"{path} may be in use; unload the model, or end the process that has it open")
-        nbytes = path.stat().st_size
+        nbytes = status(path).st_size
         path.unlink()
         return nbytes
 
@@ -158,7 +159,7 @@ def _remove_copy(path: Path) -> int:
 def _empty(folder: Path) -> None:
     """The manifest first, and last the file that says whose this is."""
     order = {MANIFEST: 0, JOURNAL: 0, LOCK: 2}
-    for path in sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1)):
+    for path in sorted(entries(folder), key=lambda path: order.get(path.name, 1)):
         if path.is_dir() and not path.is_symlink():
             _empty(path)
             path.rmdir()
@@ -169,8 +170,8 @@ def _empty(folder: Path) -> None:
 def _folders(base: Path) -> Iterator[Path]:
     for above in (base, base / SYNTHETIC):
         with suppress(OSError):
-            entries = sorted(path for path in above.iterdir() if not path.is_symlink() and path.is_dir())
-            yield from (path for path in entries if _is_ours(path))
+            found = sorted(path for path in entries(above) if not path.is_symlink() and path.is_dir())
+            yield from (path for path in found if _is_ours(path))
 
 
 def _is_ours(folder: Path) -> bool:
@@ -182,7 +183,7 @@ def _is_ours(folder: Path) -> bool:
     if folder.parent.name == SYNTHETIC and _PARTIAL.fullmatch(folder.name):
         return (folder / LOCK).is_file()
     if _REMOVED.fullmatch(folder.name):
-        return (folder / LOCK).is_file() or not any(folder.iterdir())
+        return (folder / LOCK).is_file() or not any(entries(folder))
     return _NAME.fullmatch(folder.name) is not None and (folder / LOCK).is_file()
 
 
@@ -191,7 +192,7 @@ def _is_manifest(found: dict[str, Any]) -> bool:
 
 
 def _is_journal(path: Path) -> bool:
-    with suppress(OSError, ValueError), path.open("rb") as file:
+    with suppress(OSError, ValueError), open_file(path) as file:
         first = json.loads(file.readline(1 << 16))
         return isinstance(first, dict) and _SHA256.fullmatch(str(first.get("key", ""))) is not None
     return False
@@ -220,7 +221,7 @@ def _look(folder: Path, base: Path) -> CachedStore | None:
 def _files(folder: Path) -> Iterator[Path]:
     with suppress(OSError):
         if not folder.is_symlink():
-            yield from sorted(path for path in folder.iterdir() if path.is_file())
+            yield from sorted(path for path in entries(folder) if path.is_file())
 
 
 def _copied_from(path: Path) -> str | None:
@@ -228,8 +229,8 @@ def _copied_from(path: Path) -> str | None:
     if path.is_symlink() or path.parent.name != ADAPTERS or not _COPY.fullmatch(path.name):
         return None
     header: Any = None
-    with suppress(OSError, ValueError), path.open("rb") as file:
-        header = json.loads(file.read(header_length(path, file.read(8), path.stat().st_size)))
+    with suppress(OSError, ValueError), open_file(path) as file:
+        header = json.loads(file.read(header_length(path, file.read(8), status(path).st_size)))
     if not isinstance(header, dict):
         return None
     about = header.pop("__metadata__", None) or {}
@@ -242,7 +243,7 @@ def _copy(path: Path, base: Path) -> CachedStore | None:
     if origin is None or parts is None:
         return None
     try:
-        found, use = path.stat(), in_use(path.parent)
+        found, use = status(path), in_use(path.parent)
     except FileNotFoundError:
         return None
     used = max(found.st_atime, found.st_mtime)
@@ -269,7 +270,7 @@ def _state(folder: Path, manifest: dict[str, Any], use: str) -> State:
 
 def _are_whole(folder: Path, files: Any) -> bool:
     try:
-        return all((folder / name).stat().st_size == nbytes for name, nbytes in files.items())
+        return all(status(folder / name).st_size == nbytes for name, nbytes in files.items())
     except (OSError, TypeError, AttributeError):
         return False
 
@@ -293,6 +294,6 @@ def _contents(folder: Path) -> tuple[int, float]:
 
 def _json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         return found if isinstance(found, dict) else {}
     return {}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..disk import open_file, status
 from ..errors import CheckpointError
 from .codec import TORCH_DTYPES, Codec
 from .index import TensorInfo
@@ -72,9 +73,9 @@ def fingerprint(files: Iterable[Path]) -> str:
     """What tells source files from others: names, sizes, and samples of their content; cheap at any size."""
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.name):
-        size = path.stat().st_size
+        size = status(path).st_size
         digest.update(f"{path.name}:{size}\n".encode())
-        with path.open("rb") as file:
+        with open_file(path) as file:
             for sample in range(SAMPLES):
                 file.seek((size - min(size, SAMPLE_BYTES)) * sample // (SAMPLES - 1))
                 digest.update(file.read(SAMPLE_BYTES))

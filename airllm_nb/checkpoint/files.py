@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..disk import open_descriptor, refused, status
 from ..errors import CheckpointError
 from . import libc
 
@@ -94,14 +95,7 @@ class Files:
     def _descriptor(self, path: Path, direct: bool = False) -> int:
         with self._lock:
             if (path, direct) not in self._open:
-                flags = os.O_RDONLY | (os.O_DIRECT if direct else 0) | getattr(os, "O_BINARY", 0)
-                try:
-                    self._open[path, direct] = os.open(path, flags)
-                except OSError as error:
-                    if direct:
-                        raise
-                    raise CheckpointError(f"{path} cannot be opened while streaming ({error.strerror}); "
-                                          "was it moved or deleted? Load the model again") from None  # fmt: skip
+                self._open[path, direct] = open_descriptor(path, os.O_DIRECT if direct else 0)
             return self._open[path, direct]
 
 
@@ -121,7 +115,7 @@ class Unchanged:
 def _stamp(path: Path) -> tuple[int, int] | None:
     """Not the inode: file systems over a network may number a file anew."""
     try:
-        found = path.stat()
+        found = status(path)
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns
@@ -140,8 +134,7 @@ def read_exactly(descriptor: int, path: Path, offset: int, view: memoryview) -> 
         try:
             count = _pread(descriptor, view[got:], offset + got)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read at byte {offset + got:,} ({error.strerror}); "
-                                  "check the disk, then load the model again") from None  # fmt: skip
+            raise refused(error, path, f"read at byte {offset + got:,}") from None
         if count == 0:
             raise CheckpointError(f"{path} ends at byte {offset + got:,}, {len(view) - got:,} bytes too early; "
                                   "was it changed while the model was open? Download it again")  # fmt: skip

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
 
+from ..disk import entries, open_file, status
 from ..errors import StoreError
 from ..trace import Progress, ProgressCallback
 from .room import explain
@@ -108,7 +109,7 @@ def hold(*folders: Path) -> Hold:
 
 def in_use(folder: Path) -> Literal["", "converting", "open"]:
     """Whether a process, this one included, writes into ``folder`` or reads from it; ``""`` where nobody tells."""
-    with suppress(OSError), (folder / LOCK).open("rb") as file:
+    with suppress(OSError), open_file(folder / LOCK) as file:
         if not _try_lock(file.fileno(), exclusive=False, tries=_TRIES):
             return "converting"
     with exclusively(folder) as is_free:
@@ -207,7 +208,7 @@ def _share(folder: Path) -> int | None:
 def _is_at(descriptor: int, path: Path) -> bool:
     """Whether ``path`` still is what was opened. A network may number files anew: whoever asks gives in at last."""
     with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        return os.path.samestat(os.fstat(descriptor), status(path))
     return False
 
 
@@ -223,7 +224,7 @@ def _written(folder: Path) -> int:
 def _drop_if_empty(folder: Path) -> None:
     """Whoever waits for the lock sees that its file has gone, and makes the folder again."""
     with suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [LOCK]:
+        if [path.name for path in entries(folder)] == [LOCK]:
             (folder / LOCK).unlink()
             folder.rmdir()
 

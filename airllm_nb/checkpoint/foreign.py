@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..disk import read_json
 from ..errors import CheckpointError, UnsupportedModelError
 
 _TRANSFORMERS = "use the transformers version of the model (with config.json and model.safetensors)"
@@ -86,7 +86,7 @@ def refuse_foreign(config: Mapping[str, Any], where: str) -> None:
 def _base_model(folder: Path) -> str:
     """The model that an adapter in this folder was made for; empty where it does not say."""
     try:
-        said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        said = read_json(folder / "adapter_config.json")
         return str(said.get("base_model_name_or_path") or "")
     except (OSError, ValueError, AttributeError):
         return ""

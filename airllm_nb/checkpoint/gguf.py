@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..disk import status
 from ..errors import AirLLMError, CheckpointError, UnsupportedModelError
 from ..trace import ProgressCallback, silent
 from .convert import DTYPE_NAMES
@@ -155,7 +156,7 @@ def gguf_config(file: GGUFFile) -> Any:
     known = supported_architectures()
     if file.architecture not in known:
         raise _unsupported(file, known)
-    stat = file.path.stat()
+    stat = status(file.path)
     with _guard(file):
         config = copy.deepcopy(_parsed_config(file.path, stat.st_size, stat.st_mtime_ns))
     if config.model_type not in CAUSAL:

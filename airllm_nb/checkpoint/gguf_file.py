@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..disk import open_file, status
 from ..errors import CheckpointError, UnsupportedModelError
 from .gguf_split import part_names
 
@@ -130,10 +131,10 @@ def read_gguf(path: Path) -> GGUFFile:
 
 def read_part(path: Path) -> GGUFFile:
     """As :func:`read_gguf`, of this file alone; only the first of several parts says the architecture."""
-    size = path.stat().st_size
+    size = status(path).st_size
     if size < 24:
         raise damaged(path, f"it has only {size} bytes")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(data, path)
         if data[cursor.skip(4) : 4] != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file (it does not begin with 'GGUF'); download it again or "

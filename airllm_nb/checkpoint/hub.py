@@ -6,7 +6,6 @@ environment variables (``HF_HOME``, ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``) and its
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import LoadOptions, format_bytes
-from ..disk import free_disk
+from ..disk import free_disk, read_json, read_text, status
 from ..errors import CheckpointError, SourceError
 from ..trace import Progress, ProgressCallback
 from .hub_errors import explained, unreachable
@@ -208,7 +207,7 @@ def _cached(repo_id: str, options: LoadOptions, gguf: str | None, room: Room, wh
     if not any(path.is_file() for path in found):
         raise SourceError(f"{repo_id} is not in the local cache ({cache}) and the Hub is not asked ({why}); download "
                           "it once with a connection, or name a local folder")  # fmt: skip
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    sizes = {path.relative_to(folder).as_posix(): status(path).st_size for path in folder.rglob("*") if path.is_file()}
     choice = choose(sizes, repo_id, gguf, room=room, here=sizes)
     shards = shard_names(folder / choice.index) if choice.index else choice.weights
     return Snapshot(folder, folder.name, choice, shards, 0, contents=cached_contents(folder))
@@ -217,30 +216,13 @@ def _cached(repo_id: str, options: LoadOptions, gguf: str | None, room: Room, wh
 def cached_commit(repo_id: str, revision: str | None) -> str:
     """The commit that a branch or a tag was at when it was last asked for; any other name as it is."""
     ref = repository_folder(repo_id) / "refs" / (revision or "main")
-    return ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or "main"
+    return read_text(ref).strip() if ref.is_file() else revision or "main"
 
 
 def cached_contents(snapshot: Path) -> dict[str, str]:
     """The names that the cache gives to what is in the files; none where it has no links."""
     links = (path for path in snapshot.rglob("*") if path.is_symlink())
     return {path.relative_to(snapshot).as_posix(): path.readlink().name for path in links}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file.
-
-    Raises
-    ------
-    CheckpointError
-        If it is missing or no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it again")
-    return value
 
 
 def cache_folder() -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..config import LoadOptions
+from ..disk import open_file, status
 from ..trace import Progress, ProgressCallback
 from .hub import offline
 from .hub_errors import unreachable
@@ -118,7 +119,7 @@ def _header(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
     if name.endswith(".bin"):
         return _pickled(path, ranges, name)
     if path.is_file():  # an interrupted download left it
-        return read_header(path), path.stat().st_size
+        return read_header(path), status(path).st_size
     file = ranges(name)
     start = file.read(0, 8)
     length = header_length(path, start, file.size)
@@ -127,10 +128,10 @@ def _header(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
 
 def _pickled(path: Path, ranges: Callable[[str], Ranges], name: str) -> _Head:
     file = None if path.is_file() else RemoteFile(ranges(name))
-    with path.open("rb") if file is None else file as opened:
+    with open_file(path) if file is None else file as opened:
         found = tensors_in_place(path, cast(BinaryIO, opened))
     if found is None and file is not None and file.failure is not None:
         raise file.failure
     if found is None:
         raise _NotInPlace(f"{name} is rewritten once, because its weights cannot be read as they lie")
-    return found, path.stat().st_size if file is None else file.size
+    return found, status(path).st_size if file is None else file.size

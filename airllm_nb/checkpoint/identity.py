@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..config import LoadOptions, cache_dir
+from ..disk import status
 from ..errors import AirLLMError, CheckpointError
 from .cached import CachedStore, cached_stores
 from .hub import cached_commit, cached_contents, repository_folder
@@ -82,7 +83,7 @@ def stored(
 
 
 def _of_snapshot(repo_id: str, snapshot: Path) -> Iterator[str]:
-    sizes = {path.relative_to(snapshot).as_posix(): path.stat().st_size
+    sizes = {path.relative_to(snapshot).as_posix(): status(path).st_size
              for path in snapshot.rglob("*") if path.is_file()}  # fmt: skip
     contents = cached_contents(snapshot)
     for gguf in (None, *(name for name in sizes if name.endswith(".gguf"))):

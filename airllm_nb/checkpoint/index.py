@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..disk import open_file, read_json, status
 from ..errors import CheckpointError
 
 ITEMSIZE = {
@@ -102,8 +103,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     CheckpointError
         If the file is truncated or its header is damaged; the message names the file and what is wrong.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    size = status(path).st_size
+    with open_file(path) as file:
         return parse_header(path, file.read(header_length(path, file.read(8), size)), size)
 
 
@@ -192,9 +193,11 @@ def join_headers(folder: Path, headers: Mapping[Path, Mapping[str, TensorInfo]])
 
 def _weight_map(index_file: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index_file)["weight_map"]
         for shard in weight_map.values():
             index_file.parent / shard
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index_file} is damaged ({type(error).__name__}); download it again") from None
     return dict(weight_map)

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..disk import open_file
 from .folder import JOURNAL, locked
 from .shard import sync_folder
 
@@ -54,7 +55,7 @@ class Journal:
 
     def _read(self, key: str) -> dict[str, dict[str, Any]]:
         lines: list[dict[str, Any]] = []
-        with suppress(FileNotFoundError), self._path.open("rb") as file:
+        with suppress(FileNotFoundError), open_file(self._path) as file:
             for line in file:
                 with suppress(ValueError):
                     value = json.loads(line)

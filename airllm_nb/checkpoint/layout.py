@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from ..config import format_bytes
+from ..disk import read_json
 from ..errors import CheckpointError
 from .foreign import why_not
 from .gguf_split import part_names, whole_name
@@ -154,8 +154,10 @@ def shard_names(index_file: Path) -> tuple[str, ...]:
         If the file is damaged or names a file outside its own folder.
     """
     try:
-        names = sorted(set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index_file)["weight_map"].values()))
         outside = [name for name in names if PurePosixPath(name).name != name or "\\" in name]
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{index_file} is damaged ({error!r}); download it again") from None
     if outside or not names:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..disk import entries, expanded, read_bytes, read_json, status
 from ..errors import CheckpointError, SourceError, UnsupportedModelError
 from .foreign import with_hint
 from .gguf_split import whole_name
-from .hub import CheckConfig, read_json
+from .hub import CheckConfig
 from .index import INDEX_FILE
 from .layout import BIN_INDEX_FILE, Format, choose, shard_names, whole_gguf
 from .picks import Room
@@ -80,7 +81,7 @@ def here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
     CheckpointError, SourceError
         If what is there is no complete checkpoint.
     """
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_dir():
         if check is not None and (path / "config.json").is_file():
             check(_config_of(path.absolute()))  # before a word about weights that could not be used anyway
@@ -88,7 +89,7 @@ def here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
     if path.is_file():
         return _file(path.absolute())
     folder, _, name = text.rpartition(":")
-    if folder and name.endswith(".gguf") and (path := Path(folder).expanduser()).is_dir():
+    if folder and name.endswith(".gguf") and (path := expanded(folder)).is_dir():
         if (path / name).is_file():
             return _file((path / name).absolute())
         choice = choose(_sizes(path.absolute()), str(path.absolute()), name)  # which says what is there instead
@@ -128,7 +129,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return {path.name: status(path).st_size for path in entries(folder) if path.is_file()}
 
 
 def _without_bare_indexes(sizes: dict[str, int]) -> dict[str, int]:
@@ -165,7 +166,7 @@ def _local(folder: Path, kind: Format, files: tuple[Path, ...]) -> Source:
     for file in files:
         _refuse_pointer(file)
     gguf = files[0] if kind == "gguf" else None
-    sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    sizes = [(file.name, status(file).st_size, status(file).st_mtime_ns) for file in files]
     fingerprint = digest(f"{name} {size} {time}" for name, size, time in sizes)
     name = clean_name(Path(whole_name(gguf.name)).stem if gguf else _folder_name(folder))
     return Source(name, folder, kind, files, sum(size for _, size, _ in sizes), fingerprint, gguf)
@@ -179,7 +180,7 @@ def checked(source: Source, check_config: CheckConfig | None) -> Source:
 
 
 def _refuse_pointer(file: Path) -> None:
-    if file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+    if status(file).st_size < 1024 and read_bytes(file).startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run `git lfs pull` in {file.parent}")
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ..disk import entries
 from .layout import layouts
 from .picks import NOT_A_MODEL
 from .store import Store
@@ -15,7 +16,7 @@ log = logging.getLogger(__name__)
 
 def weight_names(folder: Path) -> list[str]:
     """The files of a folder that a model could be loaded from, whole or not."""
-    names = [path.name for path in folder.iterdir() if path.is_file()]
+    names = [path.name for path in entries(folder) if path.is_file()]
     found = {name for _, files in layouts(names) for name in files}
     return sorted(found.union(n for n in names if n.endswith(".gguf") and not NOT_A_MODEL.search(n.lower())))
 

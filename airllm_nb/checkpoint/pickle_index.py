@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import torch
 
+from ..disk import open_file, status
 from ..errors import CheckpointError
 from .convert import CASTABLE, DTYPE_NAMES
 from .index import ITEMSIZE, CheckpointIndex, Extent, TensorInfo
@@ -37,7 +38,7 @@ def pickle_index(files: tuple[Path, ...], itemsize: int) -> CheckpointIndex | No
     """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        stat = file.stat()
+        stat = status(file)
         found = _of_file(file, stat.st_size, stat.st_mtime_ns)
         if found is None or not tensors.keys().isdisjoint(found):
             return None
@@ -93,7 +94,7 @@ def _tensor(file: Path, name: str, tensor: torch.Tensor, runs: Mapping[int, int]
 @functools.lru_cache(maxsize=64)
 def _of_file(file: Path, nbytes: int, changed: int) -> dict[str, TensorInfo] | None:
     """A plan and a load after it ask several times."""
-    with file.open("rb") as opened:
+    with open_file(file) as opened:
         if opened.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(opened):
             raise CheckpointError(f"{file} is truncated or damaged (the archive has no end); download the file again")
         return tensors_in_place(file, opened)

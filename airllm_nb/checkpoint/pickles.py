@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..disk import open_file
 from ..errors import CheckpointError
 from ..trace import ProgressCallback, silent
 from .convert import CASTABLE, DTYPE_NAMES
@@ -175,7 +176,7 @@ def convert_pickles(
 
 
 def _is_mappable(file: Path) -> bool:
-    with file.open("rb") as opened:
+    with open_file(file) as opened:
         return plain_runs(opened) is not None
 
 

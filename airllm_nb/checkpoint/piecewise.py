@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoadOptions, format_bytes
-from ..disk import free_disk, nearest
+from ..disk import free_disk, nearest, open_file, status
 from ..errors import CheckpointError, SourceError, StoreError
 from ..trace import Progress, ProgressCallback
 from .folder import JOURNAL, MANIFEST, exclusively, locked
@@ -102,7 +102,7 @@ class Piecewise:
         """Bytes of the download and of the store that would lie beside each other otherwise."""
         download = self._source.missing if self._source.missing is not None else self._source.nbytes
         store = sum(job.nbytes for stage in self._plan() for job in stage.jobs)
-        return download, max(store - sum(path.stat().st_size for path in self._folder.glob("*.safetensors")), 0)
+        return download, max(store - sum(status(path).st_size for path in self._folder.glob("*.safetensors")), 0)
 
     def write(self, beside: Callable[[Path], None]) -> Store:
         """Write the store, or what an earlier start left to write, and open it.
@@ -205,7 +205,7 @@ class Piecewise:
         def is_written(job: ShardJob) -> bool:
             record, path = records.get(job.file), self._folder / job.file
             return (record is not None and record["key"] == job_key(job, self._meta)
-                    and path.is_file() and path.stat().st_size == record["bytes"] == job.nbytes)  # fmt: skip
+                    and path.is_file() and status(path).st_size == record["bytes"] == job.nbytes)  # fmt: skip
 
         done: dict[str, int] = {}
         for stage in reversed(stages):  # whether a carried shard is needed, later stages say
@@ -233,7 +233,7 @@ class Piecewise:
         from huggingface_hub import hf_hub_download
 
         repo, path = str(self._source.repo_id), file.path
-        is_whole = path.is_file() and path.stat().st_size == file.nbytes
+        is_whole = path.is_file() and status(path).st_size == file.nbytes
         if path != file.named and not is_whole:
             path.unlink(missing_ok=True)
             bars = reporting_bars(self._progress, arrived, total, repo)
@@ -265,7 +265,7 @@ class Piecewise:
         done, total = 0, sum(job.nbytes for job in jobs)
         for job in jobs:
             path, digest = self._folder / job.file, hashlib.sha256()
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while block := file.read(8 << 20):
                     digest.update(block)
                     done += len(block)
@@ -278,6 +278,6 @@ class Piecewise:
 
 def _fits(cache: Path, download: int, folder: Path, store: int) -> bool:
     """Whether the disk, or the two disks, have room for both."""
-    if nearest(cache).stat().st_dev == nearest(folder).stat().st_dev:
+    if status(nearest(cache)).st_dev == status(nearest(folder)).st_dev:
         download = store = download + store
     return all((free := free_disk(path)) is None or need <= free for path, need in ((cache, download), (folder, store)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..disk import open_file, status
 from ..errors import CheckpointError
 from .hub_headers import Headers
 from .index import TensorInfo
@@ -15,7 +16,7 @@ from .source import Source
 def weight_sizes(source: Source, headers: Headers) -> dict[Path, int]:
     """The weight files and their bytes."""
     paths = [source.folder / name for name in source.wanted or [path.name for path in source.files]]
-    return {path: path.stat().st_size if path.is_file() else headers.sizes.get(path, 0) for path in paths}
+    return {path: status(path).st_size if path.is_file() else headers.sizes.get(path, 0) for path in paths}
 
 
 def check_arrived(path: Path, nbytes: int, said: Mapping[str, TensorInfo]) -> None:
@@ -26,12 +27,12 @@ def check_arrived(path: Path, nbytes: int, said: Mapping[str, TensorInfo]) -> No
     CheckpointError
         If it has others, elsewhere, or another size.
     """
-    if path.stat().st_size != nbytes:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, its header asks for {nbytes:,}; load again "
+    if status(path).st_size != nbytes:
+        raise CheckpointError(f"{path} has {status(path).st_size:,} bytes, its header asks for {nbytes:,}; load again "
                               "to download it once more")  # fmt: skip
     if path.suffix != ".bin":
         return
-    with path.open("rb") as opened:
+    with open_file(path) as opened:
         found = tensors_in_place(path, opened) or {}
     if any(name not in found or _lies(info) != _lies(found[name]) for name, info in said.items()):
         raise CheckpointError(f"{path} is not the file that its header on the Hub is of; delete it and load again")

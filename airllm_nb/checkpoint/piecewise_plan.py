@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..disk import open_file, status
 from .index import Extent, TensorInfo
 from .shard import Item, ShardJob, plain
 
@@ -138,7 +139,7 @@ def bytes_needed(stages: Sequence[Stage], folder: Path, is_done: Callable[[Shard
 
 def _freed(path: Path, folder: Path) -> int:
     """What deleting a file gives back to the disk of ``folder``."""
-    return path.stat().st_size if path.is_file() and path.stat().st_dev == folder.stat().st_dev else 0
+    return status(path).st_size if path.is_file() and status(path).st_dev == status(folder).st_dev else 0
 
 
 def _within(info: TensorInfo, file: WeightFile) -> list[Extent]:
@@ -147,7 +148,7 @@ def _within(info: TensorInfo, file: WeightFile) -> list[Extent]:
 
 def _copied(name: str, extents: list[Extent]) -> Item:
     def read() -> Iterator[bytes]:
-        with extents[0].path.open("rb") as file:
+        with open_file(extents[0].path) as file:
             for extent in extents:
                 for done in range(0, extent.nbytes, COPY_BYTES):
                     file.seek(extent.offset + done)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ..disk import read_bytes
 from ..errors import StoreError
 from ..trace import ProgressCallback
 from .convert import shard_name
@@ -91,7 +92,7 @@ def _adopt(made: Path, folder: Path) -> None:
             if path.is_dir():
                 target.mkdir(exist_ok=True)
             else:
-                write_atomically(target, path.read_bytes())
+                write_atomically(target, read_bytes(path))
     except OSError as error:
         raise StoreError(f"{folder} cannot be written ({error}); free some space or name another folder with "
                          "layer_shards_saving_path=…") from error  # fmt: skip

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from ..disk import status
 from ..errors import CheckpointError
 from .encoded import TORCH_DTYPES
 from .files import BLOCK, Files
@@ -143,7 +144,7 @@ def _read(files: Files, info: TensorInfo, start: int, nbytes: int, buffer: torch
     whole = -(-(first + nbytes) // BLOCK) * BLOCK
     size = 0  # a file that is gone: reading it says so
     with suppress(OSError):
-        size = path.stat().st_size
+        size = status(path).st_size
     if len(taken) == 1 and where - first + whole <= size:
         # Whole blocks that lie in memory as in the file are one read, past the page cache too.
         files.read(path, where - first, memoryview(buffer[:whole].numpy()))

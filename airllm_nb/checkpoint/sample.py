@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from ..config import MiB, cache_dir
+from ..disk import status
 from ..errors import SourceError
 from ..trace import Progress, ProgressCallback, silent
 from .hub import answers
@@ -101,4 +102,4 @@ def _download(folder: Path, progress: ProgressCallback) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size == NBYTES
+    return path.is_file() and status(path).st_size == NBYTES

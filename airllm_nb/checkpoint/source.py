@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoadOptions, cache_dir
+from ..disk import expanded, status
 from ..errors import CheckpointError, SourceError
 from ..trace import ProgressCallback, silent
 from .cached import cached_stores
@@ -105,7 +106,7 @@ def _hub_name(text: str) -> tuple[str, str | None]:
         raise SourceError(f"{text}: {rest!r} is no file; name one as {repo_id}:FILE.gguf, or {repo_id} alone to take "
                           "what suits this machine")  # fmt: skip
     if not HUB_ID.fullmatch(text) or text.endswith((".gguf", ".safetensors", ".bin")):
-        where = Path(text).expanduser().absolute()
+        where = expanded(text).absolute()
         raise SourceError(f"there is no file or folder {where}, and {text!r} is no Hub id; check the path")
     return text, None
 
@@ -153,7 +154,7 @@ def _from_hub(repo_id: str, snapshot: Snapshot, options: LoadOptions, weights: b
         folder=folder,
         format=kind,
         files=() if missing else files,
-        nbytes=snapshot.nbytes or (0 if missing else sum(file.stat().st_size for file in files)),
+        nbytes=snapshot.nbytes or (0 if missing else sum(status(file).st_size for file in files)),
         fingerprint=_fingerprint(name, repo_id, snapshot, options),
         gguf_file=None if missing else gguf,
         repo_id=repo_id,

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import StoreError
+from ..disk import open_file, read_json, status
+from ..errors import FileError, StoreError
 from ..trace import Progress, ProgressCallback, silent
 from .encoded import Part
 from .folder import MANIFEST, locked
@@ -105,7 +106,7 @@ class Store:
         done = 0
         for shard in self.shards:
             path, digest = self.folder / shard["file"], hashlib.sha256()
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while block := file.read(8 << 20):
                     digest.update(block)
                     done += len(block)
@@ -118,7 +119,7 @@ class Store:
         """Raise :class:`StoreError` if a shard is missing or has another size."""
         for shard in self.shards:
             path = self.folder / shard["file"]
-            size = path.stat().st_size if path.is_file() else None
+            size = status(path).st_size if path.is_file() else None
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
                 raise StoreError(f"{path} {found}; convert again, the other shards are kept")
@@ -228,7 +229,7 @@ class _Writing:
     def _is_done(self, job: ShardJob, journal: Journal) -> bool:
         record, path = journal.records.get(job.file), self._folder / job.file
         return (record is not None and record["key"] == job_key(job, self._meta)
-                and path.is_file() and path.stat().st_size == record["bytes"] == job.nbytes)  # fmt: skip
+                and path.is_file() and status(path).st_size == record["bytes"] == job.nbytes)  # fmt: skip
 
     def _known(self) -> dict[str, dict[str, Any]]:
         with suppress(StoreError):
@@ -271,14 +272,16 @@ def read_manifest(folder: Path) -> Store | None:
     if _is_newer(folder):
         raise StoreError(f"{path} was written by a newer version of airllm_nb; update it, or delete {folder}")
     try:
-        return Store(folder, json.loads(path.read_text(encoding="utf-8")))
+        return Store(folder, read_json(path))
+    except FileError:
+        raise  # the disk's fault: the store may be whole
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error!r}); delete it and convert again") from None
 
 
 def _is_newer(folder: Path) -> bool:
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         return int(manifest.get("format", 0)) > FORMAT
     return False
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..config import format_bytes
+from ..disk import entries, open_file, read_json, status
 from ..errors import StoreError
 from ..trace import Progress, ProgressCallback, silent
 from .codec import get_codec
@@ -131,7 +132,7 @@ def _work_folder(folder: Path) -> Path:
 def _make_way(folder: Path, recipe: dict[str, Any]) -> None:
     if not folder.exists():
         return
-    if folder.is_dir() and (not any(folder.iterdir()) or _marker(folder).get("recipe") == recipe):
+    if folder.is_dir() and (not any(entries(folder)) or _marker(folder).get("recipe") == recipe):
         shutil.rmtree(folder)
         return
     raise StoreError(f"{folder} is there already and holds something else; name another folder, or delete it")
@@ -151,14 +152,14 @@ def _recipe(shape: str, layers: int, compression: str | None) -> dict[str, Any]:
 
 def _marker(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        found = read_json(folder / MARKER)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    return status(path).st_size if path.is_file() else None
 
 
 def _write_companions(folder: Path, config: dict[str, Any], recipe: dict[str, Any]) -> None:
@@ -179,7 +180,7 @@ def _write_companions(folder: Path, config: dict[str, Any], recipe: dict[str, An
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: status(path).st_size for path in sorted(entries(folder)) if path.is_file()}
     write_atomically(folder / MARKER, json.dumps({"recipe": recipe, "files": files}, indent=1).encode())
 
 
@@ -267,5 +268,5 @@ def _header(group: dict[str, Shape]) -> bytes:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         os.fsync(file.fileno())

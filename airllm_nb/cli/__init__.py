@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from ..disk import told
 from ..errors import AirLLMError, OptionError, in_flags
 from . import bench, cache, commands, doctor
 from .arguments import make_parser
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     given = parser.parse_args(argv)
     try:
-        with _warnings():
+        with _warnings(), told():
             return given.run(given)
     except OptionError as error:
         return _fail(str(error), USAGE)

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from ..config import format_bytes
+from ..disk import status
 from ..errors import OptionError, in_flags
 from ..trace import Progress, speed_line
 from .arguments import load_options, read_prompt, sampling
@@ -44,7 +45,7 @@ def convert(given: argparse.Namespace) -> int:
 
         folder = convert_model(given.model, options, progress=line.show)
     if given.json:
-        nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        nbytes = sum(status(file).st_size for file in folder.rglob("*") if file.is_file())
         write_json({"model": given.model, "folder": str(folder), "compression": given.compression,
                     "bytes": nbytes, "seconds": time.perf_counter() - start})  # fmt: skip
     else:

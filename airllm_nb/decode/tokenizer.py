@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.legacy.families import family_of
 from ..checkpoint.legacy.llama import llama_tokenizer
+from ..disk import entries, read_json
 from ..errors import CheckpointError, UnsupportedModelError
 
 # A tokenizer's vocabulary; what is said of it alone is none.
@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     if family := family_of(config):
         return family.tokenizer(folder, config)
     converted = llama_tokenizer(folder)
@@ -41,7 +41,7 @@ def load_tokenizer(folder: Path) -> Any:
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(f"{folder.name}: its tokenizer is code of its own, which is never run here; "
                                         f"save a tokenizer.json of it into the folder, {ids}") from None  # fmt: skip
-        if not any(_FILES.search(path.name) for path in folder.iterdir()):
+        if not any(_FILES.search(path.name) for path in entries(folder)):
             raise CheckpointError(f"{folder} holds no tokenizer (tokenizer.json, tokenizer.model or the like); copy "
                                   f"its files from the original model, {ids}") from None  # fmt: skip
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: "

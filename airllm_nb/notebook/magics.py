@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 from traitlets import Enum, Float, Int, Unicode
 
+from ..disk import expanded
 from ..errors import OptionError
 from . import cards, opening, options, tracing
 from .environment import output_of
@@ -181,7 +181,7 @@ class AirLLM(Magics):
         if given.file is None:
             tracing.show(runs)
         else:
-            display(cards.Line(tracing.save(runs, Path(given.file).expanduser())))
+            display(cards.Line(tracing.save(runs, expanded(given.file))))
 
     @line_magic
     @options.arguments(options.UNLOAD)

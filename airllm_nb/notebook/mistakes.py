@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
 
+from ..disk import told
 from ..errors import AirLLMError, in_flags
 
 T = TypeVar("T")
@@ -25,7 +26,8 @@ def one_line(function: Callable[..., T]) -> Callable[..., T]:
     def call(*args: Any, **kwargs: Any) -> T:
         full = False
         try:
-            return function(*args, **kwargs)
+            with told():
+                return function(*args, **kwargs)
         except AirLLMError as error:
             message = in_flags(str(error))
         except Exception as error:

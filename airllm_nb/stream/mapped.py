@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.index import Extent, TensorInfo
+from ..disk import open_file
 from ..errors import CheckpointError
 
 # Linux keeps memory for every page that could be written, and refuses files larger than RAM, unless told not to.
@@ -58,7 +59,7 @@ class MappedFiles:
 
 def _map(path: Path) -> torch.Tensor:
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             mapped = mmap.mmap(file.fileno(), 0, **_PRIVATE)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be mapped ({error}); was it moved or deleted?") from None

@@ -22,6 +22,7 @@ import torch
 from ..checkpoint import libc
 from ..checkpoint.files import read_exactly
 from ..checkpoint.index import Extent
+from ..disk import open_file
 from ..errors import CheckpointError
 from . import pinning
 from .ring import PAGE, align
@@ -82,12 +83,12 @@ class _Mapping:
                                   "was it changed while the model was open? Load the model again")  # fmt: skip
         # An older kernel: reading brings the pages in as well.
         first = self._first + at
-        with self._path.open("rb", buffering=0) as file:
+        with open_file(self._path) as file:
             read_exactly(file.fileno(), self._path, first, memoryview(bytearray(min(nbytes, self._end - first))))
 
     def lock(self, device: torch.device) -> bool:
         # Pages that are not written back yet are registered slowly. A file system that cannot sync has none.
-        with contextlib.suppress(OSError), self._path.open("rb") as file:
+        with contextlib.suppress(OSError), open_file(self._path) as file:
             os.fsync(file.fileno())
         is_locked = pinning.register(self.pages, device, pinning.READ_ONLY)
         self._locked_for = device if is_locked else None
@@ -102,7 +103,7 @@ class _Mapping:
 def _map(path: Path, first: int, nbytes: int, end: int) -> torch.Tensor:
     """Map ``nbytes`` from byte ``first`` (both whole pages) of a file that must reach to ``end``."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if os.fstat(file.fileno()).st_size < end:
                 raise CheckpointError(f"{path} has become shorter since it was opened; load the model again")
             address = libc.map_file(file.fileno(), first, nbytes)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.index import Extent
+from ..disk import status
 from .arena import HostArena
 from .reader import Reader
 from .ring import PAGE
@@ -28,7 +29,7 @@ FALLBACK = 1e9
 
 def disk_bandwidth(path: Path, direct: bool = False) -> float:
     """Bytes a second of reading ``path`` the way the reader does (of the page cache, where the file is in it)."""
-    length = path.stat().st_size
+    length = status(path).st_size
     size = min(ROUND_BYTES, length)
     if size < 1 << 20:
         return FALLBACK

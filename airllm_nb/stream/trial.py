@@ -20,6 +20,8 @@ import torch
 from ..checkpoint import libc
 from ..checkpoint.journal import write_atomically
 from ..config import cache_dir
+from ..disk import open_file, read_json, status
+from ..errors import OptionError
 from .probe import disk_bandwidth
 from .ring import LOCKED, PAGE_CACHE, PAGEABLE
 
@@ -39,7 +41,7 @@ def ram_kind(file: Path, device: torch.device, link: float) -> str:
     """How RAM units should lie in host memory, for ``file``'s file system and a GPU with a link of ``link`` bytes/s."""
     if device.type != "cuda":
         return PAGE_CACHE if libc.is_supported() else LOCKED
-    if not libc.is_supported() or file.stat().st_size < LEAST_FILE:
+    if not libc.is_supported() or status(file).st_size < LEAST_FILE:
         return LOCKED
     key = f"{file_system(file)}, {torch.cuda.get_device_name(device)}, {platform.release()}"
     return _remembered(key, "ram", lambda: _kind(_try(file, device.index or 0), link)) or LOCKED
@@ -47,7 +49,7 @@ def ram_kind(file: Path, device: torch.device, link: float) -> str:
 
 def direct_is_faster(file: Path) -> bool:
     """Whether reading past the page cache is at least as fast as through it, for what the cache does not hold."""
-    if file.stat().st_size < LEAST_DIRECT or not libc.is_supported():
+    if status(file).st_size < LEAST_DIRECT or not libc.is_supported():
         return False
     return bool(_remembered(file_system(file), "direct", lambda: _direct_is_faster(file)))
 
@@ -66,8 +68,8 @@ def file_system(path: Path) -> str:
 
 
 def _direct_is_faster(file: Path) -> bool | None:
-    quarter = file.stat().st_size // 4
-    with file.open("rb") as opened:
+    quarter = status(file).st_size // 4
+    with open_file(file) as opened:
         if any(libc.is_resident(opened.fileno(), quarter * part, 1) for part in (1, 2, 3)):
             return None  # cached: nothing to learn about the disk now
     return disk_bandwidth(file, direct=True) >= 0.95 * disk_bandwidth(file)
@@ -103,11 +105,11 @@ def _remembered(key: str, what: str, find: Callable[[], Any]) -> Any:
     """The answer of an earlier time, else of ``find``, which is kept unless it is ``None``."""
     try:
         path = cache_dir() / "machine.json"
-    except RuntimeError:  # a user without a home: try each time
+    except OptionError:  # a user without a home: try each time
         return find()
     known: dict[str, dict[str, Any]] = {}
     with suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
     if not isinstance(known, dict) or not isinstance(known.get(key, {}), dict):
         known = {}
     if what in known.get(key, {}):

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from ...disk import open_file
 from ..index import TensorInfo
 from . import kernels
 
@@ -128,7 +129,7 @@ def stored(info: TensorInfo) -> bytes | None:
         return None
     data = b""
     for extent in info.extents:
-        with extent.path.open("rb") as file:
+        with open_file(extent.path) as file:
             file.seek(extent.offset)
             data += file.read(extent.nbytes)
     return data

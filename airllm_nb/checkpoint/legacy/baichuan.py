@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ...disk import read_json
 from .family import ATTENTION, Config, Conversion, Family, Refusal, llama_like, plain_rope, thirds
 from .sentencepiece import USER_DEFINED, backend, read_model
 from .tokens import add_special, prefix, wrap
@@ -42,7 +42,7 @@ def _tokenizer(folder: Path, config: Config) -> Any:
 def _chat_template(folder: Path, pieces: Any, is_first: bool) -> str | None:
     """The chat format names its roles by number; it can be written where those are tokens of their own."""
     file = folder / "generation_config.json"
-    numbers = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    numbers = read_json(file) if file.is_file() else {}
     roles = [numbers.get("user_token_id", _USER), numbers.get("assistant_token_id", _ASSISTANT)]
     if any(number >= len(pieces) or pieces[number].kind != USER_DEFINED for number in roles):
         return None

@@ -5,10 +5,10 @@ transformers 5 reads such a folder without the blank that begins every text.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from ...disk import read_json
 from ...errors import CheckpointError, UnsupportedModelError
 from .sentencepiece import backend, read_model
 from .tokens import add_special, added_tokens, prefix, wrap
@@ -19,7 +19,7 @@ def llama_tokenizer(folder: Path) -> Any | None:
     file, settings = folder / "tokenizer.model", folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file() or not file.is_file() or not settings.is_file():
         return None
-    own = json.loads(settings.read_text(encoding="utf-8"))
+    own = read_json(settings)
     if own.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return None
     try:

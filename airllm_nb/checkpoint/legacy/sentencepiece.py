@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...disk import read_bytes
 from ...errors import CheckpointError, UnsupportedModelError
 from .tokens import merges
 
@@ -62,7 +63,7 @@ def read_model(file: Path) -> PieceModel:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no {file.name}, which its tokenizer is made of; download it again")
     try:
-        fields = list(_fields(file.read_bytes()))
+        fields = list(_fields(read_bytes(file)))
         pieces = tuple(_piece(value) for number, value in fields if number == 1)
         trainer = dict(_fields(_last(fields, 2)))
         rules = dict(_fields(_last(fields, 3)))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...disk import read_bytes
 from ...errors import CheckpointError
 from .tokens import merges
 
@@ -21,7 +22,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         If the file is damaged, or ranks are missing.
     """
     try:
-        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        lines = [line.split() for line in read_bytes(file).splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
         raise CheckpointError(f"{file} is no tiktoken vocabulary ({error}); download it again") from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ...disk import read_json, read_text
 
 
 def merges(pieces: Iterable[str], ids: Mapping[str, int]) -> Iterator[tuple[str, str]]:
@@ -65,7 +66,7 @@ def wrap(
     from transformers import PreTrainedTokenizerFast
 
     own, file = _settings(folder), folder / "chat_template.jinja"
-    template = file.read_text(encoding="utf-8") if file.is_file() else own.get("chat_template") or chat_template
+    template = read_text(file) if file.is_file() else own.get("chat_template") or chat_template
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}
     if length := own.get("model_max_length"):
@@ -81,4 +82,4 @@ def wrap(
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return dict(read_json(file)) if file.is_file() else {}
