@@ -56,7 +56,7 @@ def prepare(
         of those that are on the Hub only, or from the config alone.
     """
     device = choose_device(options)
-    model = replaced.meant(model)
+    model = replaced.meant(model, options.layer_shards_saving_path)
     store = replaced.opened_store(model, options, finish=weights)
     codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)

@@ -1,56 +1,36 @@
 """Folders whose weights were deleted once a store was made of them: which store it is, and the deleting.
 
-A pointer is left beside what is deleted, and before it: whenever the deleting is cut short, the store is found. It
-notes the files that it replaces, as they were, so that it never speaks for any others.
+It is recorded in our cache, and a pointer is left beside what is deleted, before the first file goes: whenever the
+deleting is cut short, the store is found. The record notes the files that it replaces, as they were, so that it never
+speaks for any others; what came with a model is not believed (:mod:`~airllm_nb.checkpoint.replacements`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from .checkpoint.cached import named, written_beside
 from .checkpoint.folder import exclusively
 from .checkpoint.gguf_split import part_names, whole_name
-from .checkpoint.journal import write_atomically
-from .checkpoint.local import POINTER, Source
-from .checkpoint.originals import delete_original, weight_names
+from .checkpoint.inside import inside
+from .checkpoint.local import POINTER, Source, fingerprint_of
+from .checkpoint.originals import delete_original, is_own, weight_names
+from .checkpoint.replacements import DAMAGED, FOLDER, Replacement, Stamp, is_vouched, pointed, record, recorded, stamps
 from .checkpoint.store import Store, open_store
-from .config import LoadOptions
-from .disk import expanded, read_json, status
+from .config import LoadOptions, cache_dir
+from .disk import expanded
 from .errors import OptionError, SourceError, StoreError
 
 log = logging.getLogger(__name__)
 
-# In the pointer, what stands for the folder itself; a GGUF file stands for itself.
-FOLDER = "."
-# What reading a pointer raises that is not what was written.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
-
-class Replacement(NamedTuple):
-    """A store in the place of weight files.
-
-    Attributes
-    ----------
-    files
-        The names of those files → size and time of change of what is left of them, ``None`` of what is gone. Empty
-        where they were not noted.
-    deleting
-        Whether the deleting was begun and not ended.
-    """
-
-    store: Path
-    files: dict[str, tuple[int, int] | None]
-    deleting: bool
-
-
-def meant(model: str | Path) -> str | Path:
+def meant(model: str | Path, shards: str | Path | None = None) -> str | Path:
     """The model that is opened by a name: of a folder that was written beside a GGUF file, that file.
+
+    Of a folder of ours, where stores are: what another one names is not opened.
 
     Raises
     ------
@@ -61,11 +41,17 @@ def meant(model: str | Path) -> str | Path:
     beside = written_beside(folder) if str(model).strip() and folder.is_dir() else None
     if beside is None:
         return model
-    if beside.endswith(".gguf") and Path(beside).is_file():
+    is_ours = folder.resolve().parent in {base.resolve() for base in _bases(shards)}
+    if is_ours and beside.endswith(".gguf") and Path(beside).is_file():
         log.info("%s was written beside %s, which is opened", folder, beside)
         return Path(beside)
     what, remedy = (named(beside), "name that file") if beside else ("a checkpoint", "name that checkpoint")
     raise SourceError(f"{folder} holds only what was written beside {what}; {remedy}")
+
+
+def _bases(shards: str | Path | None) -> list[Path]:
+    """Where stores of ours are."""
+    return [cache_dir(), *([expanded(shards)] if shards else [])]
 
 
 def opened_store(model: str | Path, options: LoadOptions, *, finish: bool = True) -> Store | None:
@@ -81,12 +67,12 @@ def opened_store(model: str | Path, options: LoadOptions, *, finish: bool = True
     OptionError
         If another compression was asked for than the store has.
     SourceError
-        If the weights were deleted and the store is not there, or the pointer to it is damaged.
+        If the weights were deleted and the store is not there, or the pointer to it is damaged or not to be trusted.
     """
     if not str(model).strip():
         return None  # the source room says what is wrong
     folder, meant_there = _place(model)
-    key, replacement = _followed(folder, meant_there)
+    key, replacement = _followed(folder, meant_there, options)
     if replacement is not None:
         store: Store | None = _pointed_to(folder, replacement)
     else:
@@ -98,34 +84,63 @@ def opened_store(model: str | Path, options: LoadOptions, *, finish: bool = True
         raise OptionError(f"{store.folder} is compressed as {store.meta.codec!r}, compression={options.compression!r} "
                           f"was asked for; leave the option out, or load {original}")  # fmt: skip
     if replacement is not None and finish and _is_unfinished(folder, replacement, options):
-        log.warning("the deleting of the original weights in %s was cut short; finishing it", folder)
-        _delete(folder, key, store, [folder / name for name in replacement.files])
+        _finish(folder, key, store, replacement)
     return store
 
 
 def _is_unfinished(folder: Path, replacement: Replacement, options: LoadOptions) -> bool:
-    left = any((folder / name).is_file() for name in replacement.files)
-    return replacement.deleting or (options.delete_original and left)
+    return replacement.deleting or (options.delete_original and bool(_left(folder, replacement)))
+
+
+def _left(folder: Path, one: Replacement) -> list[Path]:
+    """The files that the deleting was begun with, and no others in their place."""
+    there = stamps(folder, one.files)
+    return [path for name, stamp in one.files.items()
+            if stamp is not None and there[name] == stamp and is_own(path := inside(folder, name))]  # fmt: skip
+
+
+def _finish(folder: Path, key: str, store: Store, one: Replacement) -> None:
+    if recorded(folder).get(key) != one:
+        log.warning("%s does not record what was deleted in %s: what is left of the original weights stays; delete it "
+                    "yourself", cache_dir(), folder)  # fmt: skip
+        return
+    log.warning("the deleting of the original weights in %s was cut short; finishing it", folder)
+    _delete(folder, key, store, one.files, _left(folder, one))
 
 
 def replace_original(source: Source, folder: Path) -> None:
     """Delete the source's weight files, every byte of the store in ``folder`` verified first."""
     store = open_store(folder)
     # Of a Hub id, also what a deletion that was cut short left.
-    left = () if source.header else (source.folder / name for name in source.wanted)
+    left = () if source.header else (inside(source.folder, name) for name in source.wanted)
     files = source.files or tuple(path for path in left if path.is_file())
-    if store is not None and files:
-        key = None if source.repo_id else source.gguf_file.name if source.gguf_file else FOLDER
-        _delete(source.folder, key, store, files)
+    if store is None or not files:
+        return
+    if source.repo_id is not None:  # the Hub has them: nothing needs to point to the store
+        _delete(source.folder, None, store, {}, list(files))
+        return
+    there = stamps(source.folder, [file.relative_to(source.folder).as_posix() for file in files])
+    if None in there.values() or fingerprint_of(source.folder, files) != store.meta.source:
+        log.warning("the weights in %s were changed since %s was made of them: they stay", source.folder, folder)
+        return
+    own = [file for file in files if is_own(file)]
+    if linked := [file for file in files if file not in own]:
+        log.warning("%s and what it points to stay: links out of a model's folder are not followed (%d of its %d "
+                    "weight files)", linked[0], len(linked), len(files))  # fmt: skip
+    if own:
+        _delete(source.folder, source.gguf_file.name if source.gguf_file else FOLDER, store, there, own)
 
 
-def _delete(folder: Path, key: str | None, store: Store, files: list[Path] | tuple[Path, ...]) -> None:
-    """Delete the files, pointing at the store before and after; without a key nothing points: the Hub has them."""
-    names = [path.name for path in files]
+def _delete(
+    folder: Path, key: str | None, store: Store, replaced: Mapping[str, Stamp | None], files: list[Path]
+) -> None:
+    """Delete the files, noting before and after what the store replaces; without a key nothing is noted."""
 
-    def point(deleting: bool) -> None:
+    def note(deleting: bool) -> None:
         if key is not None:
-            _write(folder, key, Replacement(store.folder.absolute(), _stamps(folder, names), deleting))
+            now = stamps(folder, replaced)
+            left = {name: stamp if now[name] is not None else None for name, stamp in replaced.items()}
+            record(folder, key, Replacement(store.folder.absolute(), left, deleting, store.meta.source))
 
     with exclusively(folder) as is_free:
         if not is_free:
@@ -134,11 +149,11 @@ def _delete(folder: Path, key: str | None, store: Store, files: list[Path] | tup
             return
         with _warned(folder):
             try:
-                deleted = delete_original(store, files, before=lambda: point(True))
+                deleted = delete_original(store, files, before=lambda: note(True)) if files else []
             except OSError:  # not to be tried again at every load
-                point(False)
+                note(False)
                 raise
-            point(False)
+            note(False)
             log.info("deleted %d original weight files; %s replaces them", len(deleted), store.folder)
 
 
@@ -164,8 +179,8 @@ def _place(model: str | Path) -> tuple[Path, str]:
     return (folder, name) if above and folder.is_dir() else (path.parent, path.name)
 
 
-def _followed(folder: Path, key: str) -> tuple[str, Replacement | None]:
-    """What the folder's pointer says of ``key``, unless the files that it replaces, or others, are there.
+def _followed(folder: Path, key: str, options: LoadOptions) -> tuple[str, Replacement | None]:
+    """What replaces ``key`` in the folder, unless the files that were replaced, or others, are there.
 
     Of a folder that may be a GGUF file that was there: the key that is found comes with it.
     """
@@ -174,15 +189,21 @@ def _followed(folder: Path, key: str) -> tuple[str, Replacement | None]:
     if key != FOLDER and part_names(key) == (key,) and (folder / key).exists():
         return key, None
     try:
-        known = _read(folder)
-    except _DAMAGED as error:
-        if weight_names(folder) if key == FOLDER else (folder / key).exists():
+        said = pointed(folder)
+    except DAMAGED as error:
+        if _are_there(folder, key):
             return key, None
         raise SourceError(f"{folder / POINTER}, which says what store replaces the weights that were deleted there, is "
-                          f"damaged ({error!r}); delete it and name the store itself (airllm-nb cache lists the "
-                          "stores), or download the model again") from None  # fmt: skip
+                          f"damaged ({str(error)[:200]!r}); delete it and name the store itself (airllm-nb cache lists "
+                          "the stores), or download the model again") from None  # fmt: skip
     if key != FOLDER:  # the first part, whichever was named
-        key = next((first for first in known if key in (whole_name(first), *part_names(first))), key)
+        key = next((first for first in said if key in (whole_name(first), *part_names(first))), key)
+    if not (known := _trusted(folder, said, options)) and said and not _are_there(folder, key):
+        store = str(next(iter(said.values())).store)
+        raise SourceError(f"{folder / POINTER} says that a store, {store[:200]!r}, replaces the weights of this "
+                          "folder, but this machine has no record of that; name that store itself if you made it, or "
+                          "download the model again")  # fmt: skip
+    if key != FOLDER:
         one = known.get(key)
         return key, one if one is not None and _is_followed(folder, one, []) else None
     there = weight_names(folder)
@@ -195,11 +216,24 @@ def _followed(folder: Path, key: str) -> tuple[str, Replacement | None]:
     return next(iter(found.items()))
 
 
+def _are_there(folder: Path, key: str) -> bool:
+    return bool(weight_names(folder)) if key == FOLDER else (folder / key).exists()
+
+
+def _trusted(folder: Path, said: Mapping[str, Replacement], options: LoadOptions) -> dict[str, Replacement]:
+    """What our cache records of the keys that the pointer has, and what of the rest leads to a store of ours."""
+    known, bases = recorded(folder), _bases(options.layer_shards_saving_path)
+    ours = {key: one for key, one in said.items() if key in known or is_vouched(one, folder, key, bases)}
+    return {key: known.get(key, one) for key, one in ours.items()}
+
+
 def _is_followed(folder: Path, one: Replacement, names: list[str]) -> bool:
     """Whether nothing is there, of these names too, but what is left of the files that it replaces, and not all."""
-    is_whole = bool(one.files) and all((folder / name).is_file() for name in one.files)
-    stamps = _stamps(folder, [*names, *one.files])
-    return not is_whole and all(stamp in (None, one.files.get(name)) for name, stamp in stamps.items())
+    is_whole = bool(one.files) and all(inside(folder, name).is_file() for name in one.files)
+    # Not by their numbers: a network may number files anew.
+    known = {name: stamp[:2] for name, stamp in one.files.items() if stamp is not None}
+    there = stamps(folder, [*names, *one.files])
+    return not is_whole and all(stamp is None or stamp[:2] == known.get(name) for name, stamp in there.items())
 
 
 def _pointed_to(folder: Path, replacement: Replacement) -> Store:
@@ -211,40 +245,6 @@ def _pointed_to(folder: Path, replacement: Replacement) -> Store:
         raise SourceError(f"{gone} is damaged: {error} (to convert again, {remedy} first)") from None
     if store is None:
         raise SourceError(f"{gone}, {replacement.store}, is not there any more; bring it back, or {remedy}")
+    if replacement.source not in ("", store.meta.source):
+        raise SourceError(f"{gone}, {replacement.store}, is of other weights by now; bring it back, or {remedy}")
     return store
-
-
-def _stamps(folder: Path, names: list[str]) -> dict[str, tuple[int, int] | None]:
-    found: dict[str, tuple[int, int] | None] = {}
-    for name in names:
-        try:
-            seen = status(folder / name)
-            found[name] = (seen.st_size, seen.st_mtime_ns)
-        except FileNotFoundError:
-            found[name] = None
-    return found
-
-
-def _read(folder: Path) -> dict[str, Replacement]:
-    said = read_json(folder / POINTER)
-    if "store" in said:  # of an earlier version, which noted no files
-        return {FOLDER: Replacement(Path(said["store"]), {}, False)}
-    return {
-        key: Replacement(
-            Path(one["store"]),
-            {name: tuple(stamp) if stamp else None for name, stamp in one["files"].items()},
-            bool(one["deleting"]),
-        )
-        for key, one in said["stores"].items()
-    }
-
-
-def _write(folder: Path, key: str, one: Replacement) -> None:
-    known = {}
-    if (folder / POINTER).is_file():
-        try:
-            known = _read(folder)
-        except _DAMAGED as error:
-            log.warning("%s was damaged (%r) and is written anew", folder / POINTER, error)
-    stores = {name: said._asdict() | {"store": str(said.store)} for name, said in {**known, key: one}.items()}
-    write_atomically(folder / POINTER, json.dumps({"stores": stores}, indent=1).encode())

@@ -16,6 +16,8 @@ from airllm_nb import LoadOptions, convert_model
 from airllm_nb.checkpoint import originals
 from airllm_nb.checkpoint.cached import cached_stores, remove_store
 from airllm_nb.checkpoint.folder import hold
+from airllm_nb.checkpoint.replacements import RECORDS
+from airllm_nb.config import cache_dir
 from airllm_nb.errors import OptionError, SourceError, StoreError
 from airllm_nb.load import prepare
 from airllm_nb.replaced import POINTER, opened_store
@@ -37,6 +39,11 @@ def opened(model: Path | str, how: LoadOptions = PLAIN) -> Path:
 
 def weights(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRLLM_NB_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -259,12 +266,12 @@ def test_a_gguf_file_is_replaced_for_itself_alone(tmp_path: Path) -> None:
     store = convert_model(alpha, options(shards))
     assert not alpha.exists() and beta.exists()
     moved = beta.rename(tmp_path / "beta.gguf")
-    pointer = downloads / POINTER
     assert opened(downloads) == store
     # Killed after the last deletion: what is written at the end is of this file still.
-    pointer.write_text(pointer.read_text().replace('"deleting": false', '"deleting": true'))
-    assert opened(downloads) == store and list(json.loads(pointer.read_text())["stores"]) == ["alpha.gguf"]
-    assert '"deleting": false' in pointer.read_text()
+    [known] = (cache_dir() / RECORDS).glob("*.json")
+    known.write_text(known.read_text().replace('"deleting": false', '"deleting": true'))
+    assert opened(downloads) == store and list(json.loads(known.read_text())["stores"]) == ["alpha.gguf"]
+    assert '"deleting": false' in known.read_text() == (downloads / POINTER).read_text()
     moved.rename(beta)
     assert opened(alpha) == opened(f"{downloads}:alpha.gguf") == store
     assert prepare(downloads, PLAIN, weights=False).source.gguf_file == beta
@@ -278,3 +285,122 @@ def test_a_gguf_file_is_replaced_for_itself_alone(tmp_path: Path) -> None:
     shutil.copyfile(again, alpha)
     assert prepare(alpha, PLAIN, weights=False).source.gguf_file == alpha
     assert prepare(downloads, PLAIN, weights=False).source.gguf_file == alpha
+
+
+# ---- a folder that somebody else made --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hostile(source: Path, tmp_path: Path) -> Path:
+    """A model without weights, and a genuine store beside it."""
+    folder = tmp_path / "hostile"
+    shutil.copytree(source, folder)
+    convert_model(folder, options(folder / "evil", delete_original=False))
+    next((folder / "evil").glob("*--4bit--*")).rename(folder / "evil" / "store")
+    for name in weights(folder):
+        (folder / name).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("whose", ["absolute", "../", "from the working directory", "a linked sub-folder", "its own"])
+def test_a_pointer_that_came_with_a_model_deletes_and_opens_nothing(
+    hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    monkeypatch.chdir(hostile if whose == "from the working directory" else tmp_path)
+    (tmp_path / "private").mkdir()
+    (hostile / "sub").symlink_to(tmp_path / "private")
+    where, name = {
+        "absolute": (tmp_path / "victim", str(tmp_path / "victim")),
+        "../": (tmp_path / "victim", "../victim"),
+        "from the working directory": (hostile / "victim", "victim"),
+        "a linked sub-folder": (tmp_path / "private" / "victim", "sub/victim"),
+        "its own": (hostile / "config.json", "config.json"),
+    }[whose]
+    if not where.exists():
+        where.write_text("precious")
+    another = Path(shutil.copytree(hostile / "evil" / "store", tmp_path / "cache" / "mine--4bit--bfloat16--00000001"))
+    manifest = (another / "manifest.json").read_text()
+    (another / "manifest.json").write_text(manifest.replace(str(hostile), "/models/another"))
+    found = where.stat()
+    files = {"model.safetensors": None, name: [found.st_size, found.st_mtime_ns, found.st_ino]}
+    for store in ("evil/store", str(hostile / "evil" / "store"), "evil\0store", str(another), str(where)):
+        said = {"folder": str(hostile), "stores": {".": {"store": store, "files": files, "deleting": True}}}
+        (hostile / POINTER).write_text(json.dumps(said))
+        for how in (PLAIN, options(tmp_path / "shards")):
+            with pytest.raises(SourceError, match=r"no record|is damaged") as caught:
+                opened(hostile, how)
+            assert "\n" not in str(caught.value) and where.stat() == found
+    assert opened(hostile / "evil" / "store") == hostile / "evil" / "store"
+
+
+def test_weights_are_loaded_whatever_a_pointer_says(hostile: Path, source: Path) -> None:
+    for name in weights(source):
+        shutil.copyfile(source / name, hostile / name)
+    one = {"store": str(hostile / "evil/store"), "files": dict.fromkeys(weights(source)), "deleting": True}
+    for text in (json.dumps({"stores": {".": one}}), json.dumps({"store": "evil/store"}), "[" * 100_000, "1e999"):
+        (hostile / POINTER).write_text(text)
+        assert opened(hostile) == hostile and weights(hostile) == weights(source)
+
+
+def test_a_pointer_is_believed_in_the_folder_that_the_store_was_made_of(source: Path, tmp_path: Path) -> None:
+    """Without a record, as of an earlier version: only what lies where stores of ours are, and nothing is deleted."""
+    store = convert_model(source, options(tmp_path / "shards"))
+    moved = Path(shutil.copytree(source, tmp_path / "moved"))
+    with pytest.raises(SourceError, match="no record of that; name that store itself"):
+        opened(moved)
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(SourceError, match="no record of that"):
+        opened(source)
+    assert opened(source, LoadOptions.create(device="cpu", layer_shards_saving_path=tmp_path / "shards")) == store
+    with pytest.raises(SourceError, match="no record of that"):
+        opened(moved, LoadOptions.create(device="cpu", layer_shards_saving_path=tmp_path / "shards"))
+
+
+def test_a_file_in_the_place_of_one_that_was_to_be_deleted_stays(
+    source: Path, tmp_path: Path, interrupted: Callable[..., None]
+) -> None:
+    """Brought back by a copy that keeps the times: another file all the same."""
+    kept = Path(shutil.copytree(source, tmp_path / "kept"))
+    interrupted(lambda: convert_model(source, options(tmp_path / "shards")), 2)
+    back, *rest = weights(source)
+    (source / back).unlink()
+    (source / "filler").write_bytes(b"takes the number that is free again")
+    shutil.copy2(kept / back, source / back)
+    opened(source)
+    assert weights(source) == [back] and rest
+
+
+def test_weights_that_changed_since_stay(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """While the store was written: what it holds is not what is there."""
+    import airllm_nb.stores as stores
+
+    write, before = stores.write, weights(source)
+
+    def changed(*given: Any) -> Any:
+        found = write(*given)
+        os.utime(source / before[0], (1, 1))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "write", changed)
+        convert_model(source, options(tmp_path / "shards"))
+    assert weights(source) == before and not (source / POINTER).exists() and "were changed since" in caplog.text
+
+
+def test_a_deletion_never_follows_a_link(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weight files that a user linked into the folder are read, and stay; so does what they point to."""
+    linked, elsewhere = weights(source)[1], tmp_path / "elsewhere"
+    (source / linked).rename(elsewhere)
+    (source / linked).symlink_to(elsewhere)
+    store = convert_model(source, options(tmp_path / "shards"))
+    assert weights(source) == [linked] and elsewhere.is_file() and "links out of a model's folder" in caplog.text
+    assert opened(source) == opened(source, options(tmp_path / "shards")) == store
+    assert weights(source) == [linked] and elsewhere.is_file()
+
+
+def test_what_cannot_be_recorded_is_not_deleted(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = weights(source)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / RECORDS).write_text("in the way")
+    convert_model(source, options(tmp_path / "shards"))
+    assert weights(source) == before and "cannot be deleted" in caplog.text

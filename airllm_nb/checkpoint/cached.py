@@ -17,19 +17,16 @@ from typing import Any, Literal
 
 from ..disk import entries, open_file, read_json, status
 from ..errors import StoreError
-from .folder import JOURNAL, LOCK, MANIFEST, exclusively, in_use, vacated
-from .index import header_length
+from .adapter_copies import ADAPTERS, COPY, copied_from, copies, remove_copy
+from .folder import JOURNAL, LOCK, MANIFEST, in_use, vacated
 
 # Random checkpoints of known shapes, kept by a bench: their folder, and what marks one.
 SYNTHETIC, SYNTHETIC_MARKER = "synthetic", "synthetic.json"
 
 # The codec in the name of a folder that holds only what was written beside a checkpoint that is read in place.
 BESIDE = "normalised"
-# Adapters that came as pickles, written once as safetensors: their folder, what holds one, and how they are named.
-ADAPTERS, ADAPTER = "adapters", "adapter"
-_COPY = re.compile(r"(?P<model>.+)--[0-9a-f]{16}\.safetensors")
-# Before all names in an adapter that peft saved.
-_PEFT = "base_model."
+# What such a file holds that is an adapter.
+ADAPTER = "adapter"
 # As the stores are named: model, codec, dtype, and the beginning of the source's fingerprint.
 _NAME = re.compile(r"(?P<model>.+)--(?P<codec>[a-z0-9]+)--(?P<dtype>b?float\d+)--[0-9a-f]{8}")
 # Renamed first, so that what is left of a removal that was cut short is never taken for a store.
@@ -94,7 +91,7 @@ class CachedStore:
 def cached_stores(base: Path) -> list[CachedStore]:
     """The stores directly below ``base``, by name; none where there is no such folder."""
     stores = [store for folder in _folders(base) if (store := _look(folder, base)) is not None]
-    return stores + [copy for path in _files(base / ADAPTERS) if (copy := _copy(path, base)) is not None]
+    return stores + [copy for path in copies(base / ADAPTERS) if (copy := _copy(path, base)) is not None]
 
 
 def written_beside(folder: Path) -> str | None:
@@ -103,7 +100,12 @@ def written_beside(folder: Path) -> str | None:
     ``None`` of any other folder.
     """
     parts = _NAME.fullmatch(folder.resolve().name)
-    manifest = _json(folder / MANIFEST) if parts and parts["codec"] == BESIDE else {}
+    return origin_of(folder) if parts and parts["codec"] == BESIDE else None
+
+
+def origin_of(folder: Path) -> str | None:
+    """What a finished store says that it was made from, empty where it was not noted; ``None`` if it is none."""
+    manifest = _json(folder / MANIFEST)
     return str(manifest.get("origin", "")) if _is_manifest(manifest) else None
 
 
@@ -123,8 +125,8 @@ def remove_store(folder: Path) -> int:
     """
     before = folder
     try:
-        if folder.is_file() and _copied_from(folder) is not None:
-            return _remove_copy(folder)
+        if folder.is_file() and copied_from(folder) is not None:
+            return remove_copy(folder)
         if folder.is_symlink() or not folder.is_dir():
             return 0
         with vacated(folder):
@@ -145,15 +147,6 @@ def remove_store(folder: Path) -> int:
         left = f"; what is left is in {folder}" if folder != before else ""
         raise StoreError(f"{before} cannot be removed ({error.strerror or error}){left}; check who owns it and "
                          "remove it again") from error  # fmt: skip
-
-
-def _remove_copy(path: Path) -> int:
-    with exclusively(path.parent) as is_free:
-        if not is_free:
-            raise StoreError(f"{path} may be in use; unload the model, or end the process that has it open")
-        nbytes = status(path).st_size
-        path.unlink()
-        return nbytes
 
 
 def _empty(folder: Path) -> None:
@@ -218,28 +211,8 @@ def _look(folder: Path, base: Path) -> CachedStore | None:
                        *where_from)  # fmt: skip
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    with suppress(OSError):
-        if not folder.is_symlink():
-            yield from sorted(path for path in entries(folder) if path.is_file())
-
-
-def _copied_from(path: Path) -> str | None:
-    """What an adapter's copy was made from, empty where it was not noted; ``None`` if the file is no such copy."""
-    if path.is_symlink() or path.parent.name != ADAPTERS or not _COPY.fullmatch(path.name):
-        return None
-    header: Any = None
-    with suppress(OSError, ValueError), open_file(path) as file:
-        header = json.loads(file.read(header_length(path, file.read(8), status(path).st_size)))
-    if not isinstance(header, dict):
-        return None
-    about = header.pop("__metadata__", None) or {}
-    is_ours = header and all(name.startswith(_PEFT) for name in header)
-    return str(about.get("origin", "")) if is_ours else None
-
-
 def _copy(path: Path, base: Path) -> CachedStore | None:
-    origin, parts = _copied_from(path), _COPY.fullmatch(path.name)
+    origin, parts = copied_from(path), COPY.fullmatch(path.name)
     if origin is None or parts is None:
         return None
     try:

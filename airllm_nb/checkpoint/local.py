@@ -166,10 +166,15 @@ def _local(folder: Path, kind: Format, files: tuple[Path, ...]) -> Source:
     for file in files:
         _refuse_pointer(file)
     gguf = files[0] if kind == "gguf" else None
-    sizes = [(file.name, status(file).st_size, status(file).st_mtime_ns) for file in files]
-    fingerprint = digest(f"{name} {size} {time}" for name, size, time in sizes)
+    fingerprint, nbytes = fingerprint_of(folder, files), sum(status(file).st_size for file in files)
     name = clean_name(Path(whole_name(gguf.name)).stem if gguf else _folder_name(folder))
-    return Source(name, folder, kind, files, sum(size for _, size, _ in sizes), fingerprint, gguf)
+    return Source(name, folder, kind, files, nbytes, fingerprint, gguf)
+
+
+def fingerprint_of(folder: Path, files: Iterable[Path]) -> str:
+    """By names, sizes and times of change."""
+    found = ((file.relative_to(folder).as_posix(), status(file)) for file in files)
+    return digest(f"{name} {seen.st_size} {seen.st_mtime_ns}" for name, seen in found)
 
 
 def checked(source: Source, check_config: CheckConfig | None) -> Source:

@@ -46,6 +46,11 @@ def delete_original(
     return [gone for path in files if path.resolve() not in own for gone in remove(path, cache_root)]
 
 
+def is_own(path: Path) -> bool:
+    """Whether deleting ``path`` deletes a file of its own folder, and not just a link, or what that points to."""
+    return path.is_file() and (not path.is_symlink() or _blob_of(path, None) is not None)
+
+
 def remove(path: Path, cache_root: Path | None = None) -> list[Path]:
     """Delete one weight file; returns what was deleted.
 
