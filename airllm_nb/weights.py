@@ -22,6 +22,7 @@ from .checkpoint.legacy.families import native_tensors, normalised
 from .checkpoint.mapping import map_checkpoint
 from .checkpoint.pickle_index import is_wide, pickle_index
 from .checkpoint.pickles import load_pickle
+from .checkpoint.sizes import Holds
 from .checkpoint.source import Source, read_config
 from .disk import read_json, status
 from .errors import CheckpointError, UnsupportedModelError
@@ -29,6 +30,8 @@ from .model.skeleton import lacking
 
 if TYPE_CHECKING:
     import torch
+
+    from .checkpoint.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,16 @@ def stored_dtype(source: Source, headers: Headers) -> torch.dtype | None:
     dtypes = (TORCH_DTYPES[info.dtype] for info in first.values())
     # One byte is how a weight is packed, not what to compute in.
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), None)
+
+
+def holds(source: Source, headers: Headers, store: Store | None = None) -> Holds | None:
+    """What the weight files hold, here or on the Hub; ``None`` where no header says it."""
+    if store is not None:
+        return Holds.of(store.index.values())
+    if gguf := source.gguf_file or source.header:
+        return read_gguf(gguf).holds
+    index = index_in_place(source, WIDEST) if source.files else headers.index
+    return None if index is None else Holds.of(index.values())
 
 
 def expected(source: Source, skeleton: Any, headers: Headers) -> Weights | None:

@@ -67,13 +67,14 @@ def write(
 
 
 def tiny_llama_gguf(
-    path: Path, hidden: int = 64, inner: int = 96, tied: bool = False, words: int = 64, **options: Any
-) -> Path:
+    path: Path, hidden: int = 64, inner: int = 96, tied: bool = False, words: int = 64,
+    more: dict[str, Any] | None = None, **options: Any,
+) -> Path:  # fmt: skip
     fields = {
         "block_count": 2, "context_length": 64, "embedding_length": hidden, "feed_forward_length": inner,
         "attention.head_count": 4, "attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.freq_base": 10000.0, "vocab_size": words,
-    }  # fmt: skip
+    } | (more or {})  # fmt: skip
     tensors: dict[str, Any] = {"token_embd.weight": (words, hidden), "output_norm.weight": (hidden,)}
     if not tied:
         tensors["output.weight"] = (words, hidden)

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from airllm_nb import AutoModel, load
+from airllm_nb.checkpoint import patterns
 from airllm_nb.checkpoint.adapter import PREFIX, read_adapter
 from airllm_nb.checkpoint.codec import get_codec
 from airllm_nb.cli import main
@@ -357,6 +359,12 @@ DAMAGED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "alpha": ({"lora_alpha": None}, ["lora_alpha=None"]),
     "patterns": ({"rank_pattern": ["q_proj"]}, ["rank_pattern"]),
     "a pattern": ({"alpha_pattern": {"(": 3}}, ["alpha_pattern"]),
+    "nested patterns": ({"rank_pattern": {"(" * 400 + ")" * 400: 3}}, ["rank_pattern"]),
+    "a long pattern": ({"rank_pattern": {"q" * 10_000: 3}}, ["rank_pattern", "2,000"]),
+    "a huge rank": ({"r": 10**400}, ["r=1000", CONFIG]),
+    "a huge alpha": ({"lora_alpha": 10**400}, ["lora_alpha=1000", CONFIG]),
+    "an endless alpha": ({"lora_alpha": float("inf")}, ["lora_alpha=inf"]),
+    "no alpha": ({"lora_alpha": float("nan")}, ["lora_alpha=nan"]),
 }
 
 
@@ -398,6 +406,52 @@ def test_settings_that_cannot_be_true(
 ) -> None:
     text = refusal(base(), changed(adapter, tmp_path / "other", **settings), CheckpointError)
     assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+X", r"(\w+\.?)*(?<=Z)", "(a|a|.)*(.*)*Z", r"((\w|\.)+)+\1Z"])
+def test_patterns_that_backtrack_for_ever_cost_nothing(
+    base: Callable[..., Path], adapter: Path, tmp_path: Path, pattern: str
+) -> None:
+    folder = changed(adapter, tmp_path / "other", rank_pattern={pattern: 4}, alpha_pattern={pattern: 4})
+    start = time.process_time()
+    with AutoModel.from_pretrained(base(), adapter=folder) as model:  # it fits no module, so r and lora_alpha hold
+        assert "r=8" in model.status()["adapter"]
+    assert time.process_time() - start < 5
+
+
+def test_patterns_that_do_not_end(
+    base: Callable[..., Path], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.0)
+    text = refusal(base(), changed(adapter, tmp_path / "x", rank_pattern={"(q_)+proj": 8}), CheckpointError)
+    assert "rank_pattern" in text and "(q_)+proj" in text
+
+
+def test_patterns_mean_what_they_mean_to_peft() -> None:
+    from peft.utils.other import get_pattern_key
+
+    names = ["model.layers.11.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head", "x.q_proj", "my_q_proj"]
+    keys = [
+        "q_proj",
+        r"layers\.1\.mlp\.down_proj",
+        "proj",
+        r".*\.1\d?\..*",
+        "(q|k)_proj",
+        "^lm_head",
+        "lm_head$",
+        "[a-z]_.*",
+        "",
+        "down",
+        r"self_attn.\w+",
+        "(?P<x>q)_proj",
+        r"\d+",
+        "q_pro{1}j",
+        "q_proj|lm_head",
+    ]
+    for several in [*([key] for key in keys), keys]:
+        ours = patterns.Patterns({key: key for key in several}, (Path("x"), "rank_pattern"))
+        for name in names:
+            assert ours.first(name, name) == get_pattern_key(several, name), (several, name)
 
 
 @pytest.mark.parametrize("kind", [IA3Config, PrefixTuningConfig])

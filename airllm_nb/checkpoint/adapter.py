@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,11 @@ from ..errors import CheckpointError, UnsupportedModelError
 from ..trace import ProgressCallback, silent
 from .adapter_files import CONFIG_FILE, AdapterFiles, find_adapter, read_tensors
 from .index import TensorInfo
+from .patterns import Patterns
 
 PREFIX = "base_model.model."
+# Of r and lora_alpha: more than any layer has columns.
+LARGEST = 1 << 24
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Older versions of PEFT wrote the name "default" of the only adapter.
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
@@ -169,7 +173,9 @@ class _Reader:
     def __init__(self, files: AdapterFiles, settings: Mapping[str, Any]):
         self._files, self._name, self._where = files, files.name, files.folder / CONFIG_FILE
         self._settings = settings
-        self._ranks, self._alphas = self._patterns("rank_pattern"), self._patterns("alpha_pattern")
+        self._ranks, self._alphas = (
+            Patterns(settings.get(option) or {}, (self._where, option)) for option in ("rank_pattern", "alpha_pattern")
+        )
         saved = settings.get("modules_to_save") or ()
         self._own = tuple(saved) if isinstance(saved, (list, tuple)) else (str(saved),)
 
@@ -221,21 +227,12 @@ class _Reader:
     def _numbers(self, module: str) -> tuple[int, float]:
         """Rank and alpha of a module: of the first pattern that fits the end of its name, as PEFT has it."""
         rank, alpha = self._settings.get("r", 8), self._settings.get("lora_alpha", 8)
-        rank = next((value for pattern, value in self._ranks if pattern.match(module)), rank)
-        alpha = next((value for pattern, value in self._alphas if pattern.match(module)), alpha)
-        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and rank > 0
-        if not is_rank or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise CheckpointError(f"{self._where} is damaged: r={rank!r} and lora_alpha={alpha!r} of {module}; "
-                                  "download it again")  # fmt: skip
+        rank, alpha = self._ranks.first(module, rank), self._alphas.first(module, alpha)
+        is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 0 < rank < LARGEST
+        if not is_rank or not isinstance(alpha, (int, float)) or not -LARGEST < alpha < LARGEST:
+            raise CheckpointError(f"{self._where} is damaged: r={reprlib.repr(rank)} and lora_alpha="
+                                  f"{reprlib.repr(alpha)} of {module}; download it again")  # fmt: skip
         return rank, float(alpha)
-
-    def _patterns(self, option: str) -> list[tuple[re.Pattern[str], Any]]:
-        given = self._settings.get(option) or {}
-        try:
-            return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in given.items()]
-        except (AttributeError, re.error) as error:
-            raise CheckpointError(f"{self._where} is damaged: {option} is {given!r} ({error}); download it "
-                                  "again") from None  # fmt: skip
 
     def _damaged(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self._files.weights} is damaged or of another adapter: {what}; download it again")

@@ -24,6 +24,7 @@ from .gguf_file import GGUFFile, GGUFTensor, damaged, dequantised, read_gguf
 from .gguf_rope import TENSORS, scale_rope
 from .rewrite import is_complete, rewrite
 from .shard import Entry
+from .sizes import limited
 from .store import StoreMeta
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.file, self.dtype = file, getattr(torch, dtype)
-        model = _skeleton(config)
+        with limited(f"model of type {config.model_type}", lambda: file.holds):
+            model = _skeleton(config)
         self.architecture = type(model).__name__
         self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
         self._names = _name_map(model, self._processor)
@@ -157,6 +159,7 @@ def gguf_config(file: GGUFFile) -> Any:
     if file.architecture not in known:
         raise _unsupported(file, known)
     stat = status(file.path)
+    file.check_sizes()
     with _guard(file):
         config = copy.deepcopy(_parsed_config(file.path, stat.st_size, stat.st_mtime_ns))
     if config.model_type not in CAUSAL:

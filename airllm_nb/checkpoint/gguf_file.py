@@ -18,6 +18,7 @@ from typing import Any
 from ..disk import open_file, status
 from ..errors import CheckpointError, UnsupportedModelError
 from .gguf_split import part_names
+from .sizes import Holds, check_sizes
 
 # GGUF value type → struct format; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -63,6 +64,15 @@ class GGUFFile:
     @property
     def is_split(self) -> bool:
         return _parts(self) > 1
+
+    @property
+    def holds(self) -> Holds:
+        return Holds.of(self.tensors.values())
+
+    def check_sizes(self) -> None:
+        """Refuse a model that is larger by its metadata than by its tensors."""
+        own = {name: value for name, value in self.metadata.items() if name.startswith(f"{self.architecture}.")}
+        check_sizes(own, lambda: self.holds, str(self.path))
 
 
 class _Cursor:

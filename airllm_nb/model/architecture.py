@@ -9,24 +9,31 @@ from typing import Any
 from ..checkpoint.codecs.formats import check as check_quantisation
 from ..checkpoint.codecs.formats import quantisation
 from ..checkpoint.legacy.families import ATTENTION, family_of, native_dict
+from ..checkpoint.sizes import AskHolds, check_sizes
 from ..errors import CheckpointError, UnsupportedModelError
 from .attention import attend_by
 
 
-def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) -> Any:
+def native_config(config: Mapping[str, Any], trust_remote_code: bool = False, holds: AskHolds = lambda: None) -> Any:
     """The native config object for a checkpoint's ``config.json``, those of the mapped families included.
+
+    Parameters
+    ----------
+    holds
+        What the weight files hold, which is all that a config may ask for.
 
     Raises
     ------
     UnsupportedModelError
         If transformers has no causal language model of this type; code of the repository is never run.
     CheckpointError
-        If the native class refuses the values.
+        If the native class refuses the values, or they ask for more than the files hold.
     """
     from transformers import CONFIG_MAPPING
 
     check_supported(config, trust_remote_code)
     native = native_dict(config)
+    check_sizes(native, holds)
     model_type = native.get("model_type", "")
     values = _without(native, _NOT_TAKEN)
     kind = CONFIG_MAPPING[model_type]
@@ -34,7 +41,7 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False) ->
         # transformers writes infinity as {"__float__": "Infinity"}.
         made = kind.from_dict(kind._decode_special_floats(values))
     except Exception as error:  # config classes raise whatever their validators do
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
             f"config.json is not one that {model_type} accepts ({reason}); download it again"
         ) from None
@@ -63,6 +70,9 @@ def check_supported(config: Mapping[str, Any], trust_remote_code: bool = False, 
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as MULTIMODAL
 
+    if not isinstance(config.get("model_type", ""), str) or not isinstance(config.get("architectures") or [], list):
+        raise CheckpointError(f"{model or 'config.json'} is damaged: model_type should be text and architectures a "
+                              "list; download it again")  # fmt: skip
     given, config = config, native_dict(config)
     model_type = config.get("model_type", "")
     name = next(iter(config.get("architectures") or []), model_type or "unknown")

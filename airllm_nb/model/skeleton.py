@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear
 from ..checkpoint.index import TensorInfo
+from ..checkpoint.sizes import AskHolds, limited
 from ..errors import CheckpointError
 from .slices import SlicedLinear
 from .units import UNIT_BYTES, Binding, ModelUnit, Weight, cut_units, is_tied
@@ -36,19 +37,28 @@ class _ParametersOnMeta(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build(config: Any, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None) -> Any:
+def build(
+    config: Any, dtype: torch.dtype, device: torch.device, attn_implementation: str | None = None,
+    holds: AskHolds = lambda: None,
+) -> Any:  # fmt: skip
     """Instantiate transformers' class for ``config`` with every parameter on ``meta`` and buffers on ``device``.
 
     Returns a ``PreTrainedModel`` in eval mode whose ``device`` is ``device``.
+
+    Raises
+    ------
+    CheckpointError
+        If the config asks for far more than the weight files hold (``holds``), or gives no model.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
     # One of several parts runs on text alone too; what only the others need stays on disk.
     kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with torch.device(device), _ParametersOnMeta():
-        model = kind.from_config(config, dtype=dtype, **extra)
-    _compute_buffers(model)
+    with limited(f"model of type {config.model_type}", holds):
+        with torch.device(device), _ParametersOnMeta():
+            model = kind.from_config(config, dtype=dtype, **extra)
+        _compute_buffers(model)
     moved: dict[int, nn.Parameter] = {}
     high = kept_in_float32(model, dtype)
     for path, module in model.named_modules():
