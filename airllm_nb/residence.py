@@ -19,6 +19,7 @@ from .model.device import VRAM_MARGIN
 from .model.executor import Executor
 from .model.placing import drop_unpacked
 from .model.plan import Machine, ResidencyPlan
+from .model.turn import Turn
 from .trace import Trace
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Residence:
         The model; its VRAM budget shrinks where other programs take the memory.
     machine
         What its plans are made from.
+    turn
+        Whose turn it is to run it.
 
     Attributes
     ----------
@@ -51,8 +54,9 @@ class Residence:
         If the model does not fit.
     """
 
-    def __init__(self, prepared: planning.Prepared, machine: Machine):
-        self._prepared, self._machine = prepared, machine
+    def __init__(self, prepared: planning.Prepared, machine: Machine, turn: Turn):
+        self._prepared, self._machine, self._turn = prepared, machine, turn
+        self._admitted = (prepared.planned, 0)
         self.executor: Executor | None = None
         self.trace, self.shrunk_from = Trace(), None  # type: Trace, int | None
         self.plan: ResidencyPlan = planning.plan(prepared, machine, prepared.planned)[0]
@@ -81,16 +85,37 @@ class Residence:
         def attempt() -> T:
             nonlocal began
             tokens = self.make_room(work)
-            executor, self.trace, began = self.executor, Trace(), True
+            executor, self.trace, began, self._admitted = self.executor, Trace(), True, (work, tokens)
             assert executor is not None, "there is room"
             executor.start(self.trace, cancel)
             try:
-                with torch.inference_mode(), executor.on_device():
+                with executor.on_device():
                     return call(tokens)
             finally:
                 executor.finish()
 
         return self._surviving(work, attempt, lambda: repeatable or not began)
+
+    def admit(self, work: Work, has_cache: bool) -> None:
+        """Refuse a forward within a run that needs more room than the run has.
+
+        ``has_cache`` says that it needs none of its own.
+
+        Raises
+        ------
+        BudgetError
+        """
+        run, tokens = self._admitted
+        is_its_own = has_cache and work.batch <= run.batch and work.prompt <= tokens and not work.loss
+        if not self._machine.has_device or (is_its_own and (run.logits is None or work.logits == run.logits)):
+            return
+        held, wanted = (planning.needs(self._prepared, each, each.prompt) for each in (run, work))
+        total = wanted.total + (0 if has_cache else held.kv_cache)
+        if total > self.plan.needs.total:
+            planned = format_bytes(self.plan.needs.total)
+            raise BudgetError(f"a forward of {work.batch} x {work.prompt} tokens within a generation needs "
+                              f"{format_bytes(total)} beside streamed weights, and {planned} are planned; load with a "
+                              "larger max_seq_len, or give it use_cache=False and logits_to_keep=1")  # fmt: skip
 
     def make_room(self, work: Work) -> int:
         """Plan and build again where ``work`` does not fit; how many tokens of the prompt go through at a time."""
@@ -111,8 +136,6 @@ class Residence:
     def close(self) -> None:
         """Free the executor's memory, threads and files. Safe to call twice."""
         if self.executor is not None:
-            # Its event is the caller's, and closing sets it: that would stop a repetition.
-            self.executor.cancel = threading.Event()
             self.executor.close()
             self.executor = None
         self._prepared.scratch.close()
@@ -131,12 +154,20 @@ class Residence:
         return tokens if planning.needs(self._prepared, work, tokens).kv_cache <= self.plan.needs.kv_cache else None
 
     def _build(self) -> None:
+        self._refuse_to_lose()
         self.close()
         prepared = self._prepared
         self.executor = Executor(
             prepared.skeleton, prepared.units, prepared.small, self.plan, prepared.device, prepared.options.depth,
-            profile=prepared.options.profiling_mode,
+            self._turn, profile=prepared.options.profiling_mode,
         )  # fmt: skip
+
+    def _refuse_to_lose(self) -> None:
+        """A new plan reads all weights anew."""
+        if self.executor is not None and (name := self.executor.changed):
+            raise BudgetError(f"there is no room for this, and a new plan would lose what was changed in {name}; load "
+                              "with a larger max_seq_len, batch_size or vram_budget before you change or train it, or "
+                              "save_pretrained and load that")  # fmt: skip
 
     # --- when others take the memory
 
@@ -164,6 +195,7 @@ class Residence:
     def _shrink(self, work: Work) -> None:
         """Free everything, and plan for what is there, an eighth less than before at least."""
         prepared, before = self._prepared, self._prepared.vram_budget
+        self._refuse_to_lose()
         self.close()
         gc.collect()
         budgets = [before - before // 8]

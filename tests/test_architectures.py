@@ -149,7 +149,7 @@ class left_on_disk(list[str]):
 
 def remarks_on(model: StreamedModel, left: list[str]) -> list[str]:
     remarks = []
-    if type(model.native.config) is not type(model.config):
+    if type(model.config) is not type(model._prepared.config):
         remarks.append("the text part of the whole checkpoint")
     for message in left:
         names = message.partition(": ")[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,11 +22,11 @@ class Replay:
     Parameters
     ----------
     native
-        The model.
+        The model; random numbers are its device's.
+    generate
+        Its native ``generate``.
     kwargs
-        Arguments of its ``generate``.
-    device
-        Whose random numbers are drawn.
+        The arguments.
 
     Attributes
     ----------
@@ -36,8 +36,8 @@ class Replay:
         Whether a second call starts from the same state.
     """
 
-    def __init__(self, native: Any, kwargs: Mapping[str, Any], device: torch.device):
-        self._native, self._kwargs, self._device = native, dict(kwargs), device
+    def __init__(self, native: Any, generate: Callable[..., Any], kwargs: Mapping[str, Any]):
+        self._generate, self._kwargs, self._device = generate, dict(kwargs), native.device
         self.work = of_generation(native, kwargs)
         self.repeatable = all(kwargs.get(name) is None for name in _CHANGED)
         self._random: tuple[torch.Tensor, ...] = ()
@@ -52,7 +52,7 @@ class Replay:
             self._rewind(kwargs)
         else:
             self._random = _random_state(self._device)
-        return self._native.generate(**kwargs)
+        return self._generate(**kwargs)
 
     def _settled(self, tokens: int) -> dict[str, Any]:
         # Compiled code would keep the addresses of parameters that are bound anew in every sweep.

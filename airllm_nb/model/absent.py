@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..checkpoint.index import TensorInfo
+from ..errors import OptionError
 from ..stream.mapped import MappedFiles
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,11 @@ _OF_META = {
     "size", "dim", "stride", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "requires_grad_",
     "__repr__", "__hash__", "__len__", "type", "is_contiguous",
 }  # fmt: skip
-_FETCHED = ("data", "T", "mT", "H", "mH", "real", "imag")
+_FETCHED = ("T", "mT", "H", "mH", "real", "imag")
+# It is itself whatever is done to it without computing.
+_ITSELF = ("data", "detach")
+_ADDRESSES = {"data_ptr", "untyped_storage", "storage", "_typed_storage", "__cuda_array_interface__"}
+_SETTABLE = ("requires_grad", "grad")
 
 
 class AbsentWeight(nn.Parameter):
@@ -66,21 +71,88 @@ class AbsentWeight(nn.Parameter):
         finally:
             files.close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, it is what it stands for."""
+        return self.fetch().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> nn.Parameter:
+        return nn.Parameter(self.fetch(), requires_grad=False)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if name == "__get__":
-                # The getter of a property; its own name is that of the property.
+            if name in ("__get__", "__set__"):
+                # A property; its own name is that of what it gets.
                 wanted = getattr(func.__self__, "__name__", "")
+                if name == "__set__" and wanted not in _SETTABLE:
+                    raise edited(args[0])
                 if wanted == "device":
                     return args[0]._home
+                if wanted in _ITSELF:
+                    return args[0]
                 if wanted not in _FETCHED:
                     return func(*args, **kwargs)
             elif name in _OF_META:
                 return func(*args, **kwargs)
-            return func(*tree_map(_fetched, args), **tree_map(_fetched, kwargs))
+            elif name in _ITSELF:
+                return args[0]
+            elif name in _ADDRESSES:
+                raise OptionError(f"{args[0]._info.name} has no address: it streams, and is read when it is used; take "
+                                  "a .clone() of it")  # fmt: skip
+            return _read(cls, func, name, args, kwargs)
 
 
-def _fetched(value: Any) -> Any:
-    return value.fetch() if isinstance(value, AbsentWeight) else value
+class ReadCopy(torch.Tensor):
+    """What was read of an absent weight: to compute with, as a change of it would be lost."""
+
+    _info: TensorInfo
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if name == "__get__" or name in _OF_META or name in _ADDRESSES:
+                return func(*args, **kwargs)
+            return _read(cls, func, name, args, kwargs)
+
+
+def edited(weight: Any) -> OptionError:
+    """That a streamed weight was changed, in one line."""
+    name = weight if isinstance(weight, str) else weight._info.name
+    return OptionError(f"{name} streams, so a change of it would be lost; load the model with budgets that hold all of "
+                       "it (model.plan says what streams), or change a .clone() of it")  # fmt: skip
+
+
+def _read(cls: Any, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """``func`` on the weights themselves; what shares their memory cannot be changed, nor can they."""
+    changed = [kwargs.get("out")]
+    if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name in _IN_PLACE:
+        changed += [*args[:1], kwargs.get("tensor"), kwargs.get("input")]
+    for each in tree_leaves(changed):
+        if isinstance(each, cls):
+            raise edited(each)
+    infos: dict[int, TensorInfo] = {}
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, cls):
+            return value
+        tensor = value.fetch() if isinstance(value, AbsentWeight) else value.as_subclass(torch.Tensor)
+        infos[tensor.untyped_storage().data_ptr()] = value._info
+        return tensor
+
+    def sealed(value: Any) -> Any:
+        if type(value).__name__ == "ndarray" and type(value).__module__ == "numpy":
+            value.setflags(write=False)
+        if type(value) is torch.Tensor and value.layout == torch.strided:
+            info = infos.get(value.untyped_storage().data_ptr())
+            if info is not None:
+                value = value.as_subclass(ReadCopy)
+                value._info = info
+        return value
+
+    return tree_map(sealed, func(*tree_map(real, args), **tree_map(real, kwargs)))
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor",
+                                         "matmul", "lshift", "rshift")}  # fmt: skip

@@ -1,7 +1,8 @@
 """Runs a native model whose weights are elsewhere: bind → forward → unbind, by PyTorch's forward hooks.
 
 A unit's memory has one fixed address for the life of the model, so its parameters are made once as views of it; to
-bind is to put them into the module, to unbind is to put the ``meta`` ones back.
+bind is to put them into the module, to unbind is to put the ``meta`` ones back. What is resident stays bound, and is
+an ordinary parameter.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ import torch
 from torch import nn
 
 from ..checkpoint.files import Unchanged
-from ..errors import GenerationStopped
 from ..stream.copier import Copier, CudaCopier, Mark, MemoryCopier
 from ..stream.mapped import MappedFiles
 from ..stream.memory import StreamMemory
 from ..stream.prefetcher import Prefetcher
 from ..trace import Trace
+from .binding import Bound, typed_view, unbind
 from .gather import RowGather
-from .placing import reserve_scratch
+from .hooks import Guard, UnitHooks, guard_parts
+from .placing import computes_packed, reserve_scratch
 from .plan import ResidencyPlan
 from .recorder import Recorder
-from .skeleton import Binding, ModelUnit, Weight, is_tied
+from .resident import Resident
+from .skeleton import ModelUnit, Weight, is_tied
+from .sweep import Sweep
+from .turn import Turn
 
 
 class Executor:
@@ -43,8 +48,15 @@ class Executor:
         Where compute runs.
     depth
         Units ahead, see :class:`~airllm_nb.stream.prefetcher.Prefetcher`.
+    turn
+        Whose turn it is to run the model.
     profile
         Time dequantisation too.
+
+    Attributes
+    ----------
+    holds_all
+        Whether every weight is there all the time, as it is: what runs is a native model like any other.
     """
 
     def __init__(
@@ -55,23 +67,25 @@ class Executor:
         plan: ResidencyPlan,
         device: torch.device,
         depth: int | None,
+        turn: Turn,
         profile: bool = False,
     ):
         self._model, self._units, self._plan, self._device, self._depth = model, list(units), plan, device, depth
-        self.cancel = threading.Event()
+        self._turn, self._sweep, self.holds_all = turn, Sweep(), True
         self._copier: Copier = CudaCopier(device) if device.type == "cuda" else MemoryCopier()
         self._recorder = Recorder(self._copier, device)
         self._files = MappedFiles()
         self._sources = Unchanged(piece.extent.path for unit in units for piece in unit.stream.pieces)
         self._tiers = {unit.name: tier for unit, tier in zip(units, plan.tiers, strict=True)}
         self._hooks: list[Any] = []
-        self._reached = -1
-        self._resident: dict[str, torch.Tensor] = {}
+        self._resident = Resident(self._files, device)
         self._memory: StreamMemory | None = None
         self._prefetcher: Prefetcher | None = None
         self._timed = [module for module in model.modules() if hasattr(module, "timer")] if profile else []
         try:
-            self._build(small)
+            # Whoever opens a model in inference mode may train it, or another thread run it, later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._build(small)
         except BaseException:
             self.close()
             raise
@@ -87,7 +101,7 @@ class Executor:
             If a file of the weights was changed since they were opened.
         """
         self._sources.check()
-        self.cancel, self._reached = cancel, -1
+        self._sweep.start(cancel)
         trace.predicted_sweep_seconds, trace.bound_by = self._plan.sweep_seconds, self._plan.bound_by
         trace.plan, trace.tiers = self._plan.as_dict(), self._tiers
         self._recorder.begin(trace)
@@ -96,6 +110,20 @@ class Executor:
         """Complete the trace: resolve what the device has finished since."""
         self._recorder.finish(self._prefetcher)
 
+    def sweep(self, forward: Callable[[], Any]) -> Any:
+        """``forward()`` of the whole model, as one sweep of the trace.
+
+        Raises
+        ------
+        BusyError
+            If it is called from within a sweep.
+        """
+        with self._sweep.under_way():
+            self._recorder.begin_sweep()
+            output = forward()
+            self._recorder.end_sweep(self._prefetcher)
+            return output
+
     def on_device(self) -> contextlib.AbstractContextManager[object]:
         """Make the device the current one of this thread."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
@@ -103,7 +131,12 @@ class Executor:
     @property
     def position(self) -> tuple[int, int]:
         """The unit that computes, counted from 1, and how many there are in a sweep; 0 where units are not followed."""
-        return self._reached + 1, len(self._units)
+        return self._sweep.reached + 1, len(self._units)
+
+    @property
+    def changed(self) -> str:
+        """A resident weight that is not what the checkpoint says any more; empty if there is none."""
+        return self._resident.changed()
 
     @property
     def resets(self) -> int:
@@ -112,16 +145,16 @@ class Executor:
 
     def close(self) -> None:
         """Remove the hooks, stop the threads, drop the memory. Safe to call twice and in every state."""
-        self.cancel.set()
+        self._sweep.end()
         while self._hooks:
             self._hooks.pop().remove()
         if self._prefetcher is not None:
             self._prefetcher.close()
         for unit in self._units:
-            _unbind(unit.bindings)
+            unbind(unit.bindings)
         for module in self._timed:
             module.timer = None  # type: ignore[assignment]
-        self._resident.clear()
+        self._resident.close()
         self._prefetcher = None
         if self._memory is not None:
             self._memory.close()
@@ -133,10 +166,7 @@ class Executor:
         if self._device.type != "cpu":
             reserve_scratch(self._model, self._device)
         for weight in small:
-            tensor = self._files.tensor(weight.info, weight.stored_dtype).to(self._device, weight.dtype, copy=True)
-            for module, attribute in weight.owners:
-                target = module._buffers if weight.is_buffer else module._parameters
-                target[attribute] = tensor if weight.is_buffer else _parameter(tensor)  # type: ignore[assignment]
+            self._resident.keep(weight)
         streamed: list[ModelUnit] = []
         tables: list[ModelUnit] = []
         for unit, tier in zip(self._units, self._plan.tiers, strict=True):
@@ -154,49 +184,45 @@ class Executor:
         self._stream(streamed)
         for module in self._timed:
             module.timer = self._recorder.dequantising  # type: ignore[assignment]
-        self._hooks.append(self._model.register_forward_pre_hook(lambda *_: self._begin_sweep()))
-        self._hooks.append(self._model.register_forward_hook(lambda *_: self._end_sweep()))
+        self._hooks.extend(guard_parts(self._turn, self._model, self._begin))
+        self.holds_all &= not computes_packed(self._model)
+        if self.holds_all:
+            self._resident.let_train()
+        if self._plan.machine.has_device:  # else it is never built again
+            self._resident.remember()
 
     def _make_resident(self, unit: ModelUnit) -> None:
         for binding in unit.bindings:
-            self._bind_for_good(binding, self._on_device(binding.weight))
+            self._resident.bind(binding, self._resident.copy(binding.weight))
         self._time(unit)
-
-    def _on_device(self, weight: Weight) -> torch.Tensor:
-        if weight.name not in self._resident:
-            stored = self._files.tensor(weight.info, weight.stored_dtype)
-            self._resident[weight.name] = stored.to(self._device, weight.dtype, copy=True)
-        return self._resident[weight.name]
 
     def _compute_in_place(self, unit: ModelUnit) -> None:
         """Host memory is compute memory: bind views of the mapped files, for good where they need no cast."""
-        views = [self._files.tensor(binding.weight.info, binding.weight.stored_dtype) for binding in unit.bindings]
+        views = [self._resident.stored(binding.weight) for binding in unit.bindings]
         if not any(binding.weight.needs_cast for binding in unit.bindings):
             for binding, view in zip(unit.bindings, views, strict=True):
-                self._bind_for_good(binding, view)
+                self._resident.bind(binding, view)
             self._time(unit)
             return
-        self._hook(unit, lambda: _bind(unit.bindings, views), lambda mark: _unbind(unit.bindings))
+        bound = Bound(unit.bindings, views)
+        self._hook(unit, bound.bind, lambda mark: bound.unbind(), streams=True)
 
     def _place_table(self, unit: ModelUnit) -> None:
         binding = unit.bindings[0]
-        is_packed = hasattr(binding.module, "packing")
-        in_place = self._device.type == "cpu" and not binding.weight.needs_cast and not is_packed
+        has_packing = hasattr(binding.module, "packing")
+        in_place = self._device.type == "cpu" and not binding.weight.needs_cast and not has_packing
         is_planned = self._plan.tiers[self._units.index(unit)] == "gpu" and not is_tied(unit)
-        is_resident = binding.weight.name in self._resident or (is_planned and not in_place)
-        if is_resident:
-            table = self._on_device(binding.weight)
-        else:
-            table = self._files.tensor(binding.weight.info, binding.weight.stored_dtype)
-        if (is_resident and not is_packed) or in_place:
-            self._bind_for_good(binding, table)
+        is_resident = binding.weight in self._resident or (is_planned and not in_place)
+        table = self._resident.copy(binding.weight) if is_resident else self._resident.stored(binding.weight)
+        if (is_resident and not has_packing) or in_place:
+            self._resident.bind(binding, table)
             return
-        dtype = self._model.dtype if is_packed else binding.weight.dtype
+        dtype = self._model.dtype if has_packing else binding.weight.dtype
+        guard = self._guard(binding.module)
         gather = RowGather(binding.module, table, dtype, self._device)  # type: ignore[arg-type]
-        self._hooks.extend(gather.hooks)
-
-    def _bind_for_good(self, binding: Binding, tensor: torch.Tensor) -> None:
-        binding.module._parameters[binding.attribute] = _parameter(tensor)
+        binding.module._forward_hooks.move_to_end(guard[-1].id)  # the turn is given back when all is done
+        self._hooks.extend([*guard, *gather.hooks])
+        self.holds_all = False
 
     def _stream(self, units: list[ModelUnit]) -> None:
         if not units:
@@ -209,83 +235,66 @@ class Executor:
         )  # fmt: skip
         self._prefetcher = Prefetcher(
             self._memory.stops, self._memory.reader, self._copier, self._depth, self._recorder.clock,
-            lambda: self.cancel.is_set(),
+            lambda: self._sweep.cancel.is_set(),
         )  # fmt: skip
         for index, (unit, stop) in enumerate(zip(units, self._memory.stops, strict=True)):
             memory = stop.host if stop.device is None else stop.device
             assert memory is not None, "a unit that is not copied is computed in host memory"
-            views = [_typed_view(memory, binding) for binding in unit.bindings]
-            self._hook(unit, self._taker(index, unit, views), self._releaser(index, unit))
+            bound = Bound(unit.bindings, [typed_view(memory, binding) for binding in unit.bindings])
+            self._hook(unit, *self._passing(index, unit, bound), streams=True)
 
     # --- hooks
 
-    def _hook(self, unit: ModelUnit, before: Callable[[], None], after: Callable[[Mark], None]) -> None:
+    def _hook(
+        self, unit: ModelUnit, before: Callable[[], None], after: Callable[[Mark], None], streams: bool = False
+    ) -> None:
         recorder, name, index = self._recorder, unit.name, self._units.index(unit)
 
-        def enter(*_: Any) -> None:
-            self._reached = index
-            if self.cancel.is_set():
-                raise GenerationStopped(f"stopped before {name}")
+        def enter() -> None:
+            self._sweep.reach(index, name)
             before()
             recorder.begin_compute()
 
-        def leave(*_: Any) -> None:
+        def leave() -> None:
             after(recorder.end_compute(name))
             recorder.look(self._prefetcher)
 
-        self._hooks.append(unit.module.register_forward_pre_hook(enter))
-        self._hooks.append(unit.module.register_forward_hook(leave))
+        def failed() -> None:
+            self._sweep.leave(name)
+            if streams:
+                unbind(unit.bindings)
+
+        self.holds_all &= not streams
+        self._hooks.extend(UnitHooks(self._turn, unit.module, self._begin, enter, leave, failed, streams).put_on())
 
     def _time(self, unit: ModelUnit) -> None:
         """A unit that stays bound: it is timed and can be stopped before, unless that would cost a GPU time."""
         if self._device.type == "cpu":
             self._hook(unit, lambda: None, lambda mark: None)
+        elif computes_packed(unit.module):
+            self._hooks.extend(self._guard(unit.module))  # all unpack into one scratch
 
-    def _taker(self, index: int, unit: ModelUnit, views: list[torch.Tensor]) -> Callable[[], None]:
-        parameters = [_parameter(view) for view in views]
+    def _guard(self, module: nn.Module) -> list[Any]:
+        return Guard(self._turn, module, self._begin).put_on()
+
+    def _begin(self) -> None:
+        """Somebody calls a part of the model on its own: what stopped the last run is none of its business."""
+        self.start(Trace(), self._turn.cancel)
+
+    def _passing(self, index: int, unit: ModelUnit, bound: Bound) -> tuple[Callable[[], None], Callable[[Mark], None]]:
+        """What happens before and after the forward of a unit that streams."""
+        prefetcher = self._prefetcher
+        assert prefetcher is not None
 
         def take() -> None:
-            assert self._prefetcher is not None
-            _, waited = self._prefetcher.take(index)
+            self._sweep.enter(unit.name)
+            _, waited = prefetcher.take(index)
             self._recorder.waited(unit.name, waited)
-            _bind(unit.bindings, parameters)
+            bound.bind()
 
-        return take
-
-    def _releaser(self, index: int, unit: ModelUnit) -> Callable[[Mark], None]:
         def release(mark: Mark) -> None:
-            assert self._prefetcher is not None
-            _unbind(unit.bindings)
-            self._prefetcher.release(index, mark)
+            self._sweep.leave(unit.name)
+            bound.unbind()
+            prefetcher.release(index, mark)
 
-        return release
-
-    def _begin_sweep(self) -> None:
-        # Where everything is resident on a GPU no unit has a hook: a sweep is short there, and this is the stop.
-        if self.cancel.is_set():
-            raise GenerationStopped("stopped before a sweep")
-        self._recorder.begin_sweep()
-
-    def _end_sweep(self) -> None:
-        self._recorder.end_sweep(self._prefetcher)
-
-
-def _bind(bindings: Sequence[Binding], tensors: Sequence[torch.Tensor]) -> None:
-    for binding, tensor in zip(bindings, tensors, strict=True):
-        if binding.weight.needs_cast:
-            tensor = tensor.to(binding.weight.dtype)
-        binding.module._parameters[binding.attribute] = tensor  # type: ignore[assignment]
-
-
-def _unbind(bindings: Sequence[Binding]) -> None:
-    for binding in bindings:
-        binding.module._parameters[binding.attribute] = binding.weight.meta  # type: ignore[assignment]
-
-
-def _parameter(tensor: torch.Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _typed_view(memory: torch.Tensor, binding: Binding) -> torch.Tensor:
-    info = binding.weight.info
-    return memory[binding.offset : binding.offset + info.nbytes].view(binding.weight.stored_dtype).view(info.shape)
+        return take, release

@@ -140,6 +140,11 @@ class PackedWeight:
         self._kept = self._order = None
 
     @property
+    def parts(self) -> list[torch.Tensor]:
+        """What is packed, as it is bound now."""
+        return list(self._bound().values())
+
+    @property
     def unpacked_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 

@@ -141,6 +141,11 @@ def drop_unpacked(skeleton: nn.Module) -> None:
         weight.drop()
 
 
+def computes_packed(module: nn.Module) -> bool:
+    """Whether something in it computes on packed bytes, by way of the scratch that all share."""
+    return bool(_packed_in(module)) or any(isinstance(each, EncodedLinear) for each in module.modules())
+
+
 def _packed_in(skeleton: nn.Module) -> list[PackedWeight]:
     return [
         value for module in skeleton.modules() for value in vars(module).values() if isinstance(value, PackedWeight)

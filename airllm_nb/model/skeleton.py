@@ -6,6 +6,7 @@ binds them; rotary tables and other buffers that no checkpoint holds are compute
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
@@ -69,7 +70,8 @@ def build(
                 kept = torch.float32 if exact else parameter.dtype
                 moved.setdefault(id(parameter), _to_meta(parameter, kept))
                 module._parameters[name] = moved[id(parameter)]
-    model.__class__ = _on_device(type(model), device, dtype)
+    model._placed_on = device, dtype
+    model.__class__ = placed_class(type(model))  # type: ignore[arg-type]
     return model.eval().requires_grad_(False)
 
 
@@ -91,9 +93,10 @@ def _to_meta(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to("meta", dtype), requires_grad=False)
 
 
-def _on_device(native: type, device: torch.device, dtype: torch.dtype) -> type:
-    """The native class, but ``device`` and ``dtype`` are said and not read from a first parameter that is on meta."""
-    members = {"device": property(lambda self: device), "dtype": property(lambda self: dtype),
+@functools.cache
+def placed_class(native: type) -> type:
+    """``native``, but ``device`` and ``dtype`` are said and not read from a first parameter that is on meta."""
+    members = {"device": property(lambda self: self._placed_on[0]), "dtype": property(lambda self: self._placed_on[1]),
                "__module__": native.__module__, "__doc__": native.__doc__}  # fmt: skip
     return type(native.__name__, (native,), members)
 

@@ -65,7 +65,7 @@ def model_card(name: str, model: StreamedModel) -> Card:
     weights = sum(tier["bytes"] for tier in status["plan"]["tiers"].values()) + status["plan"]["small_bytes"]
     size = [format_bytes(weights), status["compression"] or "not compressed"]
     if not status["compression"]:
-        size.insert(0, f"{count(_parameters(model))} parameters")
+        size.insert(0, f"{count(model.num_parameters())} parameters")
     rows = [
         ("model", f"{status['name']} ({', '.join(size)})"),
         ("runs on", f"{status['device']}, {status['dtype']}"),
@@ -76,12 +76,6 @@ def model_card(name: str, model: StreamedModel) -> Card:
         *_plan_rows(str(plan)),
     ]
     return Card(f"{status['name']} is loaded as {name!r}", rows, _units(plan))
-
-
-def _parameters(model: StreamedModel) -> int:
-    head = model.native.get_output_embeddings()
-    tied = getattr(model.config, "tie_word_embeddings", False) and head is not None
-    return model.native.num_parameters() - (head.weight.numel() if tied else 0)
 
 
 def plan_card(model: str, plan: Any) -> Card:
