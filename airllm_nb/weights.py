@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint.codecs import formats
 from .checkpoint.codecs.names import split, stand_ins
 from .checkpoint.codecs.packing import Packed
-from .checkpoint.encoded import TORCH_DTYPES
+from .checkpoint.encoded import TORCH_DTYPES, torch_dtype
 from .checkpoint.gguf import GGUFWeights, gguf_config
 from .checkpoint.gguf_file import read_gguf
 from .checkpoint.gguf_packed import InPlace, in_place
@@ -67,7 +67,7 @@ def stored_dtype(source: Source, headers: Headers) -> torch.dtype | None:
         first = read_header(source.files[0])
     else:
         first = dict(headers.by_file[source.folder / source.wanted[0]]) if headers.by_file else {}
-    dtypes = (TORCH_DTYPES[info.dtype] for info in first.values())
+    dtypes = (TORCH_DTYPES[info.dtype] for info in first.values() if info.dtype in TORCH_DTYPES)
     # One byte is how a weight is packed, not what to compute in.
     return next((dtype for dtype in dtypes if dtype.is_floating_point and dtype.itemsize > 1), None)
 
@@ -154,7 +154,10 @@ def mapped(
     else:
         _refuse_scaled(native, index, source, skeleton)
         _refuse_unsaid(native, index, skeleton)
-    return split(native, packed)
+    plain, packed = split(native, packed)
+    for info in plain.values():  # now that it is known which are needed
+        torch_dtype(info)
+    return plain, packed
 
 
 def _config(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from airllm_nb.checkpoint.index import INDEX_FILE, CheckpointIndex, read_header, read_index
+from airllm_nb.checkpoint.index import INDEX_FILE, CheckpointIndex, parse_header, read_header, read_index
 from airllm_nb.errors import CheckpointError
 from airllm_nb.stream.mapped import MappedFiles
 
@@ -106,8 +106,39 @@ def test_shards_are_found_by_their_index(tmp_path: Path) -> None:
     names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
     index = read_index(tmp_path)
-    assert list(index) == ["a", "b"]
+    assert set(index) == {"a", "b", "extra"}  # as transformers: the shards are asked what they hold
     assert index["b"].extents[0].path.name == names["b"]
+
+
+def test_the_last_of_the_shards_of_an_index_gives_what_several_hold(tmp_path: Path) -> None:
+    for at in (1, 2):
+        save_file({"a": torch.full((2,), float(at))}, tmp_path / f"{at}.safetensors")
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    with pytest.raises(CheckpointError, match="'b' is missing"):
+        read_index(tmp_path)
+    save_file({"a": torch.full((2,), 2.0), "b": torch.ones(1)}, tmp_path / "2.safetensors")
+    assert read_index(tmp_path)["a"].extents[0].path.name == "2.safetensors"
+
+
+def test_an_index_may_name_files_below_the_folder(tmp_path: Path) -> None:
+    for name in ("part/1.safetensors", "part/2.safetensors"):
+        (tmp_path / "part").mkdir(exist_ok=True)
+        save_file({name[5]: torch.ones(2)}, tmp_path / name)
+    names = {"1": "part/1.safetensors", "2": "part/2.safetensors"}
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": names}))
+    assert set(read_index(tmp_path)) == {"1", "2"}
+
+
+def test_a_single_file_goes_before_a_left_over_index(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    for text in (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "{"):
+        (tmp_path / INDEX_FILE).write_text(text)
+        assert read_index(tmp_path).files == (tmp_path / "model.safetensors",)
+
+
+def test_padding_of_a_store_is_no_tensor(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2), "__pad.x.0": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    assert list(read_index(tmp_path)) == ["a"]
 
 
 def test_symbolic_links_into_a_blob_folder_are_followed(tmp_path: Path) -> None:
@@ -167,6 +198,21 @@ DAMAGED: dict[str, Any] = {
     "offsets are an object": changed(data_offsets={"24": 0, "32": 0}),
     "overlap": changed(data_offsets=[20, 28]),
     "the same bytes twice": VALID | {"c": VALID["b"]},
+    "a gap": changed(data_offsets=[25, 33]),
+    "two tensors of no bytes, one beyond": VALID | {"c": {"dtype": "U8", "shape": [0], "data_offsets": [40, 40]}},
+    "a tensor of no bytes inside another": VALID | {"c": {"dtype": "U8", "shape": [0], "data_offsets": [3, 3]}},
+    "less than a byte left over": changed(dtype="F4", shape=[15]),
+    "a field that is there twice": json.dumps(VALID).replace('"BF16"', '"F16", "dtype": "BF16"').encode(),
+    "two sets of metadata": b'{"__metadata__": {}, "__metadata__": {}, ' + json.dumps(VALID).encode()[1:],
+    "metadata that is a number": VALID | {"__metadata__": {"format": 1}},
+    "metadata that is a list": VALID | {"__metadata__": []},
+    "a length that is negative zero": json.dumps(VALID).replace("[0, 24]", "[-0, 24]").encode(),
+    "a mark of byte order": b"\xef\xbb\xbf" + json.dumps(VALID).encode(),
+    "another encoding": json.dumps(VALID).encode("utf-16"),
+    "half a character": json.dumps(VALID).replace('"a"', '"\\ud800"').encode(),
+    "no number, where nobody looks": json.dumps(VALID).replace('"F32"', '"F32", "x": NaN').encode(),
+    "a nest, where nobody looks": json.dumps(VALID).replace('"F32"', '"F32", "x": ' + "[" * 140 + "]" * 140).encode(),
+    "zeros behind": json.dumps(VALID).encode() + bytes(4),
     "inside another": VALID | {"b": {"dtype": "BF16", "shape": [4], "data_offsets": [8, 16]}},
 }
 
@@ -199,12 +245,29 @@ def test_a_file_truncated_anywhere_is_refused(tmp_path: Path) -> None:
         assert str(path) in str(caught.value)
 
 
-def test_a_byte_too_many_at_the_end_is_refused_or_harmless(tmp_path: Path) -> None:
-    path = write(tmp_path / "model.safetensors", VALID, bytes(33))
-    try:
-        assert set(read_header(path)) == {"a", "b"}
-    except CheckpointError as error:
-        assert str(path) in str(error)
+def test_a_byte_too_many_at_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="ends at byte"):
+        read_header(write(tmp_path / "model.safetensors", VALID, bytes(33)))
+
+
+@pytest.mark.parametrize("by", [-9, -8, -1, 1, 8])
+def test_a_header_length_that_is_wrong_by_its_padding_is_refused(tmp_path: Path, by: int) -> None:
+    """A valid header all the same, of tensors that lie a few bytes before or behind their own."""
+    raw = json.dumps(VALID).encode() + b" " * 9
+    path = write(tmp_path / "model.safetensors", raw, b" " * 8 + bytes(32), length=len(raw) + 8)
+    assert set(read_header(path)) == {"a", "b"}
+    path = write(tmp_path / "model.safetensors", raw, b" " * 8 + bytes(32), length=len(raw) + 8 + by)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_header(path)
+
+
+def test_a_file_on_the_hub_is_measured_as_one_that_is_here() -> None:
+    """Its header alone is asked for; how long the file is the Hub says."""
+    raw, path = json.dumps(VALID).encode(), Path("model.safetensors")
+    assert set(parse_header(path, raw, 8 + len(raw) + 32)) == {"a", "b"}
+    for wrong in (31, 33, 4096):
+        with pytest.raises(CheckpointError, match="ends at byte"):
+            parse_header(path, raw, 8 + len(raw) + wrong)
 
 
 @settings(max_examples=400, deadline=None)
@@ -275,7 +338,8 @@ INDEXES: dict[str, tuple[str, str]] = {
     "a missing shard": ('{"weight_map": {"a": "s.safetensors", "b": "t.safetensors"}}', "t.safetensors"),
     "a missing tensor": ('{"weight_map": {"a": "s.safetensors", "b": "s.safetensors"}}', "'b'"),
     "a path upwards": ('{"weight_map": {"a": "../outside.safetensors"}}', "outside.safetensors"),
-    "a path down": ('{"weight_map": {"a": "below/inside.safetensors"}}', "inside.safetensors"),
+    "a path down to nothing": ('{"weight_map": {"a": "below/gone.safetensors"}}', "gone.safetensors"),
+    "a path down and up": ('{"weight_map": {"a": "below/../../outside.safetensors"}}', "outside"),
     "an absolute path": ('{"weight_map": {"a": "/etc/passwd"}}', "passwd"),
     "an empty name": ('{"weight_map": {"a": ""}}', ""),
     "a dot": ('{"weight_map": {"a": "."}}', ""),

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airllm_nb.checkpoint.index import read_index
+from airllm_nb.checkpoint.pickle_index import pickle_index
 from airllm_nb.checkpoint.pickles import PickledWeights, convert_pickles, load_pickle
 from airllm_nb.checkpoint.source import resolve
 from airllm_nb.config import LoadOptions
@@ -137,3 +139,19 @@ def test_one_name_in_two_files_is_refused(tmp_path: Path) -> None:
         torch.save({"w": torch.zeros(2)}, tmp_path / name)
     with pytest.raises(CheckpointError, match=r"'w' is also in a\.bin"):
         PickledWeights((tmp_path / "a.bin", tmp_path / "b.bin"))
+
+
+@pytest.mark.parametrize("by", [-8, 8, -4096, 4096])
+def test_a_record_of_another_length_than_its_storage_is_refused(tmp_path: Path, by: int) -> None:
+    """Of a file that is mapped torch would take what lies behind it."""
+    whole, file = tmp_path / "whole.bin", tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(4096.0), "b": torch.ones(4096)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(file, "w") as target:
+        for record in source.infolist():
+            data = source.read(record)
+            if record.filename.endswith("/data/0"):
+                data = data[:by] if by < 0 else data + bytes(by)
+            target.writestr(record.filename, data)
+    assert pickle_index((file,), 8) is None
+    with pytest.raises(CheckpointError, match="record size"):
+        load_pickle(file)

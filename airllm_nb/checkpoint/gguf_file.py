@@ -25,6 +25,8 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
+# Far above what any model has; what a file of zeros would take minutes to walk through, or gigabytes to hold.
+_MAX_STRINGS, _MAX_TEXT = 1 << 22, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class _Cursor:
     def string(self) -> str:
         length = self.scalar("Q")
         start = self.skip(length)
+        if length > _MAX_TEXT:
+            raise damaged(self.path, f"the text at byte {start:,} should take {length:,} bytes")
         try:
             return self.data[start : start + length].decode("utf-8")
         except UnicodeDecodeError:
@@ -112,6 +116,8 @@ class _Cursor:
         if kind in _SCALARS:
             self.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))
         elif kind == _STRING:
+            if count > _MAX_STRINGS:
+                raise damaged(self.path, f"an array at byte {self.pos:,} should hold {count:,} texts")
             for _ in range(count):
                 self.skip(self.scalar("Q"))
         else:
@@ -156,16 +162,38 @@ def read_part(path: Path) -> GGUFFile:
         tensor_count, kv_count = cursor.scalar("Q"), cursor.scalar("Q")
         metadata = {}
         for _ in range(kv_count):
-            key = cursor.string()
+            if (key := cursor.string()) in metadata:
+                raise damaged(path, f"its metadata has {key!r} twice")
             metadata[key] = cursor.value(cursor.scalar("I"))
-        table = [_entry(cursor) for _ in range(tensor_count)]
+        table: dict[str, _Entry] = {}
+        for _ in range(tensor_count):
+            name, entry = _entry(cursor)
+            if name in table:
+                raise damaged(path, f"it holds the tensor {name!r} twice")
+            table[name] = entry
         end = cursor.pos
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise damaged(path, f"general.alignment is {alignment!r}")
     start = end + -end % alignment
-    tensors = {name: _checked(path, name, dims, kind, start + offset, size) for name, dims, kind, offset in table}
+    tensors = {name: _checked(path, name, *entry, start, size) for name, entry in table.items()}
+    _check_tiles(path, tensors, start, alignment, size)
     return GGUFFile(path, metadata, tensors)
+
+
+def _check_tiles(path: Path, tensors: dict[str, GGUFTensor], start: int, alignment: int, size: int) -> None:
+    """As llama.cpp: one after the other in the order of the table, each on the next aligned byte; and nothing behind.
+
+    A count or a length that is wrong would shift all of them, and numbers would come out all the same.
+    """
+    reached, end = start, start
+    for tensor in tensors.values():
+        if tensor.offset != reached:
+            raise damaged(path, f"tensor {tensor.name!r} begins at byte {tensor.offset:,} and not at {reached:,}")
+        end = reached + tensor.nbytes
+        reached = end + -end % alignment
+    if tensors and size - end >= alignment:
+        raise damaged(path, f"{size - end:,} bytes lie behind its last tensor, {tensor.name!r}")
 
 
 def _parts(file: GGUFFile) -> int:
@@ -194,15 +222,22 @@ def _joined(path: Path, count: int) -> GGUFFile:
     return GGUFFile(paths[0], parts[0].metadata, tensors)
 
 
-def _entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+# Shape, type and offset.
+_Entry = tuple[tuple[int, ...], int, int]
+
+
+def _entry(cursor: _Cursor) -> tuple[str, _Entry]:
     name, dims = cursor.string(), cursor.scalar("I")
     if dims > _MAX_DIMS:
         raise damaged(cursor.path, f"tensor {name!r} has {dims} dimensions")
     shape = tuple(cursor.scalar("Q") for _ in range(dims))
-    return name, shape[::-1], cursor.scalar("I"), cursor.scalar("Q")
+    return name, (shape[::-1], cursor.scalar("I"), cursor.scalar("Q"))
 
 
-def _checked(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, size: int) -> GGUFTensor:
+def _checked(
+    path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, size: int
+) -> GGUFTensor:
+    offset += start
     sizes = _block_sizes()
     if kind not in sizes:
         raise UnsupportedModelError(f"{path}: tensor {name!r} has the GGML type {kind}, which the installed gguf "

@@ -19,7 +19,8 @@ from ..errors import CheckpointError, SourceError
 from ..trace import Progress, ProgressCallback
 from .hub_errors import explained, unreachable
 from .hub_gguf import gguf_header
-from .layout import Choice, choose, companions, shard_names
+from .index import shard_names
+from .layout import Choice, choose, companions
 from .picks import Room
 from .ranges import NoRanges
 

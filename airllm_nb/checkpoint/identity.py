@@ -12,8 +12,8 @@ from ..disk import status
 from ..errors import AirLLMError, CheckpointError
 from .cached import CachedStore, cached_stores
 from .hub import cached_commit, cached_contents, repository_folder
-from .index import SINGLE_FILE
-from .layout import choose, shard_names
+from .index import SINGLE_FILE, shard_names
+from .layout import choose
 from .local import clean_name, digest, here
 from .picks import Room
 

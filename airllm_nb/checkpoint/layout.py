@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 from ..config import format_bytes
-from ..disk import read_json
 from ..errors import CheckpointError
 from .foreign import why_not
 from .gguf_split import part_names, whole_name
@@ -136,33 +135,13 @@ def layouts(top: list[str]) -> list[tuple[Choice, list[str]]]:
     for kind, index, single, suffix in _LAYOUTS:
         files = sorted(name for name in top if name.endswith(suffix) and not _NOT_THE_MODEL.match(name))
         named = kind == "safetensors" or all(name.startswith("pytorch_model") for name in files)
-        if index in top:
-            made.append((Choice(kind, index, ()), files))
-        elif single in top:
+        if single in top:  # before the index, as transformers does: that of an earlier save may be left over
             made.append((Choice(kind, None, (single,)), [single]))
+        elif index in top:
+            made.append((Choice(kind, index, ()), files))
         elif files and named:
             made.append((Choice(kind, None, tuple(files)), files))
     return made
-
-
-def shard_names(index_file: Path) -> tuple[str, ...]:
-    """The shards that an index JSON names, each once, in order.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is damaged or names a file outside its own folder.
-    """
-    try:
-        names = sorted(set(read_json(index_file)["weight_map"].values()))
-        outside = [name for name in names if PurePosixPath(name).name != name or "\\" in name]
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{index_file} is damaged ({error!r}); download it again") from None
-    if outside or not names:
-        raise CheckpointError(f"{index_file} is damaged (it names {outside[:1] or 'no shard'}); download it again")
-    return tuple(names)
 
 
 def companions(names: Iterable[str], choice: Choice) -> tuple[str, ...]:

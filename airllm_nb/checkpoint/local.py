@@ -14,8 +14,8 @@ from ..errors import CheckpointError, SourceError, UnsupportedModelError
 from .foreign import with_hint
 from .gguf_split import whole_name
 from .hub import CheckConfig
-from .index import INDEX_FILE
-from .layout import BIN_INDEX_FILE, Format, choose, shard_names, whole_gguf
+from .index import INDEX_FILE, shard_names
+from .layout import BIN_INDEX_FILE, Format, choose, whole_gguf
 from .picks import Room
 
 # Left in a folder whose weights are deleted after compression; says where the stores are.

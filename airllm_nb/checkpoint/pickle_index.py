@@ -20,7 +20,7 @@ from ..disk import open_file, status
 from ..errors import CheckpointError
 from .convert import CASTABLE, DTYPE_NAMES
 from .index import ITEMSIZE, CheckpointIndex, Extent, TensorInfo
-from .pickles import load_pickle, plain_runs
+from .pickles import has_index, load_without_data, place, plain_runs
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,11 @@ def pickle_index(files: tuple[Path, ...], itemsize: int) -> CheckpointIndex | No
         If a file was cut short.
     """
     tensors: dict[str, TensorInfo] = {}
+    is_indexed = has_index(files)
     for file in files:
         stat = status(file)
         found = _of_file(file, stat.st_size, stat.st_mtime_ns)
-        if found is None or not tensors.keys().isdisjoint(found):
+        if found is None or not (is_indexed or tensors.keys().isdisjoint(found)):
             return None
         tensors |= found
     return None if not tensors or is_wide(tensors, itemsize) else CheckpointIndex(files[0].parent, tensors, files)
@@ -60,12 +61,8 @@ def tensors_in_place(file: Path, opened: BinaryIO) -> dict[str, TensorInfo] | No
     runs = plain_runs(opened)
     if runs is None:
         return None
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    opened.seek(0)
     try:
-        with FakeTensorMode():
-            tensors = load_pickle(file, opened)
+        tensors = load_without_data(file, opened)
     except CheckpointError as error:
         log.info("%s is not read in place: %s", file, error)
         return None
@@ -75,15 +72,13 @@ def tensors_in_place(file: Path, opened: BinaryIO) -> dict[str, TensorInfo] | No
 
 
 def _tensor(file: Path, name: str, tensor: torch.Tensor, runs: Mapping[int, int]) -> TensorInfo | None:
-    dtype = DTYPE_NAMES.get(tensor.dtype)
-    if dtype is None or tensor.layout is not torch.strided or not tensor.is_contiguous():
+    dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))  # another one may be of a tensor that nobody needs
+    if tensor.layout is not torch.strided or not tensor.is_contiguous():
         return None
     if tensor.is_neg() or tensor.is_conj():  # a bit beside the bytes
         return None
-    storage = tensor.untyped_storage()
-    start = getattr(storage, "_checkpoint_offset", None)  # older versions of torch do not say it
-    # Torch calculates it as if it had written the archive itself: that is checked.
-    if start is None or (storage.nbytes() and runs.get(start) != storage.nbytes()):
+    storage, start = tensor.untyped_storage(), place(tensor, runs)
+    if start is None:
         return None
     offset, nbytes = tensor.storage_offset() * tensor.element_size(), tensor.numel() * tensor.element_size()
     if offset + nbytes > storage.nbytes():

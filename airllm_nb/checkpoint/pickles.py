@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import pickle
 import re
 import shutil
@@ -14,16 +16,18 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..disk import open_file
+from ..disk import open_file, status
 from ..errors import CheckpointError
 from ..trace import ProgressCallback, silent
 from .convert import CASTABLE, DTYPE_NAMES
 from .encoded import TORCH_DTYPES
-from .layout import Choice, companions
+from .layout import BIN_INDEX_FILE, Choice, companions
 from .rewrite import is_complete, rewrite
 from .shard import Entry
 from .source import Source
 from .store import StoreMeta
+
+log = logging.getLogger(__name__)
 
 # What stands before each record of a zip archive: at its end the lengths of a name and of a field that follow.
 _HEADER, _ENCRYPTED = struct.Struct("<26xHH"), 1
@@ -50,13 +54,22 @@ class PickledWeights(Mapping[str, torch.Tensor]):
         self.specs: dict[str, Entry] = {}
         self._home: dict[str, Path] = {}
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
+        is_indexed, odd = has_index(files), dict[str, str]()
         for file in files:
             for name, tensor in self._load(file).items():
-                if name in self._home:
+                if name in self._home and not is_indexed:
                     raise CheckpointError(f"{file}: tensor {name!r} is also in {self._home[name].name}; remove the "
                                           "file that does not belong")  # fmt: skip
-                self.specs[name] = Entry(name, _target(file, name, tensor, dtype), tuple(tensor.shape))
                 self._home[name] = file
+                if (target := _target(tensor, dtype)) is not None:
+                    self.specs[name] = Entry(name, target, tuple(tensor.shape))
+                else:
+                    odd[name] = (f"{file}: tensor {name!r} is {tensor.dtype} {tensor.layout}, which a safetensors file "
+                                 "cannot hold")  # fmt: skip
+        if odd and not self.specs:
+            raise CheckpointError(next(iter(odd.values())))
+        for what in odd.values():  # where it is needed, loading says that it is not there
+            log.warning("%s; it is left out", what)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._load(self._home[name])[name].resolve_neg().to(TORCH_DTYPES[self.specs[name].dtype])
@@ -72,6 +85,11 @@ class PickledWeights(Mapping[str, torch.Tensor]):
             self._open = None  # unmap before the next is mapped
             self._open = (file, load_pickle(file))
         return self._open[1]
+
+
+def has_index(files: tuple[Path, ...]) -> bool:
+    """Whether an index says that the files belong together: then the last of those that hold a tensor gives it."""
+    return len(files) > 1 and (files[0].parent / BIN_INDEX_FILE).is_file()
 
 
 def load_pickle(file: Path, opened: BinaryIO | None = None) -> dict[str, torch.Tensor]:
@@ -125,11 +143,14 @@ def plain_runs(opened: BinaryIO) -> dict[int, int] | None:
         if fetch is not None:
             fetch([record.header_offset for record in records], _HEADER.size)
         runs, numbers = {}, []
-        for record in records:
+        ends = [*(record.header_offset for record in records[1:]), archive.start_dir]
+        for record, end in zip(records, ends, strict=True):
             opened.seek(record.header_offset)
             name, extra = _HEADER.unpack(opened.read(_HEADER.size))
             start = record.header_offset + _HEADER.size + name + extra
             runs[start] = record.file_size
+            if start + record.file_size > end:
+                return None
             if record.filename.endswith("/byteorder"):
                 opened.seek(start)
                 if opened.read(16)[: record.file_size] != sys.byteorder.encode():
@@ -176,15 +197,45 @@ def convert_pickles(
 
 
 def _is_mappable(file: Path) -> bool:
+    """Whether each storage is as long as its record: of a file that it maps, torch takes whatever lies there."""
+    stat = status(file)
+    return _is_sized(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_sized(file: Path, nbytes: int, changed: int) -> bool:
     with open_file(file) as opened:
-        return plain_runs(opened) is not None
+        try:
+            if (runs := plain_runs(opened)) is None:
+                return False
+            return all(place(tensor, runs) is not None for tensor in load_without_data(file, opened).values())
+        except CheckpointError:  # what it says may be of a load without data only
+            return False
 
 
-def _target(file: Path, name: str, tensor: torch.Tensor, dtype: str | None) -> str:
+def load_without_data(file: Path, opened: BinaryIO) -> dict[str, torch.Tensor]:
+    """As :func:`load_pickle`, but sizes and places alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    opened.seek(0)
+    with FakeTensorMode():
+        return load_pickle(file, opened)
+
+
+def place(tensor: torch.Tensor, runs: Mapping[int, int]) -> int | None:
+    """Where the storage of a tensor without data begins, if it is one of the ``runs`` from first byte to last."""
+    if tensor.layout is not torch.strided:
+        return None
+    storage = tensor.untyped_storage()
+    start: int | None = getattr(storage, "_checkpoint_offset", None)  # older versions of torch do not say it
+    # Torch calculates it as if it had written the archive itself: that is checked.
+    return None if storage.nbytes() and runs.get(start or 0) != storage.nbytes() else start
+
+
+def _target(tensor: torch.Tensor, dtype: str | None) -> str | None:
     own = DTYPE_NAMES.get(tensor.dtype)
     if own is None or tensor.layout is not torch.strided:
-        raise CheckpointError(f"{file}: tensor {name!r} is {tensor.dtype} {tensor.layout}, which a safetensors file "
-                              "cannot hold")  # fmt: skip
+        return None
     return DTYPE_NAMES[getattr(torch, dtype)] if dtype and own in CASTABLE and tensor.dim() > 1 else own
 
 

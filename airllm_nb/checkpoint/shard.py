@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Union
 
 from ..errors import StoreError
 from .encoded import Part
-from .index import ITEMSIZE
+from .index import ITEMSIZE, PAD
 from .libc import start_writing
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 ALIGNMENT = 256
-PAD = "__pad."
 
 # One shard at a time would leave the disk idle while it is synced, and be no faster than one thread's sha256.
 AT_ONCE = 3

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear
+from ..checkpoint.encoded import EncodedLinear, torch_dtype
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.sizes import AskHolds, limited
 from ..errors import CheckpointError
@@ -124,7 +124,7 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
                 f"{info.extents[0].path}: {name} has shape {list(info.shape)}, the model's config "
                 f"asks for {list(tensor.shape)}; config.json and weights do not belong together"
             )
-        if tensor.dtype.is_floating_point and not TORCH_DTYPES[info.dtype].is_floating_point:
+        if tensor.dtype.is_floating_point and not torch_dtype(info).is_floating_point:
             raise CheckpointError(f"{info.extents[0].path}: {name} is stored as {info.dtype}, which is no weight: what "
                                   "says how it is packed is missing; download the checkpoint again")  # fmt: skip
         rounds = tensor.dtype.is_floating_point and not isinstance(module, EncodedLinear)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.encoded import TORCH_DTYPES
+from ..checkpoint.encoded import torch_dtype
 from ..checkpoint.index import TensorInfo
 from ..stream.unit import ALIGNMENT, Piece, Unit, merge
 from .absent import AbsentWeight
@@ -52,7 +52,7 @@ class Weight:
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        return TORCH_DTYPES[self.info.dtype]
+        return torch_dtype(self.info)
 
     @property
     def needs_cast(self) -> bool:

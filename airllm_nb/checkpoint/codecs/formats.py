@@ -25,7 +25,7 @@ FORMATS = {
 # Where AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt wrote it before config.json had a place for it → the method.
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 # What a weight of floating point has at rest only where something beside it says what its numbers mean.
-FP8 = ("F8_E4M3", "F8_E5M2")
+FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 CODED = (*FP8, "F8_E8M0", "I8", "U8", "I32")
 # What names of packed tensors have in them → who packs so.
 _MARKS = {
