@@ -31,6 +31,7 @@ from .model.device import choose_device, choose_dtype, has_memory, ram_budget, v
 from .model.placing import keep_unpacked, place
 from .model.skeleton import build, collect_weights, cut_units
 from .model.slices import slice_limit, slice_linears
+from .model.tying import untie
 from .planning import Prepared, needs
 from .trace import Progress, ProgressCallback, silent
 
@@ -83,6 +84,8 @@ def prepare(
         source, found, known, once, piecewise = _find(
             source, skeleton, codec, dtype, headers, options, progress, resolved, weights
         )
+    if there := found or known:
+        untie(skeleton, there.tensors, there.packed)
     compress(skeleton, codec, dtype, scratch)
     origin = "config" if known is None or codec.name != "none" else "files" if source.files else "headers"
     read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)

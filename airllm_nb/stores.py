@@ -30,6 +30,7 @@ from .config import LoadOptions
 from .disk import read_bytes
 from .errors import StoreError
 from .model.skeleton import kept_in_float32
+from .model.tying import untie
 from .trace import ProgressCallback
 from .weights import Weights, dtype_name, expected, gguf_in_place, index_in_place, mapped, normalised_names
 
@@ -176,6 +177,7 @@ def piecewise(
 
 
 def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Codec, dtype: torch.dtype) -> list[ShardJob]:
+    untie(skeleton, tensors)
     names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
     exact = [name for name in tensors if is_exact(name)]
     return encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)

@@ -67,7 +67,8 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
         self._names = _name_map(model, self._processor)
         self._sources = _group(file, self._names)
         tied = _tied_names(model) if getattr(config, "tie_word_embeddings", False) else set()
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
+                  if name not in tied or name in self._sources}  # fmt: skip
         missing = [name for name in wanted if name not in self._sources]
         if missing:
             raise UnsupportedModelError(f"{file.path}: no tensor of this {file.architecture} file gives "
