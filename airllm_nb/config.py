@@ -112,7 +112,8 @@ class LoadOptions:
         ``"bfloat16"``, ``"float16"``, ``"float32"`` or a torch dtype; default the checkpoint's, float16 where the
         GPU has no bfloat16.
     max_seq_len
-        Longest prompt plus answer that the plan makes room for, in tokens; default what the budget allows.
+        Longest prompt plus answer that the plan makes room for, in tokens; default what the budget allows. It may be
+        more than the model was trained on, where positions are calculated and not looked up.
     vram_budget, ram_budget
         Bytes or a size such as ``"4GiB"``; default what is free, less a margin.
     batch_size

@@ -23,6 +23,7 @@ from .checkpoint.picks import Room
 from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
 from .config import LoadOptions
+from .decode.kv import check_positions
 from .errors import OptionError, UnsupportedModelError
 from .model import adapter as lora
 from .model.architecture import check_supported, native_config
@@ -72,6 +73,7 @@ def prepare(
     dtype = choose_dtype(options, config, None if is_said else at_rest.stored_dtype(source, headers), device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device, holds=holds), Scratch()
+    check_positions(skeleton, options.max_seq_len)
     mark_taken(skeleton)
     # Before the model is downloaded or converted: an adapter of another one is refused here.
     adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)

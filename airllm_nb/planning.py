@@ -77,9 +77,8 @@ class Prepared:
 
     @property
     def context(self) -> int | None:
-        """The longest sequence, in tokens."""
-        known = [length for length in (self.options.max_seq_len, context_length(self.config)) if length]
-        return min(known) if known else None
+        """The longest sequence, in tokens: what was asked for, which may be more than the model was made for."""
+        return self.options.max_seq_len or context_length(self.config)
 
     @property
     def planned(self) -> Work:

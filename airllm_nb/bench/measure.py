@@ -187,9 +187,9 @@ def _measure(
     model: StreamedModel, sweeps: int, prompt_tokens: int, batch: int, progress: ProgressCallback
 ) -> BenchResult:
     tokens = sweeps + 1
-    known = [length for length in (model.options.max_seq_len, context_length(model.config)) if length]
-    if known and prompt_tokens + tokens > min(known):
-        raise OptionError(f"{prompt_tokens} tokens of prompt and {tokens} generated are more than the {min(known):,} "
+    context = model.options.max_seq_len or context_length(model.config)
+    if context and prompt_tokens + tokens > context:
+        raise OptionError(f"{prompt_tokens} tokens of prompt and {tokens} generated are more than the {context:,} "
                           "that this model has room for; measure fewer sweeps, or raise max_seq_len")  # fmt: skip
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)

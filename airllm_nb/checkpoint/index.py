@@ -227,7 +227,11 @@ def weight_map(index_file: Path) -> dict[str, str]:
     for shard in shards:
         if not isinstance(shard, str):
             raise CheckpointError(f"{index_file} is damaged (a shard is {shard!r:.80}); download it again")
-        inside(index_file.parent, shard)
+        try:
+            inside(index_file.parent, shard)
+        except CheckpointError:
+            raise CheckpointError(f"{index_file} is damaged, or meant to do harm: {shard[:80]!r} points outside of its "
+                                  "folder; download it again, from somebody you trust") from None  # fmt: skip
     return found
 
 

@@ -80,9 +80,14 @@ class GenerationResult:
         return _ENDS[self.stopped_by]
 
     @property
+    def tokens(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.token_ids)
+
+    @property
     def tokens_per_second(self) -> float:
         """Of the answer, prefill included."""
-        return len(self.token_ids) / self.seconds if self.seconds else 0.0
+        return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def sweep_seconds(self) -> float | None:
@@ -96,7 +101,7 @@ class GenerationResult:
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= 60 else self.text[:57] + "…"
-        return (f"GenerationResult({text!r}, {len(self.token_ids)} tokens, {self.tokens_per_second:.2f} tok/s, "
+        return (f"GenerationResult({text!r}, {self.tokens} tokens, {self.tokens_per_second:.2f} tok/s, "
                 f"stopped_by={self.stopped_by!r})")  # fmt: skip
 
     def __str__(self) -> str:

@@ -1,25 +1,75 @@
-"""Room for the key/value cache and for activations, from the config alone."""
+"""Room for the key/value cache and for activations, from the config alone; and how long a sequence may be."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from torch import nn
+
+from ..errors import OptionError
+
 # Planned when nothing is said; a longer generation plans again.
 DEFAULT_LENGTH = 2048
+# Types whose number of positions is that before scaling, or may be; that of llama3 and longrope is the one behind it.
+_STRETCHED, _MOST = ("linear", "dynamic", "yarn", "proportional"), 1 << 20
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_target_positions")
+# What tables of positions are called.
+_POSITIONS = re.compile(r"(position|\bpos_|\bwpe\b)[^.]*(\.weight)?$")
 # Bytes a vocabulary entry and sequence, beside the logits: the float32 scores of the last position, their sorted copy,
 # indices, probabilities and sums where top-k and top-p sample.
 _SCORES = 36
 
 
 def context_length(config: Any) -> int | None:
-    """The longest sequence that the model was made for, in tokens; ``None`` where the config does not say."""
+    """The longest sequence that the model was made for, in tokens; ``None`` where the config does not say.
+
+    Positions that are scaled reach further than the config's number where that is of the training before: by their
+    factor, unless the number counts it in already. Where layers differ, as far as all of them reach.
+    """
     text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+    for name in _LENGTHS:
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return min(_reach(rope, value) for rope in rope_layers(text))
     return None
+
+
+def check_positions(native: Any, length: int | None) -> None:
+    """Refuse a ``length`` that a table of positions does not reach; calculated ones have no end.
+
+    Raises
+    ------
+    OptionError
+        If ``native`` has such a table, learned or calculated beforehand.
+    """
+    held = context_length(native.config)
+    if length is None or held is None or length <= held:
+        return
+    for path, module in native.named_modules():
+        tables = {**module._buffers, **(module._parameters if isinstance(module, nn.Embedding) else {})}
+        for name, table in tables.items():
+            # Some classes keep the first two rows for padding.
+            if table is not None and _POSITIONS.search(f"{path}.{name}") and held in (*table.shape, table.shape[0] - 2):
+                raise OptionError(f"max_seq_len={length} is more than the {held:,} positions that this model has a "
+                                  f"table for ({path}.{name}); leave it out, or give at most {held}")  # fmt: skip
+
+
+def rope_layers(text: Any) -> list[Mapping[str, Any]]:
+    """The parameters of the rotary positions: one set for all layers, or one for each kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [value for value in rope.values() if isinstance(value, Mapping)] or [rope]
+
+
+def _reach(rope: Mapping[str, Any], said: int) -> int:
+    """How far scaled positions go, as transformers reads the parameters of each type."""
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if kind not in _STRETCHED or not isinstance(factor, (int, float)) or not 1 < factor < _MOST:
+        return said
+    original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+    return max(said, int((original if isinstance(original, int) else said) * factor))
 
 
 def cache_bytes(config: Any, length: int, batch: int, itemsize: int) -> int:

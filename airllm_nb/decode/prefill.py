@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .kv import context_length, since
+from .kv import rope_layers, since
 from .prompt import prompt_shape, sequences, total_length
 
 SMALLEST_CHUNK = 32
@@ -179,11 +179,9 @@ def _why_model_is_whole(native: Any, prompt: int) -> str:
         or text.model_type in (WHOLE if since(5, 23) else WHOLE | WHOLE_AT_FIRST)
     ):
         return f"the architecture {text.model_type}"
-    rope = getattr(text, "rope_parameters", None) or {}
-    layers = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
-    for one in layers:
+    for one in rope_layers(text):
         # Their angles depend on the longest position seen so far.
-        trained = one.get("original_max_position_embeddings") or context_length(native.config) or 0
+        trained = one.get("original_max_position_embeddings") or getattr(text, "max_position_embeddings", None) or 0
         if one.get("rope_type") in ("dynamic", "longrope") and prompt > trained:
             return f"rope_type={one['rope_type']}"
     return ""
