@@ -38,7 +38,8 @@ class Resident:
     def copy(self, weight: Weight) -> torch.Tensor:
         """A copy on the device, the same for all that ask."""
         if weight.name not in self._copies:
-            self._copies[weight.name] = self.stored(weight).to(self._device, weight.dtype, copy=True)
+            copy = self._files.copy(weight.info, weight.stored_dtype, self._device, weight.dtype)
+            self._copies[weight.name] = copy
         return self._copies[weight.name]
 
     def keep(self, weight: Weight) -> None:

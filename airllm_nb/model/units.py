@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checkpoint.encoded import torch_dtype
 from ..checkpoint.index import TensorInfo
-from ..stream.unit import ALIGNMENT, Piece, Unit, merge
+from ..stream.unit import ALIGNMENT, CACHE_LINE, Piece, Unit, merge
 from .absent import AbsentWeight
 from .calls import calls_of, in_order_of_use
 from .gather import is_gatherable
@@ -61,6 +61,17 @@ class Weight:
     @property
     def elements(self) -> int:
         return self.info.nbytes // self.stored_dtype.itemsize
+
+    @property
+    def lead(self) -> int | None:
+        """Where in a cache line it begins if transformers leaves it in its mapped file; ``None`` where it copies.
+
+        A matrix library may choose its kernel by that, and another kernel rounds otherwise.
+        """
+        if len(self.info.extents) != 1 or self.needs_cast or not self.dtype.is_floating_point:
+            return None
+        lead = self.info.extents[0].offset % CACHE_LINE
+        return None if lead % self.dtype.itemsize else lead
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,7 @@ class _Cutter:
         self._owned: dict[nn.Module, list[tuple[str, Weight]]] = {}
         head = model.get_output_embeddings()
         self._heads, self._limit = set() if head is None else set(head.modules()), limit
+        self._on_host = model.device.type == "cpu"
         for weight in weights.values():
             if not weight.is_buffer and all(module in self.optional for module, _ in weight.owners):
                 continue
@@ -169,12 +181,13 @@ class _Cutter:
             return
         if isinstance(module, nn.Embedding):
             if is_gatherable(module):
-                self.units.append(_unit(module, name, below, "embedding"))
+                self.units.append(_unit(module, name, below, "embedding", self._on_host))
             else:
                 self.small.update({weight.name: weight for _, _, weight in below})
             return
         if self._is_whole(module, below):
-            self.units.append(_unit(module, name, below, "head" if module in self._heads else "block"))
+            kind = "head" if module in self._heads else "block"
+            self.units.append(_unit(module, name, below, kind, self._on_host))
             return
         self.small.update({weight.name: weight for _, weight in self._owned.get(module, [])})
         self._bypassed |= {module.get_submodule(path) for path in calls_of(module).bypassed}
@@ -192,12 +205,18 @@ class _Cutter:
         return fits or is_leaf or bool(calls_of(module).taken)
 
 
-def _unit(module: nn.Module, name: str, owned: list[tuple[nn.Module, str, Weight]], kind: str) -> ModelUnit:
-    """Lay the weights out in file order, each on an aligned offset, so that neighbours are read and copied as one."""
+def _unit(
+    module: nn.Module, name: str, owned: list[tuple[nn.Module, str, Weight]], kind: str, on_host: bool
+) -> ModelUnit:
+    """Lay the weights out in file order, so that neighbours are read and copied as one.
+
+    On a device each begins on an aligned offset; for a CPU where it would in the mapped file (:attr:`Weight.lead`).
+    """
     pieces, bindings, cursor, seen = [], [], 0, {}
     for owner, attribute, weight in sorted(owned, key=lambda item: _where(item[2])):
         if weight.name not in seen:
-            cursor = -(-cursor // ALIGNMENT) * ALIGNMENT
+            lead = weight.lead if on_host else None
+            cursor += -cursor % ALIGNMENT if lead is None else (lead - cursor) % CACHE_LINE
             seen[weight.name] = cursor
             for extent in weight.info.extents:
                 pieces.append(Piece(extent, cursor))

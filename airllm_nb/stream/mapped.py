@@ -15,6 +15,7 @@ import torch
 from ..checkpoint.index import Extent, TensorInfo
 from ..disk import open_file
 from ..errors import CheckpointError
+from .unit import CACHE_LINE
 
 # Linux keeps memory for every page that could be written, and refuses files larger than RAM, unless told not to.
 _NORESERVE = 0x4000
@@ -51,6 +52,15 @@ class MappedFiles:
         if whole.storage_offset() % dtype.itemsize:
             whole = whole.clone()
         return whole.view(dtype).view(info.shape)
+
+    def copy(self, info: TensorInfo, stored: torch.dtype, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor in memory of its own; on a CPU, without a cast, as far into a cache line as in its file."""
+        view = self.tensor(info, stored)
+        lead = view.data_ptr() % CACHE_LINE
+        if device.type != "cpu" or dtype != stored or not lead:
+            return view.to(device, dtype, copy=True)
+        room = torch.empty(lead + view.nbytes, dtype=torch.uint8)
+        return room[lead:].view(dtype).view(view.shape).copy_(view)
 
     def close(self) -> None:
         """Forget the mappings; each is unmapped when the last view of it is gone."""

@@ -26,7 +26,7 @@ from .pageable import PageableUnits
 from .reader import Reader
 from .ring import LOCKED, PAGE, PAGE_CACHE, PAGEABLE, Place, align, host_room, place
 from .schedule import Stop
-from .unit import ALIGNMENT, Unit
+from .unit import CACHE_LINE, Unit
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +146,10 @@ class StreamMemory:
         hosts = {}
         for unit, room in zip(units, place([host_room(unit.nbytes) for unit in units], ring_bytes), strict=True):
             # In a page as in its file, so that direct reads go straight to where the bytes belong. Compute in this
-            # memory needs tensors to begin on their own alignment as well.
-            shift = unit.pieces[0].extent.offset % PAGE if unit.pieces else 0
-            if shift % ALIGNMENT and not self._is_copied:
+            # memory needs tensors to begin where the unit says, too.
+            first = unit.pieces[0] if unit.pieces else None
+            shift = (first.extent.offset - first.offset) % PAGE if first else 0
+            if shift % CACHE_LINE and not self._is_copied:
                 shift = 0
             hosts[unit.name] = _Host(ring.view(room.offset + shift, unit.nbytes), room, None, None)
         return hosts

@@ -9,6 +9,8 @@ from ..checkpoint.index import Extent
 
 # Device kernels want 16-byte aligned rows; 256 is what the allocators of PyTorch and CUDA give.
 ALIGNMENT = 256
+# What a CPU's matrix library may choose its kernel by, and what PyTorch's allocator gives there.
+CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
