@@ -186,7 +186,7 @@ class ThreadedReader(FakeReader):
             self._ended = True
             self._work.notify_all()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(120)
 
 
 # ---- device ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import KernelManager
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 60
+SECONDS = 120
 
 
 class Stack(NamedTuple):

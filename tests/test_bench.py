@@ -213,7 +213,7 @@ sys.exit(main(sys.argv[1:]))
         assert process.stderr is not None
         assert os.read(process.stderr.fileno(), 6) == b"......"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (130, b""), err
     assert err.startswith(b"airllm-nb: interrupted; the synthetic checkpoint ") and err.count(b"\n") == 1
     assert list(cache.iterdir()) == []

@@ -298,7 +298,7 @@ def test_somebody_is_asked(base: Path, answer: str, code: int, left: set[str]) -
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as process:  # fmt: skip
             os.write(keyboard, answer.encode())
-            _, err = process.communicate(timeout=30)
+            _, err = process.communicate(timeout=120)
     finally:
         os.close(keyboard)
         os.close(terminal)
@@ -309,7 +309,7 @@ def test_somebody_is_asked(base: Path, answer: str, code: int, left: set[str]) -
 
 def test_a_removal_that_is_killed_is_completed_by_the_next(cli: Callable[..., Any], base: Path) -> None:
     finished(base, TWO)
-    for _ in range(5):  # it may be faster
+    for _ in range(20):  # it may be faster
         folder = finished(base, ONE)
         for number in range(8_000):
             (folder / f"{number}.safetensors").touch()

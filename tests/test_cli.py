@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_the_text_so_far(endless: Path) -> None:
         assert process.stdout is not None
         first = os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert first and out.endswith(b"\n") and b"stopped by you" in err and err.count(b"\n") == 1
 
@@ -118,7 +118,7 @@ def test_ctrl_c_keeps_the_document(endless: Path) -> None:
         assert process.stderr is not None
         assert os.read(process.stderr.fileno(), 6) == b"......"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert json.loads(out)["stopped_by"] == "user" and err == b""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,17 +92,25 @@ def test_the_place_of_a_real_kernel(kernel: Kernel, request: pytest.FixtureReque
     assert stack == "newest" or expected.split()[1] == STACKS[stack].ipywidgets[0]
 
 
-def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
-    free = free_disk(tmp_path / "not" / "yet", {})
-    assert free is not None
-    assert abs(free - shutil.disk_usage(tmp_path).free) < 2**30
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders whose disk was asked for what is free."""
+    folders: list[Path] = []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: folders.append(Path(path)) or SimpleNamespace(free=12345))
+    return folders
 
 
-def test_the_root_disk_of_kaggle_is_not_believed() -> None:
-    assert free_disk("/", {}) == pytest.approx(shutil.disk_usage("/").free, rel=0.05)
+def test_the_disk_is_that_of_the_nearest_folder_that_exists(tmp_path: Path, asked: list[Path]) -> None:
+    assert free_disk(tmp_path / "not" / "yet", {}) == 12345
+    assert asked == [tmp_path]
+
+
+def test_the_root_disk_of_kaggle_is_not_believed(asked: list[Path]) -> None:
+    assert free_disk("/", {}) == 12345
     assert free_disk("/no/such/folder", KAGGLE) is None
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no second file system at hand")
-def test_a_disk_of_its_own_on_kaggle_is_believed() -> None:
-    assert free_disk("/dev/shm", KAGGLE) == pytest.approx(shutil.disk_usage("/dev/shm").free, abs=2**28)
+def test_a_disk_of_its_own_on_kaggle_is_believed(asked: list[Path]) -> None:
+    assert free_disk("/dev/shm", KAGGLE) == 12345
+    assert asked == [Path("/dev/shm")]

@@ -220,15 +220,17 @@ def test_the_trace_says_what_the_memory_holds_and_when_things_moved(checkpoint, 
         greedy(model, ids)
         trace, plan = model.trace, model.plan
     samples = trace.memory
-    assert len(samples) > 2 and all(s.allocated <= s.reserved for s in samples)
+    # One when it begins and one when it is over; how many between them is a matter of speed.
+    assert len(samples) >= 2 and all(s.allocated <= s.reserved for s in samples)
     assert 0 < max(s.slots for s in samples) <= plan.arena_bytes
     assert 0 < samples[-1].kv_cache < plan.vram_budget // 4
     assert all(s.others > 0 for s in samples), "CUDA itself takes memory"
     assert len(trace.windows) == trace.sweeps == 24
     assert all(start < end for start, end in trace.windows)
-    assert all(end <= start + 1e-6 for (_, end), (start, _) in itertools.pairwise(trace.windows))
+    # A device's clock counts in microseconds.
+    assert all(end <= start + 1e-5 for (_, end), (start, _) in itertools.pairwise(trace.windows))
     view = last_sweep(trace)
     assert set(view.lanes) >= {"copy", "compute"}
     assert 0 < view.efficiency <= 1
-    # Copies run ahead into the next sweep: a sweep's window holds about one sweep of them.
-    assert view.nbytes["copy"] == pytest.approx(plan.streamed_bytes, rel=0.5)
+    # Every sweep needs its copies once. What was ahead when it began is missing, what is ahead at the end is more.
+    assert abs(trace.totals["copy"].nbytes - 24 * plan.streamed_bytes) <= plan.arena_bytes

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,9 +21,11 @@ def loaded_after(source: str) -> set[str]:
 
 
 def seconds_to_run(source: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", source], check=True)
-    return time.perf_counter() - start
+    """Of a processor, at its best: others use it too."""
+    report = "import time; print(time.process_time())"
+    runs = [subprocess.run([sys.executable, "-c", source + report], capture_output=True, text=True, check=True).stdout
+            for _ in range(5)]  # fmt: skip
+    return min(map(float, runs))
 
 
 @pytest.mark.parametrize("source", ["import airllm_nb", "import airllm_nb; airllm_nb.LoadOptions, dir(airllm_nb)"])
@@ -34,8 +34,8 @@ def test_import_loads_nothing_heavy(source: str) -> None:
 
 
 def test_import_is_quick() -> None:
-    pairs = [(seconds_to_run("pass"), seconds_to_run("import airllm_nb")) for _ in range(7)]
-    assert statistics.median(ours - bare for bare, ours in pairs) < 0.3
+    """Compared with a module of the standard library, whatever the processor."""
+    assert seconds_to_run("import airllm_nb; ") < seconds_to_run("import asyncio; ")
 
 
 def test_public_names_are_listed_and_unknown_ones_are_errors() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ import airllm_nb.engine
 from airllm_nb.errors import PromptError, SourceError, in_flags
 from airllm_nb.notebook.cards import Card, bench_card, count
 from airllm_nb.notebook.generating import Waiting
+from airllm_nb.notebook.loading import Loading
 from airllm_nb.notebook.mistakes import one_line
 from airllm_nb.notebook.progress_line import Meter, ProgressLine, clock_time
 from airllm_nb.notebook.prompt_variables import expand
@@ -91,18 +93,36 @@ def loaded(notebook: Notebook, endless: Callable[..., Path]) -> Notebook:
 
 
 @contextlib.contextmanager
-def interrupted_after(*seconds: float) -> Iterator[None]:
-    """Ctrl-C in the main thread, as often as there are numbers."""
-    main = threading.main_thread().ident
-    timers = [threading.Timer(each, signal.pthread_kill, (main, signal.SIGINT)) for each in seconds]
-    for timer in timers:
-        timer.start()
+def interrupted_when(*conditions: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C in the main thread, as soon as each condition holds in turn."""
+    main, over = threading.main_thread().ident, threading.Event()
+    assert main is not None
+
+    def watch() -> None:
+        for condition in conditions:
+            while not condition():
+                if over.wait(0.005):
+                    return
+            signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
     try:
         yield
     finally:
-        for timer in timers:
-            timer.cancel()
-            timer.join()
+        over.set()
+        thread.join()
+
+
+def waits_for_work() -> bool:
+    """Whether the main thread waits for what a thread of :class:`Loading` does, which has begun."""
+    return runs("result", "wait") and not runs("start")
+
+
+def runs(*names: str) -> bool:
+    """Whether the main thread is in functions of these names."""
+    frames = traceback.walk_stack(sys._current_frames()[threading.main_thread().ident])
+    return {*names} <= {frame.f_code.co_name for frame, _ in frames}
 
 
 def our_threads() -> list[str]:
@@ -245,31 +265,36 @@ def test_an_interrupted_load_leaves_nothing(notebook: Notebook, monkeypatch: pyt
 
     def slow(model: str, options: Any, *, progress: Any) -> Any:
         try:
-            for done in range(1000):
-                progress(Progress("download", done, 1000))
+            for done in range(1_000_000):
+                progress(Progress("download", done, 1_000_000))
                 time.sleep(0.01)
         finally:
             ended.append(model)
 
     monkeypatch.setattr(airllm_nb.engine, "open_model", slow)
-    with interrupted_after(0.3):
+    with interrupted_when(waits_for_work):
         ran = notebook("%airllm_load org/name")
     assert ran.err.startswith("UsageError: interrupted; nothing is loaded")
     assert ended == ["org/name"]
 
 
 def test_a_load_that_was_left_behind_closes_what_it_opened(notebook: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, closed = threading.Event(), threading.Event()
+    go, closed, left, leave = threading.Event(), threading.Event(), threading.Event(), Loading._leave
 
     def deaf(model: str, options: Any, *, progress: Any) -> Any:
-        go.wait(10)
+        go.wait()
         return SimpleNamespace(close=closed.set)
 
+    def leaving(loading: Loading[Any]) -> None:
+        leave(loading)
+        left.set()
+
     monkeypatch.setattr(airllm_nb.engine, "open_model", deaf)
-    with interrupted_after(0.2, 0.5):
+    monkeypatch.setattr(Loading, "_leave", leaving)
+    with interrupted_when(waits_for_work, lambda: left.is_set() and waits_for_work()):
         assert "interrupted" in notebook("%airllm_load org/name").err
     go.set()
-    assert closed.wait(5)
+    assert closed.wait(120)
 
 
 # ---- generating ------------------------------------------------------------------------------------------------------
@@ -419,7 +444,8 @@ def test_profile_shows_the_table(notebook: Notebook, endless: Callable[..., Path
 
 
 def test_an_interrupt_keeps_what_there_is(loaded: Notebook) -> None:
-    with interrupted_after(1.0):
+    model = loaded.shell.magics_manager.registry["AirLLM"].models.get().model
+    with interrupted_when(lambda: model.busy and model.trace.sweeps > 20 and runs("poll")):
         ran = loaded(f"%%airllm_generate -n {LONG} -o answer\nhello")
     assert ran.error is None, ran.err
     answer = loaded["answer"]
@@ -430,11 +456,16 @@ def test_an_interrupt_keeps_what_there_is(loaded: Notebook) -> None:
 
 
 def test_a_second_interrupt_leaves_a_usable_model(loaded: Notebook, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = threading.Event()
+    held, reached = threading.Event(), threading.Event()
     model = loaded.shell.magics_manager.registry["AirLLM"].models.get().model
-    # A unit that takes long: the worker sees the stop only after it.
-    hook = model.native.model.layers[1].register_forward_pre_hook(lambda *_: held.wait(10))
-    with interrupted_after(0.5, 1.0):
+
+    def takes_long(*_: Any) -> None:
+        """The worker sees the stop only after it."""
+        reached.set()
+        held.wait()
+
+    hook = model.native.model.layers[1].register_forward_pre_hook(takes_long)
+    with interrupted_when(lambda: reached.is_set() and runs("poll"), lambda: runs("poll", "_end")):
         ran = loaded(f"%%airllm_generate -n {LONG} -o answer\nhello")
     hook.remove()
     assert ran.error is None, ran.err
@@ -495,15 +526,15 @@ def test_a_synthetic_model_is_measured_and_deleted(notebook: Notebook, cache: Pa
 
 
 def test_an_interrupted_measurement_ends_at_once_and_leaves_nothing(notebook: Notebook, cache: Path) -> None:
-    with interrupted_after(2.0):
-        start = time.monotonic()
-        ran = notebook("%airllm_bench --synthetic small-qwen --layers 2 --sweeps 10000")
+    with interrupted_when(lambda: cache.exists() and any(cache.iterdir()) and waits_for_work()):
+        ran = notebook("%airllm_bench --synthetic small-qwen --layers 2 --sweeps 30000")
     assert ran.err.startswith("UsageError: interrupted; nothing was measured"), ran
-    assert time.monotonic() - start < 10 and not list(cache.iterdir())
+    assert not list(cache.iterdir())
 
 
 def test_an_interrupted_measurement_leaves_the_loaded_model(loaded: Notebook) -> None:
-    with interrupted_after(0.5):
+    model = loaded.shell.magics_manager.registry["AirLLM"].models.get().model
+    with interrupted_when(lambda: model.trace.sweeps > 3 and waits_for_work()):
         ran = loaded(f"%airllm_bench --sweeps {LONG}")
     assert ran.err.startswith("UsageError: interrupted"), ran
     assert "3 tokens" in loaded.good("%%airllm_generate -n 3\nhello")

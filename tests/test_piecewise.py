@@ -108,7 +108,7 @@ class Loader:
     def close(self) -> None:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
         self._process.stdout.close()
 
 
@@ -352,7 +352,7 @@ def test_killed_while_a_file_arrives(usual: dict[str, Path], serve: Any, hub: An
             time.sleep(0.005)
         part = list(loader.stores(name).rglob("*.incomplete"))
         os.kill(int((loader.home / "pid").read_text()), signal.SIGKILL)
-        assert running.result(timeout=60).get("killed")
+        assert running.result(timeout=120).get("killed")
     assert hub.weight_bytes < first + second and part, "it was not killed in the middle of the second file"
     hub.pause = 0.0
     assert loader(name, kill_stage="convert").get("killed")

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +51,7 @@ def pieces(file: Path) -> tuple[Piece, ...]:
 def submit(reader: Reader | PageableUnits, unit: tuple[Piece, ...], into: object) -> BaseException | None:
     outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     reader.submit(unit, into, outcome.put)
-    return outcome.get(timeout=10)
+    return outcome.get(timeout=120)
 
 
 # ---- the page cache --------------------------------------------------------------------------------------------------
@@ -185,18 +184,17 @@ def child(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> Path:
         ('print(\'{"failed": "cuInit 100"}\')', LOCKED, 2),
         ("os.abort()", LOCKED, 1),
         ("print('no JSON')", LOCKED, 1),
-        ("time.sleep(60)", LOCKED, 1),
+        ("time.sleep(3600)", LOCKED, 1),
     ],
 )
 def test_the_trial_decides_and_is_remembered(
     gpu: Path, monkeypatch: pytest.MonkeyPatch, body: str, kind: str, tries: int
 ) -> None:
     log = child(monkeypatch, gpu.parent, body)
-    monkeypatch.setattr(trial, "SECONDS", 1)
-    start = time.monotonic()
+    if "sleep" in body:  # the others are to be over by themselves, on a busy machine too
+        monkeypatch.setattr(trial, "SECONDS", 1)
     for _ in range(2):
         assert trial.ram_kind(gpu, torch.device("cuda", 0), link=50e9) == kind
-    assert time.monotonic() - start < 15
     assert len(log.read_text()) == tries
 
 

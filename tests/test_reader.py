@@ -57,7 +57,7 @@ def read(reader: Reader, pieces: list[Piece], size: int, before=None) -> tuple[b
         finished.set()
 
     reader.submit(pieces, memoryview(into), done, before)
-    assert finished.wait(10)
+    assert finished.wait(120)
     assert len(outcome) == 1
     return into, outcome[0]
 
@@ -111,7 +111,7 @@ def test_many_reads_at_once(reader: Reader, file: Path) -> None:
 
         reader.submit([Piece(Extent(file, offset, nbytes), 0)], memoryview(into), done)
     for _ in range(200):
-        assert left.acquire(timeout=20)
+        assert left.acquire(timeout=120)
     assert wrong == []
 
 
@@ -157,7 +157,7 @@ def test_what_has_to_come_before_comes_before_the_first_byte(reader: Reader, fil
     assert not finished.wait(0.1)
     assert into == b"\xdb" * 4000
     go.set()
-    assert finished.wait(10)
+    assert finished.wait(120)
     assert into == file.read_bytes()[:4000]
 
 
@@ -198,7 +198,7 @@ def test_closing_before_the_first_byte_never_reports_a_read_as_done(file: Path) 
     closing.start()
     closing.join(0.2)
     go.set()
-    closing.join(10)
+    closing.join(120)
     assert not closing.is_alive()
     assert len(outcomes) == 1 and isinstance(outcomes[0], ClosedError)
 

@@ -85,7 +85,7 @@ def made(folder: Path, **how: Any) -> Path:
     return write_store(folder, jobs, META, **how).folder
 
 
-def until(true: Callable[[], Any], seconds: float = 30) -> None:
+def until(true: Callable[[], Any], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it does not happen"
@@ -166,7 +166,7 @@ def test_a_killed_writer_lets_the_next_one_in(tmp_path: Path) -> None:
         until(lambda: seen)
         assert seen[0].stage == "wait" and not waiting.done()
         writer.kill()
-        assert open_store(waiting.result(10)) is not None
+        assert open_store(waiting.result(120)) is not None
 
 
 def test_ctrl_c_ends_the_waiting_and_leaves_the_lock_to_the_other(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_ctrl_c_ends_the_waiting_and_leaves_the_lock_to_the_other(tmp_path: Path
         with python("-c", HOLDER, "writes", folder) as waiting:
             assert waiting.stdout is not None and "stage='wait'" in waiting.stdout.readline()
             waiting.send_signal(signal.SIGINT)
-            _, err = waiting.communicate(timeout=30)
+            _, err = waiting.communicate(timeout=120)
             assert err.splitlines()[-1] == "KeyboardInterrupt"
         assert in_use(folder) == "converting"
     assert [path.name for path in folder.iterdir()] == [LOCK]
@@ -190,7 +190,7 @@ def test_a_thread_that_has_the_lock_does_not_wait_for_itself(tmp_path: Path) -> 
         with ThreadPoolExecutor(1) as pool:
             other = pool.submit(lambda: locked(tmp_path / "store", seen.append, lambda: bool(seen)).__enter__())
             with pytest.raises(StoreError, match="stopped while waiting"):
-                other.result(10)
+                other.result(120)
     assert in_use(tmp_path / "store") == ""
 
 
@@ -238,12 +238,12 @@ def test_who_waited_while_the_folder_was_removed_makes_it_again(tmp_path: Path) 
     with ThreadPoolExecutor(1) as pool:
         with vacated(folder):
             waiting = pool.submit(made, folder, progress=seen.append)
-            assert open_store(waiting.result(10)) is not None  # finished: needs no lock
+            assert open_store(waiting.result(120)) is not None  # finished: needs no lock
             (folder / MANIFEST).unlink()
             waiting = pool.submit(made, folder, progress=seen.append)
             until(lambda: seen)
             shutil.rmtree(folder.rename(tmp_path / "gone"))
-        assert open_store(waiting.result(10)) is not None
+        assert open_store(waiting.result(120)) is not None
     assert in_use(folder) == "" and (folder / LOCK).is_file()
 
 
@@ -382,7 +382,7 @@ def test_readers_and_removers_race_and_a_reader_always_has_the_whole(tmp_path: P
                         with_reader += 1
         stop.set()
         for one in readers:
-            one.result(10)
+            one.result(120)
     assert read and told
 
 

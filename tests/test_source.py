@@ -248,7 +248,7 @@ def ask(hub: hub_server.Hub, hub_env: Callable[[str], dict[str, str]]) -> Callab
     def call(*calls: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
         command = [sys.executable, "-c", CALLS, json.dumps(calls)]
         env = hub_env(hub.endpoint) | environment
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -38,15 +38,16 @@ class Loading(Generic[T]):
         A ``KeyboardInterrupt`` ends the work at its next report, and a second one leaves it to end by itself.
         """
         meter = Meter()
-        self._thread.start()
         try:
+            self._thread.start()
             while not self._ended.wait(0.1):
                 line.show(meter.text(self._latest))
         except KeyboardInterrupt:
             self._leave()
             with contextlib.suppress(KeyboardInterrupt):
                 line.show("stopping …")
-                self._ended.wait()
+                while self._thread.is_alive() and not self._ended.wait(0.1):
+                    pass
             raise
         finally:
             line.clear()
