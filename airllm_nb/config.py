@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .disk import expanded
-from .errors import OptionError
+from .errors import OptionError, PromptError
 
 COMPRESSIONS = (None, "4bit", "8bit")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -74,6 +74,27 @@ def format_seconds(seconds: float) -> str:
 def size_option(nbytes: int) -> str:
     """Bytes, rounded up, the way they are written in an option: ``"55MiB"``."""
     return f"{-(-nbytes // MiB)}MiB"
+
+
+def check_text(text: Any, name: str = "the prompt") -> None:
+    """Refuse what is no text: bytes, and text that was bytes of another encoding.
+
+    Raises
+    ------
+    PromptError
+        Which says what it is and how it becomes text.
+    """
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        raise PromptError(f'{name} is bytes, not text; decode it, as in data.decode("utf-8") or data.decode("latin-1")')
+    if not isinstance(text, str):
+        raise PromptError(f"{name} is {type(text).__name__}, not text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"{text[error.start]!a}, half of a character or a byte of another encoding"
+        raise PromptError(f"{name} is no text: its character {error.start + 1:,} is {what}; write it in UTF-8 "
+                          '(of a file in Latin-1: iconv -f latin1 -t utf8, or open(…, encoding="latin-1"))'
+                          ) from None  # fmt: skip
 
 
 def cache_dir() -> Path:

@@ -13,9 +13,9 @@ from . import load, planning
 from .config import LoadOptions
 from .decode.generate import Generation, GenerationResult
 from .decode.prompt import Prompt, check_length, encode
+from .decode.settings import for_answer
 from .decode.tokenizer import load_tokenizer
 from .disk import told
-from .errors import OptionError
 from .fit import FittedPlan
 from .machine import measure
 from .model.plan import ResidencyPlan
@@ -110,13 +110,9 @@ class StreamedModel(Running):
         Generation
             Iterate it for :class:`~airllm_nb.decode.generate.GenerationChunk`; afterwards it has ``.result``.
         """
-        text, inputs = encode(self.tokenizer, prompt)
+        text, inputs = encode(self.tokenizer, prompt, self._prepared.context)
         check_length(inputs["input_ids"], self._prepared.context)
-        stops = [stop] if isinstance(stop, str) else list(stop or [])
-        if (kwargs.get("num_beams") or 1) > 1:
-            raise OptionError("beams do not stream: they change their mind; use model.generate for num_beams > 1")
-        if stops:
-            kwargs.update(stop_strings=stops, tokenizer=self.tokenizer)
+        kwargs, stops = for_answer(self.native, self.tokenizer, kwargs, max_new_tokens, stop)
         room = (self._prepared.context or sys.maxsize) - inputs["input_ids"].shape[-1]
         kwargs.update(inputs, max_new_tokens=min(max_new_tokens, room))
         return Generation(self, text, kwargs, stops, is_cut=max_new_tokens > room)

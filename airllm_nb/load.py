@@ -23,6 +23,7 @@ from .checkpoint.picks import Room
 from .checkpoint.source import Source, read_config, resolve
 from .checkpoint.store import Store
 from .config import LoadOptions
+from .decode.ids import guard_positions
 from .decode.kv import check_positions
 from .errors import OptionError, UnsupportedModelError
 from .model import adapter as lora
@@ -75,6 +76,7 @@ def prepare(
     skeleton, scratch = build(config, dtype, device, holds=holds), Scratch()
     check_positions(skeleton, options.max_seq_len)
     mark_taken(skeleton)
+    guard_positions(skeleton)
     # Before the model is downloaded or converted: an adapter of another one is refused here.
     adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
     packed_as = at_rest.packed_as(source, headers) if codec.name == "none" or store is None else ""

@@ -13,11 +13,13 @@ from .checkpoint.adapter import Adapter
 from .checkpoint.codec import Codec, Scratch
 from .checkpoint.folder import Hold, hold
 from .checkpoint.source import Source
-from .config import LoadOptions
+from .config import LoadOptions, format_bytes
 from .decode.kv import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length, returned_bytes
 from .decode.prefill import Work, choose_chunk
+from .decode.settings import checkpoint_defaults
 from .errors import BudgetError
 from .model.attention import ALIBI, NTK
+from .model.device import total_ram
 from .model.placing import temporary_bytes
 from .model.plan import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from .model.skeleton import ModelUnit, Weight, is_tied
@@ -138,12 +140,24 @@ def tokens_at_once(prepared: Prepared, work: Work, room: int, arenas: Sequence[i
 
 
 def generation_config(prepared: Prepared) -> Any:
-    """The checkpoint's own defaults for ``generate``."""
-    from transformers import GenerationConfig
+    """The checkpoint's own defaults for ``generate``, as far as they can be used."""
+    return checkpoint_defaults(prepared.folder, prepared.config)
 
-    if (prepared.folder / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(prepared.folder, local_files_only=True)
-    return GenerationConfig.from_model_config(prepared.config)
+
+def check_ram(prepared: Prepared, work: Work) -> None:
+    """Refuse work whose cache and scores are more than all memory, where compute is in RAM.
+
+    Raises
+    ------
+    BudgetError
+        Which says what it needs.
+    """
+    need, there = needs(prepared, work, work.sizes[0]).total, total_ram()
+    if need > there:
+        what = f"{work.length:,} tokens" + (f" x {work.batch:,} sequences" if work.batch > 1 else "")
+        raise BudgetError(f"{what} need {format_bytes(need)} for the cache, activations and scores, and this machine "
+                          f"has {format_bytes(there)} of RAM; ask for fewer tokens (max_new_tokens), sequences or "
+                          "beams")  # fmt: skip
 
 
 def plan(prepared: Prepared, machine: Machine, work: Work, wished: Needs | None = None) -> tuple[ResidencyPlan, int]:

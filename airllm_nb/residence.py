@@ -147,6 +147,7 @@ class Residence:
         What the plan was made for fits in chunks: to plan again costs more than the sweeps that it would save.
         """
         if not self._machine.has_device:
+            planning.check_ram(self._prepared, work)
             return work.sizes[0]
         tokens = planning.tokens_at_once(self._prepared, work, self.plan.needs.total)
         if tokens in (None, work.sizes[0]):

@@ -60,6 +60,7 @@ OPENS = {
     "disk": {"open", "stat", "iterdir"},  # the door
     "checkpoint.libc": {"mmap"},  # of a descriptor
     "stream.trial_child": {"open", "loads", "mmap"},  # a script that imports nothing of ours
+    "decode.template_child": {"load", "read_text"},  # another, which reads a pipe and /proc
     "stream.trial": {"read_text"},  # /proc
     "model.device": {"read_text"},  # /proc and /sys
     "model.recorder": {"read_text"},  # /proc

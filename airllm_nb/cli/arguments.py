@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__, config
-from ..config import DTYPES, LoadOptions
+from ..config import DTYPES, LoadOptions, check_text
 from ..errors import OptionError, PromptError
 
 Command = Callable[[argparse.Namespace], int]
@@ -175,7 +175,15 @@ def read_prompt(given: argparse.Namespace) -> Any:
     if text is None or text == "-":
         if sys.stdin.isatty():
             sys.stderr.write("reading the prompt from here; end it with Ctrl-D on a line of its own\n")
-        text = sys.stdin.read().rstrip("\n")
+        try:
+            text = sys.stdin.read().rstrip("\n")
+        except UnicodeDecodeError as error:
+            byte = f"{error.start + 1:,} is 0x{error.object[error.start]:02x}"
+            raise PromptError(f"the prompt on standard input is not {error.encoding} (its byte {byte}); convert it, as "
+                              "in iconv -f latin1 -t utf8") from None  # fmt: skip
+    check_text(text)
+    for flag, value in [("--system", given.system or ""), *(("--stop", stop) for stop in given.stop)]:
+        check_text(value, flag)
     if not text.strip():
         raise PromptError("the prompt is empty; write what the model should continue or answer")
     if not (given.chat or given.system):

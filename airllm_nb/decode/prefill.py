@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from .ids import check_call, check_settings
 from .kv import rope_layers, since
 from .prompt import prompt_shape, sequences, total_length
+from .settings import as_whole, effective
 
 SMALLEST_CHUNK = 32
 # Tokens that an assistant or a lookup proposes at once, at most; transformers starts with 20 and grows with success.
@@ -105,19 +107,22 @@ def choose_chunk(sizes: Sequence[int], cost: Callable[[int], int], room: int, ar
 
 
 def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
-    """What ``native.generate(**kwargs)`` asks for."""
+    """What ``native.generate(**kwargs)`` asks for.
 
-    def setting(name: str) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        configs = (kwargs.get("generation_config"), native.generation_config)
-        return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+    Raises
+    ------
+    PromptError, OptionError
+        If tokens, positions or settings are outside of what the model has.
+    """
 
+    setting = effective(native, kwargs)
+    check_settings(native, setting)
+    check_call(native, kwargs)
     (batch, prompt), mask = prompt_shape(kwargs), kwargs.get("attention_mask")
     length = total_length(prompt, setting)
     assisted = next((name for name in _ASSISTED if setting(name)), "")
     logits = None if "logits_to_keep" not in _parameters(native) else kwargs.get("logits_to_keep", 1)
-    candidates = max(_CANDIDATES, setting("prompt_lookup_num_tokens") or 0) if assisted else 0
+    candidates = max(_CANDIDATES, as_whole(setting("prompt_lookup_num_tokens"), 0)) if assisted else 0
     past = _cached(kwargs)
     whole = assisted or _why_whole(native, kwargs, setting, prompt, past)
     no_cache = setting("use_cache") is False
@@ -139,8 +144,9 @@ def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
 
 
 def of_forward(native: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Work:
-    """What ``native(*args, **kwargs)`` asks for."""
+    """What ``native(*args, **kwargs)`` asks for; raises ``PromptError`` for what the model cannot look up."""
     given = dict(zip(_parameters(native), args, strict=False)) | dict(kwargs)
+    check_call(native, given)
     (batch, tokens), past = prompt_shape(given), _cached(given)
     logits = given.get("logits_to_keep", 0) if "logits_to_keep" in _parameters(native) else None
     return Work(

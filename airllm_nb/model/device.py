@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,14 @@ def available_ram() -> int:
     free = [_meminfo(), _cgroup()]
     known = [value for value in free if value is not None]
     return min(known) if known else 4 * GiB
+
+
+def total_ram() -> int:
+    """Host memory in bytes, whoever uses it (of the container, if there is one)."""
+    known = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    with suppress(OSError, ValueError):  # not in a container, or without a limit
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known, default=1 << 62)
 
 
 def _meminfo() -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from ..config import check_text
 from ..errors import PromptError
 
 # A name in doubled braces is matched to be passed over; {"key": {name}} ends in two braces and is not one.
@@ -33,11 +34,17 @@ def expand(text: str, variables: Mapping[str, Any]) -> str:
     def value(match: re.Match[str]) -> str:
         if not match[1] or match[1] not in variables:
             return match[0]
+        found = variables[match[1]]
+        if isinstance(found, (bytes, bytearray)):
+            check_text(found, f"the variable {match[1]}")
         try:
-            return str(variables[match[1]])
+            text = str(found)
         except Exception as error:
             raise PromptError(f"the variable {match[1]} cannot be written as text ({type(error).__name__}: {error}); "
                               f"make it a string, or keep {match[0]} as it is with --raw") from None  # fmt: skip
+
+        check_text(text, f"the variable {match[1]}")
+        return text
 
     return _NAME.sub(value, text)
 
