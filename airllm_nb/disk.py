@@ -48,7 +48,7 @@ def open_descriptor(path: Path, flags: int = 0) -> int:
 
 def status(path: Path) -> os.stat_result:
     """Size, time and kind of a file or folder; raises ``FileError``."""
-    with told(path):
+    with told(path, "opened"):
         return path.stat()
 
 

@@ -14,7 +14,7 @@ import torch
 from . import planning
 from .config import format_bytes
 from .decode.prefill import Work
-from .errors import BudgetError
+from .errors import BudgetError, GenerationStopped
 from .model.device import VRAM_MARGIN
 from .model.executor import Executor
 from .model.placing import drop_unpacked
@@ -90,9 +90,14 @@ class Residence:
             executor.start(self.trace, cancel)
             try:
                 with executor.on_device():
-                    return call(tokens)
+                    answer = call(tokens)
+            except GenerationStopped:
+                executor.sources.check()  # what there is so far is kept
+                raise
             finally:
                 executor.finish()
+            executor.sources.check()
+            return answer
 
         return self._surviving(work, attempt, lambda: repeatable or not began)
 

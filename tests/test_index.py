@@ -388,5 +388,5 @@ def test_a_file_cut_short_after_it_was_indexed_is_refused_when_it_is_mapped(tmp_
     with pytest.raises(CheckpointError, match="shorter"):
         MappedFiles().tensor(info, torch.float32)
     path.unlink()
-    with pytest.raises(CheckpointError, match="cannot be mapped"):
+    with pytest.raises(CheckpointError, match="cannot be opened"):
         MappedFiles().tensor(info, torch.float32)

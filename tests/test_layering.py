@@ -59,6 +59,7 @@ FILE_LINES, FUNCTION_LINES = 300, 60
 OPENS = {
     "disk": {"open", "stat", "iterdir"},  # the door
     "checkpoint.libc": {"mmap"},  # of a descriptor
+    "checkpoint.pages": {"mmap"},  # memory in the place of what a file has lost
     "stream.trial_child": {"open", "loads", "mmap"},  # a script that imports nothing of ours
     "decode.template_child": {"load", "read_text"},  # another, which reads a pipe and /proc
     "stream.trial": {"read_text"},  # /proc

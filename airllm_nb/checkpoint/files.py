@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..disk import open_descriptor, refused, status
 from ..errors import CheckpointError
-from . import libc
+from . import libc, pages
 
 # What O_DIRECT asks offsets, sizes and addresses to be multiples of; no disk asks for more.
 BLOCK = 4096
@@ -104,12 +104,25 @@ class Unchanged:
 
     def __init__(self, paths: Iterable[Path]):
         self._stamps = {path: _stamp(path) for path in set(paths)}
+        self._lost, self._losses = pages.total(), {path: pages.losses(path) for path in self._stamps}
 
     def check(self) -> None:
         """Raise ``CheckpointError`` if a file is another one by now. One that is gone is not: its pages stay."""
+        self.check_pages()
+        pages.guard()
         for path, stamp in self._stamps.items():
             if _stamp(path) not in (stamp, None):
-                raise CheckpointError(f"{path} was changed while the model was open; load the model again")
+                raise CheckpointError(f"{path} was changed while the model was open: what was computed since may be "
+                                      "wrong; load the model again")  # fmt: skip
+
+    def check_pages(self) -> None:
+        """Raise ``CheckpointError`` if mapped pages were lost: compute went on with zeros. Takes no time."""
+        if self._lost == (total := pages.total()):
+            return
+        for path, before in self._losses.items():
+            if pages.losses(path) != before:
+                raise pages.lost(path)
+        self._lost = total
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 # Fault pages in as a read would (Linux 5.14).
 MADV_POPULATE_READ = 22
+MAP_NORESERVE = 0x4000
 # Begin to write dirty pages and do not wait for them.
 SYNC_FILE_RANGE_WRITE = 2
 
@@ -21,12 +22,20 @@ def is_supported() -> bool:
     return sys.platform == "linux" and sys.maxsize > 1 << 32 and mmap.PAGESIZE == 4096
 
 
-def map_file(descriptor: int, offset: int, nbytes: int) -> int:
-    """Map whole pages of a file, read-only and shared; returns the address. Raises ``OSError``.
+def map_file(descriptor: int, offset: int, nbytes: int, private: bool = False) -> int:
+    """Map whole pages of a file; returns the address. Raises ``OSError``.
 
     Python's own ``mmap`` would keep a descriptor open for every mapping.
+
+    Parameters
+    ----------
+    private
+        Not read-only and shared, but writable without a change of the file.
     """
-    address = _libc().mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+    # Memory for every page that could be written would be kept, and files larger than RAM refused, unless told not to.
+    flags = mmap.MAP_PRIVATE | MAP_NORESERVE if private else mmap.MAP_SHARED
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if private else 0)
+    address = _libc().mmap(None, nbytes, protection, flags, descriptor, offset)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return int(address)

@@ -75,7 +75,8 @@ class Executor:
         self._copier: Copier = CudaCopier(device) if device.type == "cuda" else MemoryCopier()
         self._recorder = Recorder(self._copier, device)
         self._files = MappedFiles()
-        self._sources = Unchanged(piece.extent.path for unit in units for piece in unit.stream.pieces)
+        weights = [*small, *(binding.weight for unit in units for binding in unit.bindings)]
+        self.sources = Unchanged(extent.path for weight in weights for extent in weight.info.extents)
         self._tiers = {unit.name: tier for unit, tier in zip(units, plan.tiers, strict=True)}
         self._hooks: list[Any] = []
         self._resident = Resident(self._files, device)
@@ -100,7 +101,7 @@ class Executor:
         CheckpointError
             If a file of the weights was changed since they were opened.
         """
-        self._sources.check()
+        self.sources.check()
         self._sweep.start(cancel)
         trace.predicted_sweep_seconds, trace.bound_by = self._plan.sweep_seconds, self._plan.bound_by
         trace.plan, trace.tiers = self._plan.as_dict(), self._tiers
@@ -167,8 +168,7 @@ class Executor:
             reserve_scratch(self._model, self._device)
         for weight in small:
             self._resident.keep(weight)
-        streamed: list[ModelUnit] = []
-        tables: list[ModelUnit] = []
+        streamed, tables = list[ModelUnit](), list[ModelUnit]()
         for unit, tier in zip(self._units, self._plan.tiers, strict=True):
             if unit.kind == "embedding":
                 tables.append(unit)
@@ -219,7 +219,7 @@ class Executor:
             return
         dtype = self._model.dtype if has_packing else binding.weight.dtype
         guard = self._guard(binding.module)
-        gather = RowGather(binding.module, table, dtype, self._device)  # type: ignore[arg-type]
+        gather = RowGather(binding.module, table, dtype, self._device, self.sources)  # type: ignore[arg-type]
         binding.module._forward_hooks.move_to_end(guard[-1].id)  # the turn is given back when all is done
         self._hooks.extend([*guard, *gather.hooks])
         self.holds_all = False
@@ -227,11 +227,10 @@ class Executor:
     def _stream(self, units: list[ModelUnit]) -> None:
         if not units:
             return
-        machine = self._plan.machine
+        plan, machine = self._plan, self._plan.machine
         self._memory = StreamMemory(
             [unit.stream for unit in units], [self._tiers[unit.name] == "ram" for unit in units], device=self._device,
-            arena_bytes=self._plan.arena_bytes, ring_bytes=self._plan.ring_bytes, ram=machine.ram,
-            direct=machine.direct,
+            arena_bytes=plan.arena_bytes, ring_bytes=plan.ring_bytes, ram=machine.ram, direct=machine.direct,
         )  # fmt: skip
         self._prefetcher = Prefetcher(
             self._memory.stops, self._memory.reader, self._copier, self._depth, self._recorder.clock,
@@ -257,6 +256,7 @@ class Executor:
 
         def leave() -> None:
             after(recorder.end_compute(name))
+            self.sources.check_pages()
             recorder.look(self._prefetcher)
 
         def failed() -> None:

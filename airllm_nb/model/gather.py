@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.files import Unchanged
+
 
 def is_gatherable(module: nn.Embedding) -> bool:
     """Whether its forward takes ids and nothing else; learned positions take masks and offsets instead."""
@@ -30,11 +32,16 @@ class RowGather:
         rows and perhaps on the device.
     dtype, device
         Of the rows that compute sees.
+    sources
+        The files that the table may lie in: asked, once rows were read, whether these are what the file had.
     """
 
-    def __init__(self, module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, module: nn.Embedding, table: torch.Tensor, dtype: torch.dtype, device: torch.device,
+        sources: Unchanged | None = None,
+    ):  # fmt: skip
         self._table, self._dtype, self._device = table, dtype, device
-        self._meta, self._packing = module.weight, getattr(module, "packing", None)
+        self._meta, self._packing, self._sources = module.weight, getattr(module, "packing", None), sources
         # A padding row matters for gradients only, and its index means nothing in the small table.
         module.padding_idx = None
         self.hooks = [
@@ -45,6 +52,8 @@ class RowGather:
     def _bind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
         (ids,) = (*args, *kwargs.values())
         rows = self._table.index_select(0, ids.reshape(-1).to(self._table.device))
+        if self._sources is not None:
+            self._sources.check_pages()
         if self._packing is None:
             rows = rows.to(self._device, self._dtype)
         else:

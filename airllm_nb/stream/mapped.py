@@ -6,22 +6,21 @@ cost no anonymous memory and the system may drop and re-read them.
 
 from __future__ import annotations
 
+import errno
 import mmap
-import sys
+import os
 from pathlib import Path
 
 import torch
 
+from ..checkpoint import libc
+from ..checkpoint.files import read_exactly
 from ..checkpoint.index import Extent, TensorInfo
-from ..disk import open_file
-from ..errors import CheckpointError
+from ..checkpoint.pages import map_pages
+from ..disk import open_descriptor, open_file, status, told
+from ..errors import CheckpointError, FileError
+from .ring import align
 from .unit import CACHE_LINE
-
-# Linux keeps memory for every page that could be written, and refuses files larger than RAM, unless told not to.
-_NORESERVE = 0x4000
-_PRIVATE: dict[str, int] = {"access": mmap.ACCESS_COPY}
-if sys.platform == "linux":
-    _PRIVATE = {"flags": mmap.MAP_PRIVATE | _NORESERVE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
 
 
 class MappedFiles:
@@ -31,15 +30,20 @@ class MappedFiles:
         self._maps: dict[Path, torch.Tensor] = {}
 
     def view(self, extent: Extent) -> torch.Tensor:
-        """The extent's bytes, uint8 ``[nbytes]``.
+        """The extent's bytes, uint8 ``[nbytes]``; a copy where the file system cannot map files.
 
         Raises
         ------
         CheckpointError
             If the file is gone or has become shorter.
         """
-        if extent.path not in self._maps:
-            self._maps[extent.path] = _map(extent.path)
+        try:
+            if extent.path not in self._maps:
+                self._maps[extent.path] = _map(extent.path)
+        except FileError as error:
+            if error.errno not in (errno.ENODEV, errno.EOPNOTSUPP):  # some file systems can be read, but not mapped
+                raise
+            return _read(extent)
         whole = self._maps[extent.path]
         if extent.offset + extent.nbytes > whole.numel():
             raise CheckpointError(f"{extent.path} has become shorter since it was opened; load the model again")
@@ -68,9 +72,21 @@ class MappedFiles:
 
 
 def _map(path: Path) -> torch.Tensor:
-    try:
-        with open_file(path) as file:
-            mapped = mmap.mmap(file.fileno(), 0, **_PRIVATE)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be mapped ({error}); was it moved or deleted?") from None
+    nbytes = status(path).st_size
+    if libc.is_supported() and nbytes:
+        return torch.frombuffer(map_pages(path, 0, align(nbytes), nbytes, private=True), dtype=torch.uint8)[:nbytes]
+    with told(path, "mapped"), open_file(path) as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except ValueError as error:
+            raise CheckpointError(f"{path} cannot be mapped ({error}); download it again") from None
     return torch.frombuffer(mapped, dtype=torch.uint8)
+
+
+def _read(extent: Extent) -> torch.Tensor:
+    data, descriptor = torch.empty(extent.nbytes, dtype=torch.uint8), open_descriptor(extent.path)
+    try:
+        read_exactly(descriptor, extent.path, extent.offset, memoryview(data.numpy()))
+    finally:
+        os.close(descriptor)
+    return data

@@ -8,20 +8,18 @@ registered once for each address only. For platforms that :mod:`~airllm_nb.check
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import logging
 import os
-import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from ..checkpoint import libc
 from ..checkpoint.files import read_exactly
 from ..checkpoint.index import Extent
+from ..checkpoint.pages import map_pages
 from ..disk import open_file
 from ..errors import CheckpointError
 from . import pinning
@@ -70,7 +68,8 @@ class _Mapping:
     def __init__(self, extent: Extent):
         self._path, self._first = extent.path, extent.offset // PAGE * PAGE
         self._end, skip = extent.offset + extent.nbytes, extent.offset - self._first
-        self.pages = _map(extent.path, self._first, align(skip + extent.nbytes), self._end)
+        pages = map_pages(extent.path, self._first, align(skip + extent.nbytes), self._end)
+        self.pages = torch.frombuffer(pages, dtype=torch.uint8)
         self.view = self.pages[skip : skip + extent.nbytes]
         self._locked_for: torch.device | None = None
 
@@ -98,18 +97,3 @@ class _Mapping:
         device, self._locked_for = self._locked_for, None
         if device is not None:
             pinning.unregister(self.pages, device)
-
-
-def _map(path: Path, first: int, nbytes: int, end: int) -> torch.Tensor:
-    """Map ``nbytes`` from byte ``first`` (both whole pages) of a file that must reach to ``end``."""
-    try:
-        with open_file(path) as file:
-            if os.fstat(file.fileno()).st_size < end:
-                raise CheckpointError(f"{path} has become shorter since it was opened; load the model again")
-            address = libc.map_file(file.fileno(), first, nbytes)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be mapped ({error}); was it moved or deleted?") from None
-    memory = (ctypes.c_uint8 * nbytes).from_address(address)
-    # Not at the end of the interpreter: a generation that was left alone may still copy from it then.
-    weakref.finalize(memory, libc.unmap, address, nbytes).atexit = False
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,0 +1,126 @@
+"""Weight files that are replaced or overwritten while a model computes on them: said when the run ends, at latest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from airllm_nb import AutoModel
+from airllm_nb.errors import CheckpointError
+
+IDS = torch.arange(2, 10)[None]
+MODES: dict[str, dict[str, Any]] = {
+    "mapped": {},
+    "streamed": {"ram_budget": "200KiB"},
+    "rehearsed": {"vram_budget": "2MiB"},
+}
+
+
+def overwrite(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(-4096, os.SEEK_END)
+        opened.write(bytes(4096))
+
+
+def replace(file: Path) -> None:
+    other = file.with_name("other")
+    other.write_bytes(bytes(file.stat().st_size + 4096))
+    other.replace(file)
+
+
+def lengthen(file: Path) -> None:
+    with file.open("ab") as opened:
+        opened.write(b"x")
+
+
+def rewrite(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+CHANGES = {change.__name__: change for change in (overwrite, replace, lengthen, rewrite)}
+
+
+class During(LogitsProcessor):
+    """Does something once, in the middle of a generation."""
+
+    def __init__(self, act: Callable[[], None]):
+        self.act: Callable[[], None] | None = act
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.act is not None:
+            act, self.act = self.act, None
+            act()
+        return scores
+
+
+@pytest.fixture
+def model(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama(eos_token_id=None), tmp_path / "model"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_during_a_run_is_said_when_it_ends(model: Path, mode: str, change: str) -> None:
+    file = model / "model.safetensors"
+    whole = file.read_bytes()
+    with AutoModel.from_pretrained(model, device="cpu", **MODES[mode]) as opened:
+        expected = opened.generate(IDS, max_new_tokens=3)
+        during = LogitsProcessorList([During(lambda: CHANGES[change](file))])
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=r"model\.safetensors .*load the model again"):
+                opened.generate(IDS, max_new_tokens=3, logits_processor=during)
+    file.write_bytes(whole)
+    with AutoModel.from_pretrained(model, device="cpu", **MODES[mode]) as opened:
+        assert torch.equal(opened.generate(IDS, max_new_tokens=3), expected)
+
+
+def test_a_direct_forward_says_it_too(model: Path) -> None:
+    with AutoModel.from_pretrained(model, device="cpu") as opened:
+        hook = opened.native.model.register_forward_pre_hook(lambda *_: overwrite(model / "model.safetensors"))
+        with pytest.raises(CheckpointError, match="was changed while the model was open"):
+            opened(IDS)
+        hook.remove()
+
+
+def test_what_was_made_of_an_answer_is_kept_and_the_error_is_raised(model: Path) -> None:
+    with AutoModel.from_pretrained(model, device="cpu") as opened:
+        generation = opened.stream("hello", max_new_tokens=5)
+        with pytest.raises(CheckpointError, match="was changed"), generation:
+            for number, _ in enumerate(generation):
+                if number == 0:
+                    lengthen(model / "model.safetensors")
+        assert generation.result is not None and len(generation.result.token_ids) >= 1
+
+
+def test_a_run_that_is_stopped_says_it_too(model: Path) -> None:
+    with AutoModel.from_pretrained(model, device="cpu") as opened:
+        generation = opened.stream("hello", max_new_tokens=400)
+        next(iter(generation))
+        lengthen(model / "model.safetensors")
+        opened.stop()
+        with pytest.raises(CheckpointError, match="was changed"), generation:
+            for _ in generation:
+                pass
+
+
+def test_another_error_is_not_masked(model: Path) -> None:
+    def fail() -> None:
+        lengthen(model / "model.safetensors")
+        raise ZeroDivisionError
+
+    with AutoModel.from_pretrained(model, device="cpu") as opened, pytest.raises(ZeroDivisionError):
+        opened.generate(IDS, max_new_tokens=3, logits_processor=LogitsProcessorList([During(fail)]))
+
+
+def test_a_file_that_is_deleted_keeps_its_pages(model: Path) -> None:
+    with AutoModel.from_pretrained(model, device="cpu") as opened:
+        expected = opened.generate(IDS, max_new_tokens=3)
+        during = LogitsProcessorList([During((model / "model.safetensors").unlink)])
+        assert torch.equal(opened.generate(IDS, max_new_tokens=3, logits_processor=during), expected)
