@@ -55,7 +55,7 @@ class Running(FixedWeights):
         self._weight_names = {(id(module), name): each.name for each in weights for module, name in each.owners}
         self._residence = Residence(prepared, machine, self._turn)
         self.generation_config = planning.generation_config(prepared)
-        fix_parts(self)  # type: ignore[arg-type]
+        fix_parts(self)
 
     @property
     def native(self) -> Any:

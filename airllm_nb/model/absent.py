@@ -49,12 +49,22 @@ class AbsentWeight(nn.Parameter):
     _home: torch.device
     _wanted: torch.dtype
     _seen: bool
+    _kept: torch.Tensor | None
+    _is_alias: bool
 
     def __new__(
         cls, meta: torch.Tensor, info: TensorInfo, stored_dtype: torch.dtype, device: torch.device, dtype: torch.dtype
     ) -> AbsentWeight:
         made = torch.Tensor._make_subclass(cls, meta.detach(), False)
         made._info, made._stored_dtype, made._home, made._wanted, made._seen = info, stored_dtype, device, dtype, False
+        made._kept, made._is_alias = None, False
+        return made
+
+    def alias(self) -> AbsentWeight:
+        """Another that stands for the same, as ``detach`` gives it: asked for an address, it keeps a copy."""
+        with torch._C.DisableTorchFunctionSubclass():
+            made = AbsentWeight(self, self._info, self._stored_dtype, self._home, self._wanted)
+        made._is_alias = True
         return made
 
     def __init__(self, *_: Any):
@@ -62,6 +72,8 @@ class AbsentWeight(nn.Parameter):
 
     def fetch(self) -> torch.Tensor:
         """The weight itself, a copy on the device."""
+        if self._kept is not None:
+            return self._kept
         if not self._seen:
             log.info("%s is used outside of its module and read each time", self._info.name)
             self._seen = True
@@ -70,6 +82,10 @@ class AbsentWeight(nn.Parameter):
             return files.tensor(self._info, self._stored_dtype).to(self._home, self._wanted, copy=True)
         finally:
             files.close()
+
+    def is_same(self, other: torch.Tensor) -> bool:
+        """Whether ``other`` has the same numbers: a state that is loaded may hold weights that were not changed."""
+        return self.shape == other.shape and bool(torch.equal(self.fetch(), other.to(self._home, self._wanted)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled, it is what it stands for."""
@@ -90,16 +106,18 @@ class AbsentWeight(nn.Parameter):
                 if wanted == "device":
                     return args[0]._home
                 if wanted in _ITSELF:
-                    return args[0]
+                    return args[0].alias()
                 if wanted not in _FETCHED:
                     return func(*args, **kwargs)
             elif name in _OF_META:
                 return func(*args, **kwargs)
             elif name in _ITSELF:
-                return args[0]
+                return args[0].alias()
             elif name in _ADDRESSES:
-                raise OptionError(f"{args[0]._info.name} has no address: it streams, and is read when it is used; take "
-                                  "a .clone() of it")  # fmt: skip
+                if not args[0]._is_alias:
+                    raise OptionError(f"{args[0]._info.name} has no address: it streams, and is read when it is used; "
+                                      "take a .clone() of it")  # fmt: skip
+                args[0]._kept = args[0].fetch()
             return _read(cls, func, name, args, kwargs)
 
 
@@ -131,6 +149,8 @@ def _read(cls: Any, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         changed += [*args[:1], kwargs.get("tensor"), kwargs.get("input")]
     for each in tree_leaves(changed):
         if isinstance(each, cls):
+            if func is torch.Tensor.copy_ and isinstance(each, AbsentWeight) and each.is_same(args[1]):
+                return each
             raise edited(each)
     infos: dict[int, TensorInfo] = {}
 

@@ -57,7 +57,12 @@ class FixedWeights:
     def type(self, dst_type: Any) -> Any:
         return self.to(dst_type)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> NoReturn:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What wrappers come by, PEFT's say, when they are moved."""
+        stay(self, fn)
+        return self
+
+    def share_memory(self) -> NoReturn:
         refuse_to_move()
 
     def _stay(self: Any, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -182,12 +187,23 @@ def refuse_to_move(option: str = "device=… or dtype=…") -> NoReturn:
                       f"with {option}")  # fmt: skip
 
 
-def fix_parts(model: nn.Module) -> None:
+def stay(model: Any, fn: Callable[[torch.Tensor], Any]) -> None:
+    """Refuse what ``fn`` does to every tensor, unless it leaves tensors like the model's as they are."""
+    probe = torch.empty(1, dtype=model.dtype, device=model.device)
+    if fn(probe) is not probe or probe.is_shared() != probe.is_cuda:
+        refuse_to_move()
+
+
+def fix_parts(model: Any) -> None:
     """Parts whose weights are elsewhere refuse what the whole refuses."""
+
+    def fixed(module: nn.Module) -> Callable[..., nn.Module]:
+        def apply(fn: Any, recurse: bool = True) -> nn.Module:
+            stay(model, fn)
+            return module
+
+        return apply
+
     for module in model.modules():
         if module is not model and any(isinstance(each, AbsentWeight) for each in module.parameters()):
-            module.__dict__["_apply"] = _stay
-
-
-def _stay(*_: Any, **__: Any) -> NoReturn:
-    refuse_to_move()
+            module.__dict__["_apply"] = fixed(module)
