@@ -20,8 +20,7 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.engine import StreamedModel, open_model
 from airllm_nb.model import skeleton
 from airllm_nb.model.plan import Machine
-from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE
-from airllm_nb.stream.unit import CACHE_LINE
+from airllm_nb.stream.ring import CACHE_LINE, LOCKED, PAGE_CACHE, PAGEABLE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

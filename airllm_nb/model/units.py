@@ -16,7 +16,8 @@ from torch import nn
 
 from ..checkpoint.encoded import torch_dtype
 from ..checkpoint.index import TensorInfo
-from ..stream.unit import ALIGNMENT, CACHE_LINE, Piece, Unit, merge
+from ..stream.ring import CACHE_LINE
+from ..stream.unit import ALIGNMENT, Piece, Unit, merge
 from .absent import AbsentWeight
 from .calls import calls_of, in_order_of_use
 from .gather import is_gatherable
@@ -63,15 +64,15 @@ class Weight:
         return self.info.nbytes // self.stored_dtype.itemsize
 
     @property
-    def lead(self) -> int | None:
-        """Where in a cache line it begins if transformers leaves it in its mapped file; ``None`` where it copies.
+    def lead(self) -> int:
+        """Where in a cache line it begins in a resident model: as in its file, which is mapped, or else in a new one.
 
         A matrix library may choose its kernel by that, and another kernel rounds otherwise.
         """
         if len(self.info.extents) != 1 or self.needs_cast or not self.dtype.is_floating_point:
-            return None
+            return 0
         lead = self.info.extents[0].offset % CACHE_LINE
-        return None if lead % self.dtype.itemsize else lead
+        return 0 if lead % self.dtype.itemsize else lead
 
 
 @dataclass(frozen=True)
@@ -208,21 +209,23 @@ class _Cutter:
 def _unit(
     module: nn.Module, name: str, owned: list[tuple[nn.Module, str, Weight]], kind: str, on_host: bool
 ) -> ModelUnit:
-    """Lay the weights out in file order, so that neighbours are read and copied as one.
+    """Lay the weights out in file order, each on an aligned offset, so that neighbours are read and copied as one.
 
-    On a device each begins on an aligned offset; for a CPU where it would in the mapped file (:attr:`Weight.lead`).
+    On a CPU some are moved on from there, so that all begin as :attr:`Weight.lead` says where the unit does.
     """
     pieces, bindings, cursor, seen = [], [], 0, {}
-    for owner, attribute, weight in sorted(owned, key=lambda item: _where(item[2])):
+    owned = sorted(owned, key=lambda item: _where(item[2]))
+    leads = on_host and kind != "embedding"
+    first = owned[0][2].lead if leads else 0
+    for owner, attribute, weight in owned:
         if weight.name not in seen:
-            lead = weight.lead if on_host else None
-            cursor += -cursor % ALIGNMENT if lead is None else (lead - cursor) % CACHE_LINE
+            cursor += -cursor % ALIGNMENT + ((weight.lead - first) % CACHE_LINE if leads else 0)
             seen[weight.name] = cursor
             for extent in weight.info.extents:
                 pieces.append(Piece(extent, cursor))
                 cursor += extent.nbytes
         bindings.append(Binding(owner, attribute, weight, seen[weight.name]))
-    return ModelUnit(module, name, bindings, Unit(name, cursor, merge(pieces)), kind)
+    return ModelUnit(module, name, bindings, Unit(name, cursor, merge(pieces), first), kind)
 
 
 def _where(weight: Weight) -> tuple[str, int]:

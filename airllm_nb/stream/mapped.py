@@ -19,8 +19,7 @@ from ..checkpoint.index import Extent, TensorInfo
 from ..checkpoint.pages import map_pages
 from ..disk import open_descriptor, open_file, status, told
 from ..errors import CheckpointError, FileError
-from .ring import align
-from .unit import CACHE_LINE
+from .ring import CACHE_LINE, align
 
 
 class MappedFiles:

@@ -24,9 +24,9 @@ from .arena import HostArena
 from .page_cache import CachedPieces
 from .pageable import PageableUnits
 from .reader import Reader
-from .ring import LOCKED, PAGE, PAGE_CACHE, PAGEABLE, Place, align, host_room, place
+from .ring import CACHE_LINE, LOCKED, PAGE, PAGE_CACHE, PAGEABLE, Place, align, host_room, place
 from .schedule import Stop
-from .unit import CACHE_LINE, Unit
+from .unit import Unit
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,11 @@ class StreamMemory:
         hosts = self._hosts(units, in_ram, ring_bytes)
         arena, places = None, list[Place | None]([None] * len(units))
         if arena_bytes:
+            leads = [unit.lead for unit in units]
+            # A little more on a CPU, for units that do not begin where the one before ends.
+            arena_bytes += min(CACHE_LINE * len(units), PAGE // 2) if any(leads) else 0
             arena = torch.empty(arena_bytes, dtype=torch.uint8, device=self._device)
-            places = [*place([unit.nbytes for unit in units], arena_bytes)]
+            places = [*place([unit.nbytes for unit in units], arena_bytes, leads)]
         for unit, where in zip(units, places, strict=True):
             host = hosts[unit.name]
             target = None if arena is None or where is None else arena[where.offset : where.offset + where.nbytes]
@@ -147,10 +150,9 @@ class StreamMemory:
         for unit, room in zip(units, place([host_room(unit.nbytes) for unit in units], ring_bytes), strict=True):
             # In a page as in its file, so that direct reads go straight to where the bytes belong. Compute in this
             # memory needs tensors to begin where the unit says, too.
-            first = unit.pieces[0] if unit.pieces else None
-            shift = (first.extent.offset - first.offset) % PAGE if first else 0
-            if shift % CACHE_LINE and not self._is_copied:
-                shift = 0
+            shift = unit.pieces[0].extent.offset % PAGE if unit.pieces else 0
+            if shift % CACHE_LINE != unit.lead and not self._is_copied:
+                shift = unit.lead
             hosts[unit.name] = _Host(ring.view(room.offset + shift, unit.nbytes), room, None, None)
         return hosts
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 PAGE = 4096
+# What a CPU's matrix library may choose its kernel by, and what PyTorch's allocator gives there.
+CACHE_LINE = 64
 # How units of the RAM tier lie in host memory: see :mod:`~airllm_nb.stream.memory`.
 PAGE_CACHE, LOCKED, PAGEABLE = "page cache", "locked", "pageable"
 
@@ -43,8 +45,10 @@ def host_room(nbytes: int) -> int:
     return align(nbytes) + PAGE
 
 
-def place(sizes: Sequence[int], capacity: int) -> list[Place]:
+def place(sizes: Sequence[int], capacity: int, leads: Sequence[int] = ()) -> list[Place]:
     """Lay out a cyclic schedule of units in ``capacity`` bytes, one after the other, wrapping at the end.
+
+    ``leads`` says how far into a cache line each begins.
 
     Raises
     ------
@@ -52,12 +56,13 @@ def place(sizes: Sequence[int], capacity: int) -> list[Place]:
         If a unit alone is larger than the arena.
     """
     offsets, cursor = [], 0
-    for index, size in enumerate(sizes):
+    for index, (size, lead) in enumerate(zip(sizes, leads or [0] * len(sizes), strict=True)):
         room = align(size)
-        if room > capacity:
-            raise ValueError(f"unit {index} takes {room:,} bytes, the arena has {capacity:,}")
+        if lead + room > capacity:
+            raise ValueError(f"unit {index} takes {lead + room:,} bytes, the arena has {capacity:,}")
+        cursor += (lead - cursor) % CACHE_LINE
         if cursor + room > capacity:
-            cursor = 0
+            cursor = lead
         offsets.append(cursor)
         cursor += room
     return [

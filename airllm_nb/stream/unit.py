@@ -9,8 +9,6 @@ from ..checkpoint.index import Extent
 
 # Device kernels want 16-byte aligned rows; 256 is what the allocators of PyTorch and CUDA give.
 ALIGNMENT = 256
-# What a CPU's matrix library may choose its kernel by, and what PyTorch's allocator gives there.
-CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -23,11 +21,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit: ``pieces`` fill ``nbytes`` of a slot. Gaps between pieces are padding and hold nothing."""
+    """One unit: ``pieces`` fill ``nbytes`` of a slot. Gaps between pieces are padding and hold nothing.
+
+    Where a CPU computes in the slot, it begins ``lead`` bytes into a cache line.
+    """
 
     name: str
     nbytes: int
     pieces: tuple[Piece, ...]
+    lead: int = 0
 
     @property
     def read_bytes(self) -> int:
