@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoTokenizer
 
 from airllm_nb import cli
 from airllm_nb.decode import prompt as prompts
 from airllm_nb.decode.prompt import encode
+from airllm_nb.decode.tokenizer import load_tokenizer
 from airllm_nb.errors import PromptError
 from airllm_nb.notebook.prompt_variables import expand
 
@@ -95,9 +98,47 @@ def test_bytes_of_another_encoding_in_a_shell(
     assert said.startswith("airllm-nb: ") and said.count("\n") == 1 and "latin1" in said
 
 
+DAMAGE = {
+    "a byte order mark": lambda data: b"\xef\xbb\xbf" + data, "cut short": lambda data: data[: len(data) // 2],
+    "nothing": lambda _: b"", "Latin-1": lambda data: data + b"\xfc", "a list": lambda _: b"[1]",
+    "wrong types": lambda _: b'{"added_tokens_decoder": 7, "bos_token": 5, "chat_template": 5, "x": "y"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                                  "chat_template.jinja", "preprocessor_config.json"])  # fmt: skip
+def test_a_damaged_file_beside_the_vocabulary_is_named_and_left_out(
+    name: str, damage: str, tiny_llama: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama(), folder)
+    (folder / "chat_template.jinja").write_text(CHAT)
+    file = folder / name
+    file.write_bytes(DAMAGE[damage](file.read_bytes() if file.exists() else b'{"x": "y"}'))
+    try:
+        AutoTokenizer.from_pretrained(folder)
+        takes_it = True
+    except Exception:
+        takes_it = False
+    made = load_tokenizer(folder)
+    assert encode(made, "Grüße")[1]["input_ids"].tolist() == AutoTokenizer.from_pretrained(tiny_llama())(
+        "Grüße", return_tensors="pt"
+    )["input_ids"].tolist()  # fmt: skip
+    assert takes_it or f"{name} cannot be read" in caplog.text
+    assert made.name_or_path == str(folder)
+
+
+def test_a_pattern_of_the_tokenizer_that_backtracks_is_one_line(tokenizer: Any) -> None:
+    made = copy.deepcopy(tokenizer)
+    made._tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(PromptError, match="tokenizer cannot read the prompt") as error:
+        encode(made, "a" * 40 + "b")
+    assert "\n" not in str(error.value)
+
+
 def test_bytes_in_a_variable() -> None:
-    for value in (b"Gr\xfc", "Gr\udcfc", SimpleNamespace(__str__=None, x=1)):
-        if isinstance(value, (bytes, str)):
-            with pytest.raises(PromptError, match="the variable name"):
-                expand("{name}", {"name": value})
+    for value in (b"Gr\xfc", bytearray(b"x"), "Gr\udcfc"):
+        with pytest.raises(PromptError, match="the variable name"):
+            expand("{name}", {"name": value})
     assert expand("{name}", {"name": "Grüße"}) == "Grüße"

@@ -63,7 +63,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 WRONG: dict[str, Any] = {
     "num_key_value_heads": 0, "vocab_size": -1, "hidden_act": "nope", "rope_parameters": {"rope_type": "nope"},
     "num_attention_heads": 0, "pad_token_id": 10**9, "text_config": {}, "num_hidden_layers": 2.5,
-    "rms_norm_eps": "small", "architectures": 5, "model_type": 7,
+    "rms_norm_eps": "small", "sliding_window": "x", "attention_chunk_size": [1],
+    "is_encoder_decoder": 2**31, "architectures": 5, "model_type": 7,
 }  # fmt: skip
 
 
@@ -107,6 +108,21 @@ def test_values_that_give_no_model_are_one_line(field: str) -> None:
     with pytest.raises(AirLLMError) as error:
         built(LLAMA | {field: WRONG[field]})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["nope", 2.5, {"a": 1}, "int64", "Tensor"], ids=str)
+def test_a_dtype_that_is_none(value: Any, tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    folder = with_config(tiny_llama(), tmp_path / "model", dtype=value)
+    with pytest.raises(CheckpointError) as error:
+        load.prepare(folder, LoadOptions.create(device="cpu"))
+    assert "\n" not in str(error.value)
+
+
+def with_config(folder: Path, target: Path, **entries: Any) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | entries))
+    return target
 
 
 def test_parts_in_parts_without_end() -> None:
@@ -153,10 +169,7 @@ def test_numbers_that_size_nothing_may_be_large() -> None:
 
 @pytest.mark.parametrize("way", ["load", "plan", "4bit"])
 def test_a_folder(way: str, tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_llama(), folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31}))
+    folder = with_config(tiny_llama(), tmp_path / "model", num_hidden_layers=2**31)
     options = LoadOptions.create(compression="4bit" if way == "4bit" else None, device="cpu")
     with pytest.raises(CheckpointError, match=r"num_hidden_layers=2,147,483,648.* hold \d+ tensors"):
         (plan_model if way == "plan" else open_model)(folder, options)

@@ -65,7 +65,11 @@ def _tokens(tokenizer: Any, text: str, context: int | None, **options: Any) -> d
                               f"{tokens:,} tokens, and the context is {context:,}; shorten the prompt")  # fmt: skip
     try:
         encoded = tokenizer(text, return_tensors="pt", **options)
-    except Exception as error:  # whatever a tokenizer of any family runs into
+    except (
+        BaseException
+    ) as error:  # whatever a tokenizer of any family runs into; its library's panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         said = " ".join(str(error).split())[:160]
         raise PromptError(f"the model's tokenizer cannot read the prompt ({type(error).__name__}: {said})") from error
     return {key: encoded[key] for key in ("input_ids", "attention_mask")}

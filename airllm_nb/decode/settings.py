@@ -143,9 +143,13 @@ def for_answer(
         if given.get(name) is not None:
             raise OptionError(f"{name}={_short(value)}: beams, several texts and the like do not stream, an answer is "
                               "one text that comes token by token; use model.generate for them")  # fmt: skip
+        aside[name] = plain
+        said = native.__dict__.setdefault("_left_aside", set())
+        if name in said:
+            continue
+        said.add(name)
         log.warning("%s=%s of the checkpoint's generation_config.json is left aside: an answer is one text that comes "
                     "token by token (model.generate goes by it)", name, _short(value))  # fmt: skip
-        aside[name] = plain
     if setting("do_sample") and setting("temperature") == 0:
         aside |= {"do_sample": False, "temperature": None}
     kwargs.update(aside)

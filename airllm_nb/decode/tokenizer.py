@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from ..checkpoint.legacy.families import family_of
 from ..checkpoint.legacy.llama import llama_tokenizer
 from ..disk import entries, read_json
 from ..errors import CheckpointError, UnsupportedModelError
+
+log = logging.getLogger(__name__)
 
 # A tokenizer's vocabulary; what is said of it alone is none.
 _FILES = re.compile(r"^tokenizer\.|^vocab|^merges|\.model$|tiktoken|^tekken|^spiece|sentencepiece")
@@ -37,6 +42,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever a file makes a tokenizer of any family run into
+        found = _without_damaged(folder)
+        if found is not None:
+            return found
         ids = "or give token ids to model.generate"
         if "trust_remote_code" in str(error):
             raise UnsupportedModelError(f"{folder.name}: its tokenizer is code of its own, which is never run here; "
@@ -47,3 +55,34 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: "
                               f"{str(error).strip().partition(chr(10))[0][:160]}); download its files again, "
                               f"{ids}") from error  # fmt: skip
+
+
+# What a tokenizer.json can do without: names and templates, which are then missing.
+_OPTIONAL = ("chat_template.jinja", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+
+
+def _without_damaged(folder: Path) -> Any | None:
+    """The tokenizer without the file beside ``tokenizer.json`` that is damaged; ``None`` if none of them is."""
+    from transformers import AutoTokenizer
+
+    there = [
+        path for path in entries(folder) if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt")
+    ]
+    optional = [path.name for path in there if path.name in _OPTIONAL]
+    if not any(path.name == "tokenizer.json" for path in there):
+        return None
+    for left in [*([name] for name in optional), optional]:
+        with tempfile.TemporaryDirectory(prefix="airllm-nb-tokenizer-") as made:
+            for path in there:
+                if path.name not in left and not path.name.endswith(".index.json"):
+                    shutil.copyfile(path, Path(made, path.name))
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(made, trust_remote_code=False, local_files_only=True)
+            except Exception as error:  # so it is another file
+                log.debug("not without %s either: %s", left, error)
+                continue
+        log.warning("%s: %s cannot be read; going on without it, and without the special tokens or the chat template "
+                    "that it names", folder, ", ".join(left))  # fmt: skip
+        tokenizer.name_or_path = str(folder)
+        return tokenizer
+    return None

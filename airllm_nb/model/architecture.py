@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..checkpoint.codecs.formats import check as check_quantisation
@@ -45,9 +47,19 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False, ho
         raise CheckpointError(
             f"config.json is not one that {model_type} accepts ({reason}); download it again"
         ) from None
+    _check_common(made)
     if native is not config and ATTENTION in native:
         attend_by(made, native[ATTENTION])
     return made
+
+
+def _check_common(made: Any) -> None:
+    """What any class reads, and not all of them declare, so that nobody has looked at its type."""
+    for name, kind in (("sliding_window", int), ("attention_chunk_size", int), ("is_encoder_decoder", bool)):
+        with suppress(RuntimeError):  # one a layer: none for all
+            value = getattr(made.get_text_config(), name, None)
+            if value is not None and (not isinstance(value, kind) or abs(value) >= 1 << 62):
+                raise CheckpointError(f"config.json is damaged: {name} is {reprlib.repr(value)}; download it again")
 
 
 # An attention or an expert implementation may name code on the Hub, or a library that is not here.

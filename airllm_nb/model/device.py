@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config import GiB, LoadOptions
-from ..errors import OptionError
+from ..errors import CheckpointError, OptionError
 
 # Left free when no budget is named: for other programs, and for what the allocator rounds up.
 VRAM_MARGIN = 0.08
@@ -54,8 +54,10 @@ def _has_kernels(index: int) -> bool:
 def choose_dtype(options: LoadOptions, config: Any, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype named in the options, else the config's, else that of the weights; float16 on GPUs without bfloat16."""
     named = options.dtype or getattr(config, "dtype", None) or stored or torch.bfloat16
-    wanted = str(named).removeprefix("torch.")
-    dtype = getattr(torch, wanted)
+    dtype = getattr(torch, str(named).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise CheckpointError(f"config.json is damaged: dtype is {str(named)[:40]!r}; download it again, or name one "
+                              f"(dtype='float16')")  # fmt: skip
     lacks_bfloat16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     if options.dtype is None and dtype == torch.bfloat16 and lacks_bfloat16:
         return torch.float16
