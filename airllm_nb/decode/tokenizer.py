@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.legacy.families import family_of
 from ..checkpoint.legacy.llama import llama_tokenizer
 from ..disk import entries, read_json
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import AirLLMError, CheckpointError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +34,15 @@ def load_tokenizer(folder: Path) -> Any:
 
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
-    if family := family_of(config):
-        return family.tokenizer(folder, config)
-    converted = llama_tokenizer(folder)
-    if converted is not None:
-        return converted
     try:
+        if family := family_of(config):
+            return family.tokenizer(folder, config)
+        converted = llama_tokenizer(folder)
+        if converted is not None:
+            return converted
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except AirLLMError:
+        raise
     except Exception as error:  # whatever a file makes a tokenizer of any family run into
         found = _without_damaged(folder)
         if found is not None:

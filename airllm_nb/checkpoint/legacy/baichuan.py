@@ -41,10 +41,12 @@ def _tokenizer(folder: Path, config: Config) -> Any:
 
 def _chat_template(folder: Path, pieces: Any, is_first: bool) -> str | None:
     """The chat format names its roles by number; it can be written where those are tokens of their own."""
-    file = folder / "generation_config.json"
-    numbers = read_json(file) if file.is_file() else {}
+    numbers = read_json(folder / "generation_config.json", optional=True) or {}
     roles = [numbers.get("user_token_id", _USER), numbers.get("assistant_token_id", _ASSISTANT)]
-    if any(number >= len(pieces) or pieces[number].kind != USER_DEFINED for number in roles):
+    if any(
+        not isinstance(number, int) or not 0 <= number < len(pieces) or pieces[number].kind != USER_DEFINED
+        for number in roles
+    ):
         return None
     user, assistant = (pieces[number].text for number in roles)
     end = "{{ '</s>' }}" if is_first else ""

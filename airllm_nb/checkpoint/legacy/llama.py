@@ -19,7 +19,7 @@ def llama_tokenizer(folder: Path) -> Any | None:
     file, settings = folder / "tokenizer.model", folder / "tokenizer_config.json"
     if (folder / "tokenizer.json").is_file() or not file.is_file() or not settings.is_file():
         return None
-    own = read_json(settings)
+    own = read_json(settings, optional=True) or {}
     if own.get("tokenizer_class") not in ("LlamaTokenizer", "LlamaTokenizerFast"):
         return None
     try:

@@ -81,5 +81,4 @@ def wrap(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    return dict(read_json(file)) if file.is_file() else {}
+    return read_json(folder / "tokenizer_config.json", optional=True) or {}
