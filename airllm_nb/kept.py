@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint.cached import ADAPTER, BESIDE, CachedStore, cached_stores, remove_store
+from .checkpoint.folder import POINTER
 from .checkpoint.hub import repository_folder
 from .checkpoint.identity import fingerprints_at
-from .checkpoint.local import POINTER
 from .config import cache_dir
 from .disk import expanded, free_disk
 from .errors import SourceError, StoreError

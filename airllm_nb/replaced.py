@@ -12,13 +12,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from .checkpoint.adapter_copies import ADAPTERS
 from .checkpoint.cached import named, written_beside
-from .checkpoint.folder import exclusively
+from .checkpoint.folder import POINTER, exclusively
 from .checkpoint.gguf_split import part_names, whole_name
 from .checkpoint.inside import inside
-from .checkpoint.local import POINTER, Source, fingerprint_of
+from .checkpoint.leftovers import sweep
+from .checkpoint.local import Source, fingerprint_of
 from .checkpoint.originals import delete_original, is_own, weight_names
-from .checkpoint.replacements import DAMAGED, FOLDER, Replacement, Stamp, is_vouched, pointed, record, recorded, stamps
+from .checkpoint.replacements import (
+    DAMAGED,
+    FOLDER,
+    RECORDS,
+    Replacement,
+    Stamp,
+    is_vouched,
+    pointed,
+    record,
+    recorded,
+    stamps,
+)
 from .checkpoint.store import Store, open_store
 from .config import LoadOptions, cache_dir
 from .disk import expanded
@@ -72,6 +85,10 @@ def opened_store(model: str | Path, options: LoadOptions, *, finish: bool = True
     if not str(model).strip():
         return None  # the source room says what is wrong
     folder, meant_there = _place(model)
+    sweep(folder, lambda name: name == POINTER)
+    for base in _bases(options.layer_shards_saving_path):
+        for ours in (base, base / RECORDS, base / ADAPTERS):
+            sweep(ours)
     key, replacement = _followed(folder, meant_there, options)
     if replacement is not None:
         store: Store | None = _pointed_to(folder, replacement)

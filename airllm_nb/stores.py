@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoint.cached import remove_store
 from .checkpoint.codec import Codec, compressible, get_codec
+from .checkpoint.companions import copy_companions, own_companions
 from .checkpoint.convert import encode_jobs
 from .checkpoint.folder import hold, locked
 from .checkpoint.gguf import convert_gguf
 from .checkpoint.gguf_packed import write_rest
 from .checkpoint.hub_headers import Headers
 from .checkpoint.index import TensorInfo, read_index
-from .checkpoint.journal import write_atomically
-from .checkpoint.layout import Choice, companions
 from .checkpoint.legacy.normalised import write_normalised
 from .checkpoint.mapping import map_checkpoint
 from .checkpoint.pickles import convert_pickles
@@ -27,7 +26,6 @@ from .checkpoint.rewrite import is_complete
 from .checkpoint.source import Source, store_folder
 from .checkpoint.store import MANIFEST, ShardJob, Store, StoreMeta, open_store, write_store
 from .config import LoadOptions
-from .disk import read_bytes
 from .errors import StoreError
 from .model.skeleton import kept_in_float32
 from .model.tying import untie
@@ -133,8 +131,9 @@ def _write(
     if codec.name == "none":
         return Weights(plain, tensors, packed)
     folder = _folder(source, codec.name, dtype, options)
+    own_companions(plain)  # before the weights: what cannot be copied should not cost a conversion first
     jobs = _jobs(tensors, skeleton, codec, dtype)
-    beside = functools.partial(_copy_companions, plain)
+    beside = functools.partial(copy_companions, plain)
     meta = _meta(source, codec, dtype)
     store = write_store(folder, jobs, meta, progress=progress, beside=beside, origin=source.origin,
                         revision=source.revision or "")  # fmt: skip
@@ -158,7 +157,7 @@ def write_piecewise(
     pieces = piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
     if pieces is None or not pieces.is_better():
         return None
-    store = pieces.write(functools.partial(_copy_companions, source.folder))
+    store = pieces.write(functools.partial(copy_companions, source.folder))
     return Weights(store.folder, store.index)
 
 
@@ -225,13 +224,3 @@ def _folder(source: Source, codec: str, dtype: torch.dtype, options: LoadOptions
 
 def _meta(source: Source, codec: Codec, dtype: torch.dtype) -> StoreMeta:
     return StoreMeta(codec.name, dtype_name(dtype), source.fingerprint)
-
-
-def _copy_companions(plain: Path, folder: Path) -> None:
-    """Config and tokenizer beside the weights: the store is a model of its own. config.json comes last."""
-    names = [
-        path.relative_to(plain).as_posix() for path in plain.rglob("*") if path.is_file() and path.name != MANIFEST
-    ]
-    for name in sorted(companions(names, Choice("safetensors", None, ())), key=lambda name: name == "config.json"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / name, read_bytes(plain / name))

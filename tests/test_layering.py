@@ -72,6 +72,7 @@ OPENS = {
     "checkpoint.cached": {"scandir", "stat"},  # sizes that may be a guess
     "checkpoint.shard": {"open"},  # a folder that is synced
     "kept": {"scandir"},  # a folder of the Hub's cache
+    "checkpoint.leftovers": {"open"},  # a file that is made anew
     "checkpoint.sample": {"open"},  # a member of an archive
     "checkpoint.files": {"mmap"},  # memory
     "checkpoint.rows": {"mmap"},  # memory

@@ -19,6 +19,7 @@ from ..disk import entries, open_file, read_json, status
 from ..errors import StoreError
 from .adapter_copies import ADAPTERS, COPY, copied_from, copies, remove_copy
 from .folder import JOURNAL, LOCK, MANIFEST, in_use, vacated
+from .inside import inside
 
 # Random checkpoints of known shapes, kept by a bench: their folder, and what marks one.
 SYNTHETIC, SYNTHETIC_MARKER = "synthetic", "synthetic.json"
@@ -243,8 +244,8 @@ def _state(folder: Path, manifest: dict[str, Any], use: str) -> State:
 
 def _are_whole(folder: Path, files: Any) -> bool:
     try:
-        return all(status(folder / name).st_size == nbytes for name, nbytes in files.items())
-    except (OSError, TypeError, AttributeError):
+        return all(status(inside(folder, name)).st_size == nbytes for name, nbytes in files.items())
+    except (OSError, TypeError, ValueError, AttributeError):
         return False
 
 

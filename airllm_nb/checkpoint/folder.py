@@ -20,6 +20,7 @@ from typing import IO, Literal
 from ..disk import entries, open_file, status
 from ..errors import StoreError
 from ..trace import Progress, ProgressCallback
+from .leftovers import is_left, sweep, sweep_shards
 from .room import explain
 
 try:
@@ -30,6 +31,8 @@ except ImportError:  # Windows: two conversions at once are then the user's to a
 log = logging.getLogger(__name__)
 
 MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", ".lock"
+# Left in a model's folder whose weights are deleted after compression; says where the stores are.
+POINTER = "airllm_nb_store.json"
 POLL_SECONDS = 0.2
 # Another process that looks at a lock has it for a moment: worth a few tries; one that removes a folder, for longer.
 _MOMENT, _TRIES, _MOMENTS = 0.01, 4, 200
@@ -149,6 +152,20 @@ def vacated(folder: Path) -> Iterator[None]:
         if not is_free:
             raise StoreError(f"{folder} is in use; unload the model, or end the kernel or the process that has it open")
         yield
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a process that was killed left in the folder of a finished store, unless somebody writes into it."""
+    sweep(folder)
+    if not (folder / JOURNAL).is_file() and not is_left(folder):
+        return
+    with suppress(OSError), ExitStack() as stack:
+        if folder.resolve() not in _mine.__dict__.get("folders", ()):
+            file = stack.enter_context((folder / LOCK).open("ab"))
+            if not _try_lock(file.fileno(), exclusive=True, tries=_TRIES):
+                return
+        sweep_shards(folder)
+        (folder / JOURNAL).unlink(missing_ok=True)
 
 
 def _lock_file(folder: Path, progress: ProgressCallback, should_stop: Callable[[], bool], total: int) -> IO[bytes]:

@@ -20,6 +20,7 @@ from ..trace import Progress, ProgressCallback
 from .hub_errors import explained, unreachable
 from .hub_gguf import gguf_header
 from .index import shard_names
+from .inside import is_inside
 from .layout import Choice, choose, companions
 from .picks import Room
 from .ranges import NoRanges
@@ -120,7 +121,8 @@ class Repository:
     def list(self, revision: str | None) -> None:
         info = self._api.model_info(self.id, revision=revision, files_metadata=True, timeout=30)
         self.commit = str(info.sha)
-        files = info.siblings or ()
+        # Names that lead out of the repository are nothing that it can hold.
+        files = [file for file in info.siblings or () if is_inside(file.rfilename)]
         self.sizes = {file.rfilename: file.size or 0 for file in files}
         self.contents = {file.rfilename: str(file.lfs.sha256 if file.lfs else file.blob_id or "") for file in files}
 

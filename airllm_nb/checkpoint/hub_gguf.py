@@ -12,6 +12,7 @@ from ..errors import CheckpointError, UnsupportedModelError
 from .gguf_file import GGUFTensor, damaged, read_gguf, read_part
 from .gguf_rope import TENSORS as ROPE_TENSORS
 from .gguf_split import part_names
+from .inside import inside
 from .ranges import Ranges
 
 log = logging.getLogger(__name__)
@@ -35,16 +36,17 @@ def gguf_header(repo_id: str, commit: str, name: str, token: str | None) -> Path
     NoRanges
         If the server sends whole files only.
     """
-    folder = Path(_folder().name) / repo_id.replace("/", "--") / commit
+    folder = inside(Path(_folder().name), f"{repo_id.replace('/', '--')}/{commit}")
     try:
         for part in part_names(name):
-            if not (folder / part).is_file():
-                _make(folder / part, Ranges(repo_id, commit, token, part))
-        read_gguf(folder / name)
+            path = inside(folder, part)
+            if not path.is_file():
+                _make(path, Ranges(repo_id, commit, token, part))
+        read_gguf(inside(folder, name))
     except (CheckpointError, UnsupportedModelError) as error:
         said = str(error).replace(f"{folder}/", f"{repo_id}:").replace(".gguf.part ", ".gguf ")
         raise type(error)(said) from None
-    return folder / name
+    return inside(folder, name)
 
 
 def _make(path: Path, file: Ranges) -> None:

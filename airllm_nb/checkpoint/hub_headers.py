@@ -19,6 +19,7 @@ from ..trace import Progress, ProgressCallback
 from .hub import offline
 from .hub_errors import unreachable
 from .index import CheckpointIndex, TensorInfo, header_length, join_headers, parse_header, read_header
+from .inside import inside
 from .pickle_index import tensors_in_place
 from .ranges import NoRanges, Ranges
 from .remote import RemoteFile
@@ -94,7 +95,7 @@ class Headers:
         folder, names = self._source.folder, self._source.wanted
         self._progress(Progress("headers", 0, len(names), "files", repo := str(self._source.repo_id)))
         with ThreadPoolExecutor(AT_ONCE, "headers") as pool:
-            running = {pool.submit(_header, folder / name, ranges, name): name for name in names}
+            running = {pool.submit(_header, inside(folder, name), ranges, name): name for name in names}
             try:
                 for done, future in enumerate(as_completed(running), 1):
                     future.result()
@@ -102,7 +103,7 @@ class Headers:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        return {folder / name: future.result() for future, name in running.items()}
+        return {inside(folder, name): future.result() for future, name in running.items()}
 
 
 # The tensors of a file, and its bytes.

@@ -169,7 +169,7 @@ def read_index(folder: Path) -> CheckpointIndex:
     if single.is_file():
         files: tuple[Path, ...] = (single,)
     elif index_file.is_file():
-        files = tuple(folder / name for name in shard_names(index_file))
+        files = tuple(inside(folder, name) for name in shard_names(index_file))
         for file in files:
             if not _is_file(file):
                 raise CheckpointError(f"{folder}: shard {file.name[:80]} is named by {INDEX_FILE} but is missing; "

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..disk import open_file
+from ..errors import CheckpointError
 from .folder import JOURNAL, locked
+from .inside import inside
+from .leftovers import begin
 from .shard import sync_folder
 
 __all__ = ["Journal", "locked", "write_atomically"]
@@ -69,20 +71,29 @@ class Journal:
     def _discard(self, records: list[dict[str, Any]]) -> None:
         for record in records:
             name = str(record.get("file", ""))
-            if name.endswith(".safetensors") and Path(name).name == name:
-                with suppress(FileNotFoundError):
-                    (self._path.parent / name).unlink()
+            if name.endswith(".safetensors") and "/" not in name:
+                with suppress(FileNotFoundError, CheckpointError):
+                    inside(self._path.parent, name).unlink()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file by way of a temporary one: it is whole or it is not there, whoever writes it at once."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a small file by way of a temporary one: it is whole or it is not there, whoever writes it at once.
+
+    Parameters
+    ----------
+    mode
+        What may be done with it at most; the process may have a stricter rule for new files.
+    """
+    temporary, file = begin(path, mode)
     try:
-        with temporary.open("wb") as file:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            if os.name != "nt":  # still locked, so that nobody takes it for a leftover
+                temporary.replace(path)
+        if os.name == "nt":
+            temporary.replace(path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

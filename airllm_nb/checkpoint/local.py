@@ -15,11 +15,9 @@ from .foreign import with_hint
 from .gguf_split import whole_name
 from .hub import CheckConfig
 from .index import INDEX_FILE, shard_names
+from .inside import inside
 from .layout import BIN_INDEX_FILE, Format, choose, whole_gguf
 from .picks import Room
-
-# Left in a folder whose weights are deleted after compression; says where the stores are.
-POINTER = "airllm_nb_store.json"
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
         if (path / name).is_file():
             return _file((path / name).absolute())
         choice = choose(_sizes(path.absolute()), str(path.absolute()), name)  # which says what is there instead
-        return _file((path / choice.weights[0]).absolute())
+        return _file(inside(path.absolute(), choice.weights[0]))
     return None
 
 
@@ -147,7 +145,7 @@ def _folder(folder: Path, room: Room) -> Source:
     except CheckpointError as error:
         raise with_hint(error, folder, list(sizes)) from None
     shards = shard_names(folder / choice.index) if choice.index else choice.weights
-    files = tuple(folder / name for name in shards)
+    files = tuple(inside(folder, name) for name in shards)
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{folder}: shard {file.name} is named by {choice.index} but is missing; "

@@ -6,7 +6,6 @@ import functools
 import logging
 import pickle
 import re
-import shutil
 import struct
 import sys
 import zipfile
@@ -19,9 +18,10 @@ import torch
 from ..disk import open_file, status
 from ..errors import CheckpointError
 from ..trace import ProgressCallback, silent
+from .companions import copy_companions
 from .convert import CASTABLE, DTYPE_NAMES
 from .encoded import TORCH_DTYPES
-from .layout import BIN_INDEX_FILE, Choice, companions
+from .layout import BIN_INDEX_FILE
 from .rewrite import is_complete, rewrite
 from .shard import Entry
 from .source import Source
@@ -182,17 +182,10 @@ def convert_pickles(
     meta = StoreMeta("none", dtype or "original", source.fingerprint)
     if is_complete(folder, meta):
         return folder
-    names = [path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*") if path.is_file()]
-    small = companions(names, Choice("bin", None, ()))
-
-    def copy(target: Path) -> None:
-        for name in small:
-            (target / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.folder / name, target / name)
-
     weights = PickledWeights(source.files, dtype)
     if not weights:
         raise CheckpointError(f"{source.files[0]} holds no tensors; download it again")
+    copy = functools.partial(copy_companions, source.folder)
     return rewrite(folder, weights, meta, copy, progress, source.origin)
 
 

@@ -28,7 +28,9 @@ from .hub import cache_folder, reporting_bars
 from .hub_errors import explained
 from .hub_headers import Headers
 from .index import TensorInfo
+from .inside import inside
 from .journal import Journal
+from .leftovers import is_shard, sweep, sweep_shards
 from .originals import remove
 from .piecewise_files import check_arrived, weight_sizes
 from .piecewise_plan import Jobs, Stage, WeightFile, bytes_needed, plan_stages
@@ -139,21 +141,24 @@ class Piecewise:
         files, delete = [], self._options.delete_original
         for named, nbytes in self._sizes.items():
             here = named.is_file()
-            path = named if here else self._folder / DOWNLOAD / named.name
+            name = named.relative_to(self._source.folder).as_posix()
+            path = named if here else inside(self._folder / DOWNLOAD, name)
             files.append(WeightFile(named, path, nbytes, goes=delete or not here))
         return plan_stages(self._tensors, files, self._folder, self._jobs_of)
 
     def _run(self, stages: list[Stage], jobs: list[ShardJob], beside: Callable[[Path], None]) -> Store:
         if not (self._folder / JOURNAL).is_file() and not (self._folder / MANIFEST).is_file():
             self._check_space(stages, {})
-        for leftover in [*self._folder.glob("*.tmp"), *(self._folder / DOWNLOAD).rglob("*.incomplete")]:
-            if leftover.suffix == ".tmp" or _CUT_SHORT.search(leftover.name):
+        sweep(self._folder)
+        sweep_shards(self._folder)
+        for leftover in (self._folder / DOWNLOAD).rglob("*.incomplete"):
+            if _CUT_SHORT.search(leftover.name):
                 leftover.unlink()
         journal = Journal(self._folder, self._meta.key, self._known())
         (self._folder / MANIFEST).unlink(missing_ok=True)  # of a damaged store; the journal has what is true in it
         wanted = {job.file for stage in stages for job in stage.writes}
         for other in self._folder.glob("*.safetensors"):
-            if other.name not in wanted:  # begun in the usual way, whose shards are others
+            if other.name not in wanted and is_shard(other.name):  # begun in the usual way, whose shards are others
                 other.unlink()
         done = self._done(stages, journal.records)
         self._check_space(stages, done)
@@ -239,8 +244,9 @@ class Piecewise:
             bars = reporting_bars(self._progress, arrived, total, repo)
             try:
                 with explained(repo, self._options):
-                    hf_hub_download(repo, path.name, revision=self._source.revision, token=self._options.hf_token,
-                                    local_dir=path.parent, tqdm_class=bars)  # fmt: skip
+                    name = file.named.relative_to(self._source.folder).as_posix()
+                    hf_hub_download(repo, name, revision=self._source.revision, token=self._options.hf_token,
+                                    local_dir=self._folder / DOWNLOAD, tqdm_class=bars)  # fmt: skip
             except SourceError as error:
                 cause = error.__cause__
                 if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):

@@ -9,13 +9,14 @@ from ..disk import open_file, status
 from ..errors import CheckpointError
 from .hub_headers import Headers
 from .index import TensorInfo
+from .inside import inside
 from .pickle_index import tensors_in_place
 from .source import Source
 
 
 def weight_sizes(source: Source, headers: Headers) -> dict[Path, int]:
     """The weight files and their bytes."""
-    paths = [source.folder / name for name in source.wanted or [path.name for path in source.files]]
+    paths = [inside(source.folder, name) for name in source.wanted] or source.files
     return {path: status(path).st_size if path.is_file() else headers.sizes.get(path, 0) for path in paths}
 
 

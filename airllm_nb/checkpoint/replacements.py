@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from ..config import cache_dir
 from ..disk import read_json, status
 from .cached import origin_of
+from .folder import POINTER
 from .inside import inside
 from .journal import write_atomically
-from .local import POINTER, digest
+from .local import digest
 
 log = logging.getLogger(__name__)
 

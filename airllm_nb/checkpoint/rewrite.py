@@ -13,13 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..disk import read_bytes
 from ..errors import StoreError
 from ..trace import ProgressCallback
+from .companions import copy_small
 from .convert import shard_name
 from .folder import locked
 from .index import INDEX_FILE
-from .journal import write_atomically
 from .shard import Chunk, Entry, Item, ShardJob, plain
 from .store import StoreMeta, open_store, write_store
 
@@ -92,7 +91,7 @@ def _adopt(made: Path, folder: Path) -> None:
             if path.is_dir():
                 target.mkdir(exist_ok=True)
             else:
-                write_atomically(target, read_bytes(path))
+                copy_small(path, target)
     except OSError as error:
         raise StoreError(f"{folder} cannot be written ({error}); free some space or name another folder with "
                          "layer_shards_saving_path=…") from error  # fmt: skip

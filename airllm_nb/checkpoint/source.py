@@ -19,6 +19,7 @@ from .gguf_split import whole_name
 from .hub import CheckConfig, Snapshot, fetch, offline
 from .hub_errors import unreachable
 from .identity import by_commit, by_contents, stored
+from .inside import inside
 from .local import Source, checked, clean_name, here, read_config
 from .picks import Room
 
@@ -140,7 +141,7 @@ def _from_store(repo_id: str, gguf: str | None, options: LoadOptions, *weights: 
 
 
 def _from_hub(repo_id: str, snapshot: Snapshot, options: LoadOptions, weights: bool) -> Source:
-    files = tuple(snapshot.folder / name for name in snapshot.weights)
+    files = tuple(inside(snapshot.folder, name) for name in snapshot.weights)
     missing = [file.name for file in files if not file.is_file()]
     if missing and weights:
         raise SourceError(f"{repo_id}: {missing[0]} is not in the local cache ({len(missing)} of {len(files)} weight "

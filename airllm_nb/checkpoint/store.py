@@ -18,9 +18,11 @@ from ..disk import open_file, read_json, status
 from ..errors import FileError, StoreError
 from ..trace import Progress, ProgressCallback, silent
 from .encoded import Part
-from .folder import MANIFEST, locked
+from .folder import MANIFEST, locked, tidy
 from .index import CheckpointIndex, TensorInfo, read_header
+from .inside import inside
 from .journal import Journal, write_atomically
+from .leftovers import sweep, sweep_shards
 from .room import OVERHEAD, check_space, explain
 from .shard import PAD, Item, ShardJob, plain, write_shards
 
@@ -71,7 +73,8 @@ class Store:
         self.folder = folder
         self.meta = StoreMeta(manifest["codec"], manifest["dtype"], manifest["source"])
         self.shards: list[dict[str, Any]] = manifest["shards"]
-        if any(Path(s["file"]).name != s["file"] or s["bytes"] < 0 or not s["sha256"] for s in self.shards):
+        places = [inside(folder, shard["file"]).parent for shard in self.shards]
+        if set(places) - {folder} or any(s["bytes"] < 0 or not s["sha256"] for s in self.shards):
             raise ValueError("a shard's entry makes no sense")
         self.parts: dict[str, tuple[Part, ...]] = {
             name: tuple(Part(p["attribute"], p["dtype"], tuple(p["shape"])) for p in parameter["parts"])
@@ -136,6 +139,7 @@ def open_store(folder: Path) -> Store | None:
     store = read_manifest(folder)
     if store is not None:
         store.check()
+        tidy(folder)
     return store
 
 
@@ -200,8 +204,8 @@ class _Writing:
         self._total, self._done = sum(job.nbytes for job in jobs), 0
 
     def run(self, beside: Callable[[Path], None] | None, where_from: Mapping[str, str]) -> Store:
-        for leftover in self._folder.glob("*.tmp"):
-            leftover.unlink()
+        sweep(self._folder)
+        sweep_shards(self._folder)
         journal = Journal(self._folder, self._meta.key, self._known())
         kept = {job.file: journal.records[job.file] for job in self._jobs if self._is_done(job, journal)}
         check_space(self._folder, self._jobs, kept)

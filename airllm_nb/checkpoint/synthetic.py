@@ -26,6 +26,7 @@ from ..trace import Progress, ProgressCallback, silent
 from .codec import get_codec
 from .encoded import TORCH_DTYPES, Part
 from .index import INDEX_FILE, ITEMSIZE
+from .inside import inside
 from .journal import locked, write_atomically
 from .shapes import SHAPES, Shape, shape_config, weights_by_file
 from .store import OVERHEAD, Item, ShardJob, StoreMeta, write_store
@@ -79,7 +80,7 @@ def is_finished(folder: Path, shape: str, layers: int, compression: str | None =
     """Whether ``folder`` holds this checkpoint, all files in their sizes."""
     found = _marker(folder)
     return (found.get("recipe") == _recipe(shape, layers, compression)
-            and all(_size(folder / name) == size for name, size in found["files"].items()))  # fmt: skip
+            and all(_size(inside(folder, name)) == size for name, size in found["files"].items()))  # fmt: skip
 
 
 def remove(folder: Path) -> None:
