@@ -16,6 +16,7 @@ from .errors import OptionError, PromptError
 
 COMPRESSIONS = (None, "4bit", "8bit")
 DTYPES = ("float32", "float16", "bfloat16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -132,6 +133,8 @@ class LoadOptions:
     dtype
         ``"bfloat16"``, ``"float16"``, ``"float32"`` or a torch dtype; default the checkpoint's, float16 where the
         GPU has no bfloat16.
+    attn_implementation
+        ``"eager"``, ``"sdpa"``, ``"flash_attention_2"`` … as in transformers, whose own choice is the default.
     max_seq_len
         Longest prompt plus answer that the plan makes room for, in tokens; default what the budget allows. It may be
         more than the model was trained on, where positions are calculated and not looked up.
@@ -157,6 +160,7 @@ class LoadOptions:
     delete_original: bool = False
     device: str | None = None
     dtype: str | None = None
+    attn_implementation: str | None = None
     max_seq_len: int | None = None
     vram_budget: int | None = None
     ram_budget: int | None = None
@@ -205,6 +209,9 @@ class LoadOptions:
             raise OptionError(f"compression={self.compression!r} is not known; use None, '4bit' or '8bit'")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise OptionError(f"dtype={self.dtype!r} is not known; use one of {', '.join(DTYPES)}")
+        if self.attn_implementation not in (None, *ATTENTIONS):
+            raise OptionError(f"attn_implementation={self.attn_implementation!r} is not known; use one of "
+                              f"{', '.join(ATTENTIONS)}")  # fmt: skip
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise OptionError(f"device={self.device!r} is not known; use 'cuda', 'cuda:0' or 'cpu'")
         for name in ("max_seq_len", "batch_size"):

@@ -79,6 +79,7 @@ _FLAGS = {
     "vram_budget": "--vram",
     "ram_budget": "--ram",
     "max_seq_len": "--max-seq-len",
+    "attn_implementation": "--attn",
     "hf_token=...": "--token-env NAME",
     "layer_shards_saving_path": "--shards",
     "local_files_only=True": "--offline",

@@ -73,7 +73,7 @@ def prepare(
     is_said = options.dtype or getattr(config, "dtype", None)
     dtype = choose_dtype(options, config, None if is_said else at_rest.stored_dtype(source, headers), device)
     progress(Progress("build", 0, 1, "models", source.name))
-    skeleton, scratch = build(config, dtype, device, holds=holds), Scratch()
+    skeleton, scratch = build(config, dtype, device, options.attn_implementation, holds), Scratch()
     check_positions(skeleton, options.max_seq_len)
     mark_taken(skeleton)
     guard_positions(skeleton)

@@ -237,6 +237,7 @@ def test_direct_io_reaches_the_options() -> None:
     parser = make_parser(**dict.fromkeys(("plan", "convert", "generate", "bench", "doctor", "cache"), lambda _: 0))
     flags = {"--direct-io": True, "--no-direct-io": False, "--offline": None}
     assert {flag: load_options(parser.parse_args(["plan", "x", flag])).direct_io for flag in flags} == flags
+    assert load_options(parser.parse_args(["plan", "x", "--attn", "eager"])).attn_implementation == "eager"
 
 
 def test_version_comes_without_torch(cli: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import inspect
 import io
 import pickle
@@ -25,7 +26,8 @@ from transformers import (
     pipeline,
 )
 
-from airllm_nb.engine import StreamedModel
+from airllm_nb.config import LoadOptions
+from airllm_nb.engine import StreamedModel, open_model
 from airllm_nb.errors import AirLLMError, BusyError, ClosedError, OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,6 +144,17 @@ def test_an_assistant_is_either(model: Any, resident: Any, tiny_llama: Callable[
         assert draft.generate(IDS, max_new_tokens=12, assistant_model=model).equal(
             draft.generate(IDS, max_new_tokens=12)
         )
+
+
+def test_attention_is_chosen_at_load(folder: Path) -> None:
+    for name in ("eager", "sdpa"):
+        native = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation=name).eval()
+        with opened(folder, "disk", attn_implementation=name) as model:
+            assert model.config._attn_implementation == name
+            assert same_logits(model, native)
+    assert "flash_attention_2" in refuses(lambda: LoadOptions.create(attn_implementation="flash"))
+    if not importlib.util.find_spec("flash_attn"):
+        refuses(lambda: open_model(folder, LoadOptions.create(attn_implementation="flash_attention_2")))
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

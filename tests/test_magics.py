@@ -198,7 +198,7 @@ def test_every_option_reaches_the_engine(notebook: Notebook, monkeypatch: pytest
     ran = notebook(
         "%airllm_load org/name --compression 4bit --vram 4GiB --ram '8 GiB' --shards "
         f'"{tmp_path}/a b" --dtype bfloat16 --device cuda:1 --max-seq-len 99 --no-prefetch --profile --delete-original '
-        "--direct-io "
+        "--direct-io --attn eager "
         "--token-env MY_TOKEN --revision v1 --offline --dashboard full"
     )
     assert ran.err.strip() == "UsageError: enough seen"
@@ -213,7 +213,7 @@ def test_every_option_reaches_the_engine(notebook: Notebook, monkeypatch: pytest
     assert (options.profiling_mode, options.delete_original, options.revision, options.local_files_only) == (
         True, True, "v1", True
     )  # fmt: skip
-    assert options.direct_io is True
+    assert (options.direct_io, options.attn_implementation) == (True, "eager")
     assert options.hf_token == "hf_secret" and "hf_secret" not in ran.out + ran.err
 
 

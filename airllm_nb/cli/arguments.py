@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from .. import __version__, config
-from ..config import DTYPES, LoadOptions, check_text
+from ..config import ATTENTIONS, DTYPES, LoadOptions, check_text
 from ..errors import OptionError, PromptError
 
 Command = Callable[[argparse.Namespace], int]
@@ -82,6 +82,7 @@ def _add_loading(parser: argparse.ArgumentParser, optional: bool) -> None:
     add("--shards", metavar="DIR", help="folder for the compressed store")
     add("--adapter", metavar="DIR", action="append", help="apply a LoRA adapter (PEFT format): its folder or Hub id")
     add("--dtype", choices=DTYPES, help="compute in this type; default: the checkpoint's")
+    add("--attn", choices=ATTENTIONS, metavar="NAME", help="how attention is computed, as in transformers: %(choices)s")
     add("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU")
     add("--max-seq-len", type=int, metavar="N", help="keep room for prompt and answer of this many tokens")
     add("--no-prefetch", action="store_true", help="read and copy weights only when they are needed")
@@ -154,7 +155,7 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
         layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
         prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
         hf_token=token, revision=given.revision, local_files_only=given.offline, direct_io=given.direct_io,
-        adapter=given.adapter,
+        adapter=given.adapter, attn_implementation=given.attn,
     )  # fmt: skip
 
 

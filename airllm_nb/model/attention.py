@@ -5,11 +5,14 @@ Both are functions that transformers calls in the place of its own; keys in the 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from ..errors import AirLLMError, OptionError
 
 ALIBI, NTK = "airllm_alibi", "airllm_ntk"
 
@@ -27,6 +30,22 @@ def attend_by(config: Any, recipe: Mapping[str, Any]) -> None:
         # Set here: transformers would warn of it in a config.json, though it goes by it.
         config.rope_parameters["original_max_position_embeddings"] = recipe["trained"]
     config._attn_implementation = {"alibi": ALIBI, "ntk": NTK}[recipe["kind"]]
+
+
+@contextlib.contextmanager
+def told_of_attention(config: Any, named: str | None) -> Iterator[None]:
+    """A way to attend that this model or this machine has not is an ``OptionError``."""
+    own = getattr(config, "airllm_attention", None)
+    if named and own:
+        raise OptionError(f"attn_implementation={named!r} is not for this model, whose attention ({own['kind']}) is "
+                          "computed by a function of its own; leave it out")  # fmt: skip
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if named is None or isinstance(error, AirLLMError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise OptionError(f"attn_implementation={named!r} cannot be used here ({reason}); leave it out") from None
 
 
 def slopes(heads: int, device: torch.device | None = None) -> torch.Tensor:

@@ -26,8 +26,11 @@ class Bound:
             tensor if binding.weight.needs_cast else parameter(tensor)
             for binding, tensor in zip(bindings, tensors, strict=True)
         ]
+        self._casts = any(binding.weight.needs_cast for binding in bindings)
         self._now: list[torch.Tensor | None] = [None] * len(self._tensors)
-        self._versions = [0] * len(self._tensors)
+        # Nothing but an edit counts: what streams is written past the parameters.
+        self._versions = [0 if binding.weight.needs_cast else tensor._version
+                          for binding, tensor in zip(bindings, self._tensors, strict=True)]  # fmt: skip
 
     def bind(self) -> None:
         """Put them into their modules.
@@ -37,15 +40,17 @@ class Bound:
         OptionError
             If something else was put there meanwhile.
         """
-        for index, (binding, tensor) in enumerate(zip(self._bindings, self._tensors, strict=True)):
-            before = binding.module._parameters[binding.attribute]
+        tensors = self._tensors
+        if self._casts:
+            tensors = [tensor.to(binding.weight.dtype) if binding.weight.needs_cast else tensor
+                       for binding, tensor in zip(self._bindings, tensors, strict=True)]  # fmt: skip
+        for binding, tensor, last in zip(self._bindings, tensors, self._now, strict=True):
+            parameters, name = binding.module._parameters, binding.attribute
             # What an interrupted forward has left bound is ours too.
-            if before is not binding.weight.meta and before is not self._now[index]:
+            if parameters[name] is not binding.weight.meta and parameters[name] is not last:
                 raise edited(binding.weight.name)
-            if binding.weight.needs_cast:
-                tensor = tensor.to(binding.weight.dtype)
-            self._now[index], self._versions[index] = tensor, _version(tensor)
-            binding.module._parameters[binding.attribute] = tensor  # type: ignore[assignment]
+            parameters[name] = tensor  # type: ignore[assignment]
+        self._now = list(tensors)
 
     def unbind(self) -> None:
         """Take them out.
@@ -55,15 +60,17 @@ class Bound:
         OptionError
             If one was changed in place.
         """
-        name = next(
-            (binding.weight.name
-             for binding, tensor, version in zip(self._bindings, self._now, self._versions, strict=True)
-             if tensor is not None and _version(tensor) != version), "",
-        )  # fmt: skip
+        changed = ""
+        for index, (binding, tensor) in enumerate(zip(self._bindings, self._now, strict=True)):
+            if tensor is None or (self._casts and tensor.is_inference()):  # which keep no count
+                continue
+            if tensor._version != self._versions[index]:
+                changed = binding.weight.name
+                self._versions[index] = 0 if binding.weight.needs_cast else tensor._version
         unbind(self._bindings)
         self._now = [None] * len(self._now)
-        if name:
-            raise edited(name)
+        if changed:
+            raise edited(changed)
 
 
 def unbind(bindings: Sequence[Binding]) -> None:
@@ -81,7 +88,3 @@ def typed_view(memory: torch.Tensor, binding: Binding) -> torch.Tensor:
     """The weight in the memory of its unit."""
     info = binding.weight.info
     return memory[binding.offset : binding.offset + info.nbytes].view(binding.weight.stored_dtype).view(info.shape)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

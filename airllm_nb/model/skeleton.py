@@ -19,6 +19,7 @@ from ..checkpoint.encoded import EncodedLinear, torch_dtype
 from ..checkpoint.index import TensorInfo
 from ..checkpoint.sizes import AskHolds, limited
 from ..errors import CheckpointError
+from .attention import told_of_attention
 from .slices import SlicedLinear
 from .units import UNIT_BYTES, Binding, ModelUnit, Weight, cut_units, is_tied
 
@@ -50,6 +51,8 @@ def build(
     ------
     CheckpointError
         If the config asks for far more than the weight files hold (``holds``), or gives no model.
+    OptionError
+        If it cannot attend by ``attn_implementation``.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoModelForMultimodalLM
 
@@ -57,7 +60,7 @@ def build(
     kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with limited(f"model of type {config.model_type}", holds):
-        with torch.device(device), _ParametersOnMeta():
+        with torch.device(device), _ParametersOnMeta(), told_of_attention(config, attn_implementation):
             model = kind.from_config(config, dtype=dtype, **extra)
         _compute_buffers(model)
     moved: dict[int, nn.Parameter] = {}

@@ -13,7 +13,7 @@ from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.utils.process import arg_split
 
 from .. import config
-from ..config import DTYPES, LoadOptions
+from ..config import ATTENTIONS, DTYPES, LoadOptions
 from ..errors import OptionError
 
 DASHBOARDS = ("full", "bar", "none")
@@ -39,6 +39,9 @@ _LOADING = (
         help="Apply a LoRA adapter (PEFT format): its folder or its Hub id.",
     ),
     argument("--dtype", choices=DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; default: the model's."),
+    argument(
+        "--attn", choices=ATTENTIONS, metavar="NAME", help=f"Attention, as in transformers: {', '.join(ATTENTIONS)}."
+    ),
     argument("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU."),
     argument("--max-seq-len", type=int, metavar="N", help="Keep room for prompt and answer of this many tokens."),
     argument("--no-prefetch", action="store_true", help="Read and copy weights only when they are needed."),
@@ -193,7 +196,7 @@ def load_options(given: argparse.Namespace) -> LoadOptions:
         layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
         prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
         hf_token=token, revision=given.revision, local_files_only=given.offline, direct_io=given.direct_io,
-        adapter=given.adapter,
+        adapter=given.adapter, attn_implementation=given.attn,
     )  # fmt: skip
 
 
