@@ -334,6 +334,21 @@ def test_peft_on_it_equals_peft_on_transformers(folder: Path, tmp_path: Path, ki
             assert same_logits(peft.PeftModel.from_pretrained(model, tmp_path / saved), expected)
 
 
+@pytest.mark.parametrize("begin", range(0, 9))
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.bool])
+def test_a_change_anywhere_in_memory_shows(begin: int, dtype: torch.dtype) -> None:
+    from airllm_nb.model.resident import _sum
+
+    memory = torch.zeros(200, dtype=torch.uint8)
+    weight = memory[begin * dtype.itemsize :][: 3 * 7 * dtype.itemsize].view(dtype).view(3, 7)
+    before = _sum(weight)
+    for index in range(weight.numel()):
+        weight.view(-1)[index] = 1
+        assert not torch.equal(_sum(weight), before)
+        weight.view(-1)[index] = 0
+    assert torch.equal(_sum(weight), before)
+
+
 def test_peft_goes_on_after_a_new_plan(tiny_llama: Callable[..., Path]) -> None:
     from airllm_nb import AutoModel
 
