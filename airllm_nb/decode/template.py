@@ -43,7 +43,7 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
         if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
             # A library's own way, not a template.
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            kind, said = "", str(text)
+            kind, said = "", text  # of a subclass of str, perhaps, by which it knows its own text
         else:
             template, special = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
             if not isinstance(template, str):
