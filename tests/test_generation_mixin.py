@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     tiny_models.save_tiny("llama", other, seed=1)
     # Frozen: PyTorch multiplies some strided states in another way where a weight asks for a gradient.
     resident = tiny_models.resident(folder).requires_grad_(False)
-    with tiny_models.streamed(folder, max_seq_len=64, batch_size=2) as model:
+    resident.set_attn_implementation("eager")  # the others have no attentions to give
+    with tiny_models.streamed(folder, max_seq_len=64, batch_size=2, attn_implementation="eager") as model:
         yield Pair(model, resident, tiny_models.resident(other))
 
 
@@ -157,6 +159,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "temperature_of_zero": {"do_sample": True, "temperature": 0.0},
     "a_mask_of_zeros": {"attention_mask": torch.zeros_like(IDS)},
 }  # fmt: skip
+
+
+# What transformers refuses, or this machine cannot do; of a hybrid it has no drafts checked either.
+REFUSED = {
+    "group_beam_search_generate", "constrained_beam_search_generate", "contrastive_generate", "dola_decoding_sample",
+    "generate_with_offloaded_cache", "generate_with_offloaded_static_cache", "generate_with_quant_cache",
+    "generate_with_an_unknown_cache", "stop_strings_without_a_tokenizer", "max_length_below_the_prompt",
+    "no_new_tokens", "several_greedy_sequences", "prompt_lookup_of_two_rows", "unknown_argument",
+    "unknown_custom_generate", "num_beams_zero", "temperature_of_zero", "generate_from_an_empty_batch",
+}  # fmt: skip
+DRAFTS = re.compile("assisted|prompt_lookup")
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -431,6 +444,8 @@ def outputs_can_be_edited(model: Any) -> Any:
 def test_the_outcome_is_the_resident_models(pair: Pair, name: str) -> None:
     expected, found = (outcome(model, CHECKS[name], pair.draft) for model in (pair.resident, pair.streamed))
     if isinstance(expected, Exception):
+        is_stateful = getattr(pair.resident, "_is_stateful", False)
+        assert name in REFUSED or (is_stateful and DRAFTS.search(name)), expected
         assert isinstance(found, (type(expected), AirLLMError)), (found, expected)
     elif isinstance(found, Exception):
         raise found
