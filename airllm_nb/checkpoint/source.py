@@ -173,7 +173,8 @@ def _fingerprint(name: str, repo_id: str, snapshot: Snapshot, options: LoadOptio
     old = by_commit(repo_id, snapshot.commit, snapshot.weights)
     new = by_contents(repo_id, snapshot.contents, snapshot.weights)
     if not new:  # a cache without links does not say it, but a store may know its commit
-        same = (store for store in cached_stores(base.absolute()) if store.state == "finished" and store.source)
+        finished = (store for store in cached_stores(base.absolute()) if store.state == "finished")
+        same = (store for store in finished if store.source.isalnum())  # it becomes part of a path
         named = repo_id, snapshot.commit, name
         return next((store.source for store in same if (store.origin, store.revision, store.model) == named), old)
     # Without compression the store is called none or normalised.
