@@ -14,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 600
 # Processes that test files are shared out to, each with one thread.
 WORKERS ?= 2
 VENV := .venv
@@ -46,7 +47,7 @@ FORMAT_PACKAGES := autoawq==0.2.9 auto-gptq==0.7.1 gptqmodel==7.7.0
 # .venv, where a PyTorch for CUDA wants a version of its own.
 TRITON := build/triton
 
-.PHONY: help demo test test-floor test-gpu lint browser kernels formats triton bench venv clean
+.PHONY: help demo test fuzz test-floor test-gpu lint browser kernels formats triton bench venv clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +61,9 @@ test: lint browser test-floor kernels formats triton ## lint, the core tests on 
 
 test-gpu: $(STAMP) ## the tests that need a GPU; `make test` compares on the CPU, GPU or not
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)
+
+fuzz: $(STAMP) ## damage everything that is read, for FUZZ_SECONDS (600); findings name their seed
+	@CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS)
 
 test-floor: $(STAMP) $(FLOOR)/installed ## the core tests on transformers 5.15.0
 	@echo "== core tests on transformers 5.15.0"

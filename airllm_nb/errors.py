@@ -22,8 +22,17 @@ __all__ = [
 ]
 
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
 class AirLLMError(Exception):
-    """Base of every error that this package raises on purpose; its text is one line with the remedy in it."""
+    """Base of every error that this package raises on purpose; its text is one line with the remedy in it.
+
+    Names that a file gives are a part of it: line breaks and control characters in them are escaped.
+    """
+
+    def __str__(self) -> str:
+        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
 
 
 class OptionError(AirLLMError, ValueError):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from airllm_nb import AutoModel
 from airllm_nb.checkpoint.index import INDEX_FILE, CheckpointIndex, parse_header, read_header, read_index
 from airllm_nb.errors import CheckpointError
 from airllm_nb.stream.mapped import MappedFiles
@@ -390,3 +393,16 @@ def test_a_file_cut_short_after_it_was_indexed_is_refused_when_it_is_mapped(tmp_
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be opened"):
         MappedFiles().tensor(info, torch.float32)
+
+
+@pytest.mark.parametrize("by", [1, 4])
+def test_files_may_begin_their_tensors_anywhere(tiny_llama: Any, tmp_path: Path, by: int) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama(), folder)
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    file.write_bytes((length + by).to_bytes(8, "little") + data[8 : 8 + length] + b" " * by + data[8 + length :])
+    right = tiny_models.resident(folder)
+    with AutoModel.from_pretrained(folder, device="cpu", dtype="float32") as model:
+        assert torch.equal(model(tiny_models.IDS).logits, right(tiny_models.IDS).logits)

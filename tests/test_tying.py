@@ -110,7 +110,7 @@ def test_the_plan_counts_what_is_not_tied(tmp_path: Path) -> None:
     for edit in (lambda folder: folder, lambda folder: own_heads(folder, ties)):
         sizes.append(plan_model(edit(tmp_path), options).fit.weights)
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].nbytes
-    assert sizes[1] == sizes[0] + table
+    assert abs(sizes[1] - sizes[0] - table) < 4096  # a place on a cache line of its own
 
 
 @pytest.mark.parametrize(("compression", "equal"), [("4bit", False), ("8bit", False), ("8bit", True)])

@@ -210,6 +210,9 @@ class _Reader:
         for part in "AB":
             if part not in found:
                 raise self._damaged(f"{module} has no lora_{part}")
+        # PEFT would leave it out. Of experts the names have changed: whoever looks for them says more.
+        if ".experts." not in module and not self._is_target(module):
+            raise self._damaged(f"it adapts {module}, which {CONFIG_FILE} does not name")
         a, b, bias = found["A"], found["B"], found.get("bias")
         if len(a.shape) != 2 or len(b.shape) != 2:
             shape = list(a.shape if len(a.shape) != 2 else b.shape)
@@ -223,6 +226,14 @@ class _Reader:
             raise self._damaged(f"{module} has a bias of shape {list(bias.shape)} beside lora_B {list(b.shape)}")
         scale = alpha / (math.sqrt(rank) if self._settings.get("use_rslora") else rank)
         return Pair(module, rank, scale, a, b, bias, is_table)
+
+    def _is_target(self, module: str) -> bool:
+        """Where the config lists what is adapted by name and number; expressions are PEFT's to expand."""
+        targets, layers = (self._settings.get(name) for name in ("target_modules", "layers_to_transform"))
+        if isinstance(targets, list) and not any(f".{module}".endswith(f".{target}") for target in targets):
+            return False
+        number = next((int(word) for word in module.split(".") if word.isdecimal()), None)
+        return layers is None or number is None or number in (layers if isinstance(layers, list) else [layers])
 
     def _numbers(self, module: str) -> tuple[int, float]:
         """Rank and alpha of a module: of the first pattern that fits the end of its name, as PEFT has it."""

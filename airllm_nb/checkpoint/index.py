@@ -225,7 +225,8 @@ def weight_map(index_file: Path) -> dict[str, str]:
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{index_file} is damaged ({type(error).__name__}); download it again") from None
     for shard in shards:
-        if not isinstance(shard, str):
+        # No file system takes a longer name: asking for such a file is an error of its own.
+        if not isinstance(shard, str) or max(map(len, shard.encode("utf-8", "replace").split(b"/"))) > 255:
             raise CheckpointError(f"{index_file} is damaged (a shard is {shard!r:.80}); download it again")
         try:
             inside(index_file.parent, shard)

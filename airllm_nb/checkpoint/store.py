@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 FORMAT = 1
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors \d+ [0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class Store:
         self.folder = folder
         self.meta = StoreMeta(manifest["codec"], manifest["dtype"], manifest["source"])
         self.shards: list[dict[str, Any]] = manifest["shards"]
-        places = [inside(folder, shard["file"]).parent for shard in self.shards]
-        if set(places) - {folder} or any(s["bytes"] < 0 or not s["sha256"] for s in self.shards):
+        said = (f"{inside(folder, s['file']).relative_to(folder)} {s['bytes']!r} {s['sha256']}" for s in self.shards)
+        if not all(map(_SHARD.fullmatch, said)):
             raise ValueError("a shard's entry makes no sense")
         self.parts: dict[str, tuple[Part, ...]] = {
             name: tuple(Part(p["attribute"], p["dtype"], tuple(p["shape"])) for p in parameter["parts"])
@@ -285,8 +287,7 @@ def read_manifest(folder: Path) -> Store | None:
 
 def _is_newer(folder: Path) -> bool:
     with suppress(OSError, ValueError, TypeError, AttributeError):
-        manifest = read_json(folder / MANIFEST)
-        return int(manifest.get("format", 0)) > FORMAT
+        return int(read_json(folder / MANIFEST).get("format", 0)) > FORMAT
     return False
 
 

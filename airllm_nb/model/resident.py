@@ -87,7 +87,7 @@ class Resident:
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
     """Of its bytes, as large whole numbers: a pass over the memory that every change shows in, and no copy."""
     raw = tensor.detach().reshape(-1).view(torch.uint8)
-    first = min(-raw.storage_offset() % 8, raw.numel())
+    first = min(-raw.storage_offset() % 8, raw.numel())  # files begin their tensors anywhere
     last = first + (raw.numel() - first) // 8 * 8
-    wide = raw[first:last].view(torch.int64).sum()
-    return wide + raw[:first].sum(dtype=torch.int64) + raw[last:].sum(dtype=torch.int64)
+    ends = raw[:first].sum(dtype=torch.int64) + raw[last:].sum(dtype=torch.int64)
+    return raw[first:last].view(torch.int64).sum() + ends if last > first else ends
