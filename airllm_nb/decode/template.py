@@ -48,10 +48,8 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:
             template, special = tokenizer.get_chat_template(), dict(tokenizer.special_tokens_map)
             if not isinstance(template, str):
                 raise TypeError(f"it is {type(template).__name__}, no text")
-            kind, said = _renderer.ask({
-                "conversations": [[{key: each for key, each in one.items() if each is not None} for one in messages]],
-                "chat_template": template, "add_generation_prompt": True, **special,
-            })  # fmt: skip
+            question = {"messages": [dict(one) for one in messages], "template": template, "special_tokens": special}
+            kind, said = _renderer.ask(question)
     except PromptError:
         raise
     except Exception as error:  # whatever a tokenizer of any family runs into
