@@ -307,7 +307,6 @@ def adapted(model: Any, **options: Any) -> Any:
 
 
 TARGETS: dict[str, dict[str, Any]] = {
-    "linear": {},
     "all": {"target_modules": "all-linear"},
     "table and head": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
 }
