@@ -13,7 +13,7 @@ from .checkpoint.folder import POINTER
 from .checkpoint.hub import repository_folder
 from .checkpoint.identity import fingerprints_at
 from .config import cache_dir
-from .disk import expanded, free_disk
+from .disk import expanded, free_disk, told
 from .errors import SourceError, StoreError
 
 __all__ = ["CachedStore", "Kept", "choose", "is_only_copy", "kept_stores", "remove_store", "source_is_here"]
@@ -39,6 +39,7 @@ class Kept:
         return sum(store.nbytes for store in self.stores)
 
 
+@told()
 def kept_stores(folder: str | Path | None = None) -> Kept:
     """The stores in ``folder``; default: where stores go when no folder is named.
 
@@ -50,7 +51,7 @@ def kept_stores(folder: str | Path | None = None) -> Kept:
     base = cache_dir() if folder is None else expanded(folder)
     if folder is not None and not base.is_dir():
         raise SourceError(f"there is no folder {base.absolute()}; check the path")
-    return Kept(base, tuple(cached_stores(base)), free_disk(base))
+    return Kept(base, tuple(cached_stores(base, strict=True)), free_disk(base))
 
 
 def choose(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..disk import entries, open_file, read_json, status
+from ..disk import entries, open_file, read_json, status, told
 from ..errors import StoreError
 from .adapter_copies import ADAPTERS, COPY, copied_from, copies, remove_copy
 from .folder import JOURNAL, LOCK, MANIFEST, in_use, vacated
@@ -89,9 +89,12 @@ class CachedStore:
         return named(self.origin)
 
 
-def cached_stores(base: Path) -> list[CachedStore]:
-    """The stores directly below ``base``, by name; none where there is no such folder."""
-    stores = [store for folder in _folders(base) if (store := _look(folder, base)) is not None]
+def cached_stores(base: Path, strict: bool = False) -> list[CachedStore]:
+    """The stores directly below ``base``, by name; none where there is no such folder.
+
+    Nor where it cannot be listed, unless ``strict``: then that is a ``FileError``.
+    """
+    stores = [store for folder in _folders(base, strict) if (store := _look(folder, base)) is not None]
     return stores + [copy for path in copies(base / ADAPTERS) if (copy := _copy(path, base)) is not None]
 
 
@@ -116,6 +119,7 @@ def named(origin: str) -> str:
     return f"{found[1].replace('--', '/', 1)}:{found[2]}" if found else origin
 
 
+@told()
 def remove_store(folder: Path) -> int:
     """Remove a store and all that is in its folder; returns the bytes that it had. One that has gone is no error.
 
@@ -161,9 +165,9 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
-def _folders(base: Path) -> Iterator[Path]:
+def _folders(base: Path, strict: bool) -> Iterator[Path]:
     for above in (base, base / SYNTHETIC):
-        with suppress(OSError):
+        with suppress(FileNotFoundError if strict else OSError):
             found = sorted(path for path in entries(above) if not path.is_symlink() and path.is_dir())
             yield from (path for path in found if _is_ours(path))
 

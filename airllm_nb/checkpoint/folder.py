@@ -212,11 +212,14 @@ def _share(folder: Path) -> int | None:
             return None
         if descriptor is None:
             raise StoreError(f"{folder} is no folder; load the model again")
-        is_ours = _try_lock(descriptor, exclusive=False)
-        if is_ours and (last or _is_at(descriptor, folder)):
-            with suppress(OSError):
-                os.utime(folder / LOCK)  # says when it was last used, also where reading leaves no trace
-            return descriptor
+        try:
+            if _try_lock(descriptor, exclusive=False) and (last or _is_at(descriptor, folder)):
+                with suppress(OSError):
+                    os.utime(folder / LOCK)  # says when it was last used, also where reading leaves no trace
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
         time.sleep(_MOMENT)
     raise StoreError(f"{folder} is being removed by another process; load the model again")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.legacy.families import family_of
 from ..checkpoint.legacy.llama import llama_tokenizer
-from ..disk import entries, read_json
+from ..disk import entries, read_json, told
 from ..errors import AirLLMError, CheckpointError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 _FILES = re.compile(r"^tokenizer\.|^vocab|^merges|\.model$|tiktoken|^tekken|^spiece|sentencepiece")
 
 
+@told()
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of the checkpoint in ``folder``; nothing is downloaded and no code of it is run.
 
