@@ -159,22 +159,26 @@ class FittedPlan(ResidencyPlan):
 
 def spaces(prepared: Prepared) -> tuple[Space, ...]:
     """What loading this model would put on which disk."""
-    source, options, found = prepared.source, prepared.options, []
-    folder = Path(options.layer_shards_saving_path or cache_dir())
+    source, found = prepared.source, []
     if prepared.piecewise is not None:
+        folder = _stores(prepared)
         return (Space("piecewise", prepared.piecewise, folder, free_disk(folder)),)
     if not source.files and prepared.sizes_from != "files":  # a store may have taken their place
         needed = _weights(prepared) if source.missing is None else source.missing
         found.append(("download", needed, cache_folder()))
     is_here = prepared.codec.name == "none" or prepared.sizes_from == "files"
     if store := prepared.written_once + (0 if is_here else _weights(prepared)):
-        found.append(("store", store, folder))
+        found.append(("store", store, _stores(prepared)))
     made: list[Space] = []
     for what, nbytes, folder in found:
         disk = status(nearest(folder)).st_dev
         beside = sum(space.nbytes for space in made if status(nearest(space.folder)).st_dev == disk)
         made.append(Space(what, nbytes, folder, free_disk(folder), beside))
     return tuple(made)
+
+
+def _stores(prepared: Prepared) -> Path:
+    return Path(prepared.options.layer_shards_saving_path or cache_dir())
 
 
 def with_fit(plan: ResidencyPlan, prepared: Prepared, on_disk: tuple[Space, ...]) -> FittedPlan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .checkpoint.adapter_copies import ADAPTERS
@@ -63,8 +63,11 @@ def meant(model: str | Path, shards: str | Path | None = None) -> str | Path:
 
 
 def _bases(shards: str | Path | None) -> list[Path]:
-    """Where stores of ours are."""
-    return [cache_dir(), *([expanded(shards)] if shards else [])]
+    """Where stores of ours are; a user without a home has none but those that are named."""
+    bases = [expanded(shards)] if shards else []
+    with suppress(OptionError):
+        bases.insert(0, cache_dir())
+    return bases
 
 
 def opened_store(model: str | Path, options: LoadOptions, *, finish: bool = True) -> Store | None:

@@ -28,7 +28,7 @@ WRITES = ("create", "write", "fsync", "replace", "unlink", "mkdir", "rmdir", "ut
 KINDS: dict[str, tuple[int | str, ...]] = {
     "open": (errno.EACCES, errno.EMFILE, errno.EIO, errno.ESTALE),
     "stat": (errno.EACCES, errno.EIO, errno.ESTALE),
-    "preadv": (errno.EIO, SHORT, errno.ESTALE, errno.EINTR),
+    "preadv": (errno.EIO, SHORT, errno.ESTALE, errno.EACCES),
     "readinto": (errno.EIO, SHORT),
     "readall": (errno.EIO,),
     "map_file": (errno.EIO, errno.ENOMEM, errno.ENODEV),

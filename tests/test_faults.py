@@ -134,6 +134,24 @@ def test_loading_and_generating(place: Path, model: Path, mode: str) -> None:
     assert try_all(generated(model, **MODES[mode]), place, model) > 50
 
 
+def test_the_same_model_goes_on_once_the_disk_does(place: Path, model: Path) -> None:
+    with AutoModel.from_pretrained(model, device="cpu", ram_budget="200KiB") as opened:
+
+        def run() -> Any:
+            return opened.generate(IDS, max_new_tokens=2, do_sample=False).tolist()
+
+        expected = run()
+        with Faults([place]).on() as counted:
+            run()
+        assert any("preadv" in operation for operation in counted.operations)
+        for number in range(len(counted.operations)):
+            with suppress(AirLLMError), Faults([place], number, turn=number).on():
+                assert run() == expected
+            with suppress(AirLLMError):  # what was read ahead for this one failed, too
+                assert run() == expected
+            assert run() == expected
+
+
 def test_answering(place: Path, model: Path) -> None:
     assert try_all(told(model), place, model) > 50
 
