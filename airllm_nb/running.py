@@ -48,7 +48,8 @@ class Running(FixedWeights):
 
     def __init__(self, prepared: planning.Prepared, machine: Any):
         self._prepared, self.options, self.name = prepared, prepared.options, prepared.source.name
-        self.name_or_path = self.config._name_or_path = self.name
+        # Where clients look for the tokenizer.
+        self.name_or_path = self.config._name_or_path = prepared.source.repo_id or str(prepared.folder)
         self._turn = Turn(self.name)
         self._refusals: list[Any] = []
         weights = [binding.weight for unit in prepared.units for binding in unit.bindings] + prepared.small

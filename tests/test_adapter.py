@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from airllm_nb import AutoModel, load
 from airllm_nb.checkpoint import patterns
-from airllm_nb.checkpoint.adapter import PREFIX, read_adapter
+from airllm_nb.checkpoint.adapter import PREFIX, _Reader, read_adapter
+from airllm_nb.checkpoint.adapter_files import AdapterFiles
 from airllm_nb.checkpoint.codec import get_codec
 from airllm_nb.cli import main
 from airllm_nb.config import LoadOptions
@@ -365,6 +366,12 @@ DAMAGED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a huge alpha": ({"lora_alpha": 10**400}, ["lora_alpha=1000", CONFIG]),
     "an endless alpha": ({"lora_alpha": float("inf")}, ["lora_alpha=inf"]),
     "no alpha": ({"lora_alpha": float("nan")}, ["lora_alpha=nan"]),
+    "no targets": ({"target_modules": None}, ["target_modules", "does not name"]),
+    "other targets": ({"target_modules": ["q_proj"]}, ["down_proj", "does not name"]),
+    "another expression": ({"target_modules": r".*\.k_proj"}, ["_proj", "does not name"]),
+    "targets left out": ({"exclude_modules": ["down_proj"]}, ["down_proj", "does not name"]),
+    "targets of another type": ({"target_modules": 3}, ["target_modules", "no list"]),
+    "an endless expression": ({"target_modules": r"(\w+\.?)*(?<=Z)"}, ["target_modules"]),
 }
 
 
@@ -452,6 +459,24 @@ def test_patterns_mean_what_they_mean_to_peft() -> None:
         ours = patterns.Patterns({key: key for key in several}, (Path("x"), "rank_pattern"))
         for name in names:
             assert ours.first(name, name) == get_pattern_key(several, name), (several, name)
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "layers.1.mlp.down_proj"], r".*\.1\..*(q|down)_proj", "lm_head", [], "all"]
+)
+@pytest.mark.parametrize("excluded", [None, ["lm_head", "11.self_attn.q_proj"], r".*mlp.*"])
+@pytest.mark.parametrize("layers", [None, [1, 3], 11])
+def test_modules_are_targets_as_they_are_to_peft(tmp_path: Path, targets: Any, excluded: Any, layers: Any) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if layers is not None and isinstance(targets, str):
+        return  # LoraConfig refuses an expression beside numbers of layers
+    settings = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
+    theirs = LoraConfig(**settings)
+    ours = _Reader(AdapterFiles("x", tmp_path, tmp_path / "x.safetensors"), settings)
+    for name in ("model.layers.11.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.3.self_attn.q_proj",
+                 "model.layers.1.self_attn.my_q_proj", "lm_head"):  # fmt: skip
+        assert ours._is_target(name) == bool(check_target_module_exists(theirs, name)), name
 
 
 @pytest.mark.parametrize("kind", [IA3Config, PrefixTuningConfig])

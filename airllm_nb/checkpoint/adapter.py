@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _LORA = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
 _BASE = ".base_layer."
+_MODEL = re.compile(r"\bmodel\.")
 
 _MERGE = ("merge it into its base model (peft: merge_and_unload, then save_pretrained of what it returns) and load "
           "that folder")  # fmt: skip
@@ -176,6 +177,7 @@ class _Reader:
         self._ranks, self._alphas = (
             Patterns(settings.get(option) or {}, (self._where, option)) for option in ("rank_pattern", "alpha_pattern")
         )
+        self._targets, self._left_out = self._chosen("target_modules"), self._chosen("exclude_modules")
         saved = settings.get("modules_to_save") or ()
         self._own = tuple(saved) if isinstance(saved, (list, tuple)) else (str(saved),)
 
@@ -212,7 +214,7 @@ class _Reader:
                 raise self._damaged(f"{module} has no lora_{part}")
         # PEFT would leave it out. Of experts the names have changed: whoever looks for them says more.
         if ".experts." not in module and not self._is_target(module):
-            raise self._damaged(f"it adapts {module}, which {CONFIG_FILE} does not name")
+            raise self._damaged(f"it adapts {module}, which target_modules in {CONFIG_FILE} does not name")
         a, b, bias = found["A"], found["B"], found.get("bias")
         if len(a.shape) != 2 or len(b.shape) != 2:
             shape = list(a.shape if len(a.shape) != 2 else b.shape)
@@ -228,12 +230,26 @@ class _Reader:
         return Pair(module, rank, scale, a, b, bias, is_table)
 
     def _is_target(self, module: str) -> bool:
-        """Where the config lists what is adapted by name and number; expressions are PEFT's to expand."""
-        targets, layers = (self._settings.get(name) for name in ("target_modules", "layers_to_transform"))
-        if isinstance(targets, list) and not any(f".{module}".endswith(f".{target}") for target in targets):
+        """Whether the config names a module, as PEFT decides it (``check_target_module_exists``)."""
+        if not self._targets(module) or self._left_out(module):
             return False
+        layers = self._settings.get("layers_to_transform")
         number = next((int(word) for word in module.split(".") if word.isdecimal()), None)
-        return layers is None or number is None or number in (layers if isinstance(layers, list) else [layers])
+        return layers in (None, []) or number in (layers if isinstance(layers, list) else [layers])
+
+    def _chosen(self, option: str) -> Callable[[str], bool]:
+        """What tells whether an entry that is a list of names, or one expression, chooses a module."""
+        said = self._settings.get(option)
+        if said == "all-linear" and option == "target_modules":
+            return lambda module: True
+        if isinstance(said, str):
+            pattern = Patterns({said: True}, (self._where, option), whole=True)
+            # Versions of transformers differ in where "model." stands in a name.
+            return lambda module: any(pattern.first(name, False) for name in (module, _MODEL.sub("", module)))
+        if said is None or (isinstance(said, list) and all(isinstance(name, str) for name in said)):
+            return lambda module: any(f".{module}".endswith(f".{name}") for name in said or ())
+        raise CheckpointError(f"{self._where} is damaged: {option} is {reprlib.repr(said)}, no list of names and no "
+                              "expression; download it again")  # fmt: skip
 
     def _numbers(self, module: str) -> tuple[int, float]:
         """Rank and alpha of a module: of the first pattern that fits the end of its name, as PEFT has it."""

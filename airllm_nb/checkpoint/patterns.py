@@ -30,6 +30,8 @@ class Patterns:
         Pattern → value.
     where
         The file and the entry, for messages.
+    whole
+        Tried against the whole name instead.
 
     Raises
     ------
@@ -37,8 +39,8 @@ class Patterns:
         If they are none.
     """
 
-    def __init__(self, given: Any, where: tuple[Path, str]):
-        self._where, self._end = where, 0.0
+    def __init__(self, given: Any, where: tuple[Path, str], *, whole: bool = False):
+        self._where, self._end, self._before = where, 0.0, "" if whole else r"(.*\.)?"
         if not isinstance(given, Mapping):
             raise self._damaged(f"is {str(given)[:80]!r}, no table")
         self._values = [(self._compiled(pattern), pattern, value) for pattern, value in given.items()]
@@ -69,7 +71,7 @@ class Patterns:
             raise self._damaged(f"has a pattern that does not end within {SECONDS:g} s ({_short(text)})") from None
 
     def _compiled(self, text: Any) -> Any:
-        whole = rf"(.*\.)?({text})$"
+        whole = rf"{self._before}({text})$"
         if not isinstance(text, str) or len(text) > LONGEST:
             raise self._damaged(f"has a pattern of more than {LONGEST:,} characters ({_short(str(text))})")
         try:

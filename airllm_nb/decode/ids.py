@@ -90,7 +90,7 @@ def guard_positions(native: Any) -> None:
     """
     longest = context_length(native.config)
     tables = [
-        module for name, module in native.named_modules()
+        module for name, module in native.get_decoder().named_modules()  # parts for images and sound count their own
         if isinstance(module, nn.Embedding) and _POSITIONS.search(name.rpartition(".")[2])
     ]  # fmt: skip
     native._learned_positions = longest if tables else None
