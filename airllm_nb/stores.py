@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,7 @@ from .checkpoint.rewrite import is_complete
 from .checkpoint.source import Source, store_folder
 from .checkpoint.store import MANIFEST, ShardJob, Store, StoreMeta, open_store, write_store
 from .config import LoadOptions
+from .disk import status
 from .errors import StoreError
 from .model.skeleton import kept_in_float32
 from .model.tying import untie
@@ -72,7 +74,9 @@ def alone(
     if in_place and source.format != "gguf" and not normalised_names(source):
         yield
         return
-    with locked(_folder(source, NORMALISED if in_place else codec.name, dtype, options), progress):
+    folder = _folder(source, NORMALISED if in_place else codec.name, dtype, options)
+    with locked(folder, progress):
+        _keep_private(folder, source)
         yield
 
 
@@ -213,9 +217,21 @@ def _discard(folder: Path) -> None:
 def _rewritten(source: Source, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback) -> Path:
     """A folder of plain safetensors, written once from pickles or GGUF."""
     folder, name = _folder(source, "none", dtype, options), dtype_name(dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    _keep_private(folder, source)
     if source.format == "gguf":
         return convert_gguf(source, folder, name, progress=progress)
     return convert_pickles(source, folder, name, progress=progress)
+
+
+def _keep_private(folder: Path, source: Source) -> None:
+    """Who may not read the weights may not read what is made of them."""
+    modes = [status(file).st_mode for file in source.files]
+    closed = 0
+    for who, read in ((0o070, stat.S_IRGRP), (0o007, stat.S_IROTH)):
+        closed |= 0 if all(mode & read for mode in modes) else who
+    if closed:
+        folder.chmod(stat.S_IMODE(status(folder).st_mode) & ~closed)
 
 
 def _folder(source: Source, codec: str, dtype: torch.dtype, options: LoadOptions) -> Path:

@@ -106,6 +106,24 @@ def test_a_copy_is_open_to_no_more(source: Path, mode: int) -> None:
     assert made == mode & 0o777 & ~0o022
 
 
+@pytest.mark.parametrize(("mode", "open_to"), [(0o600, 0o700), (0o640, 0o750), (0o644, 0o755)])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_who_may_not_read_the_weights_may_not_read_the_store(
+    tiny_llama: Callable[..., Path], tmp_path: Path, mode: int, open_to: int, shards: int
+) -> None:
+    source = Path(shutil.copytree(tiny_llama(shards=shards), tmp_path / "source"))
+    for file in source.glob("*.safetensors"):
+        file.chmod(0o644)
+    file.chmod(mode)
+    before = os.umask(0o022)
+    try:
+        options = LoadOptions.create(compression="8bit", layer_shards_saving_path=tmp_path / "stores", device="cpu")
+        store = convert_model(source, options)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(store.stat().st_mode) == open_to
+
+
 def test_what_is_too_large_for_a_config_is_not_copied(
     source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
