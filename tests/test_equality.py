@@ -47,15 +47,19 @@ def budgets_for(folder: Path, mix: str, *, ram: str | None = None, **options: An
     total, has_device = sum(host_room(unit.nbytes) for unit in plan.units), "gpu" in mix or "device" in mix
     machine = dataclasses.replace(plan.machine, has_device=has_device, ram=ram or plan.machine.ram)
     best: tuple[int, dict[str, int]] = (0, {})
-    for vram, host in itertools.product(range(0, 33) if has_device else [0], range(0, 48)):
-        budgets = {"vram_budget": least + (span + total) * vram // 32, "ram_budget": total * host // 32}
-        try:
-            prepared.vram_budget, prepared.ram_budget = budgets.values()
-            tiers = placed(planning.plan(prepared, machine, prepared.planned)[0])
-        except BudgetError:
-            continue
-        if set(tiers) == wanted(mix) and min(tiers.values()) > best[0]:
-            best = (min(tiers.values()), budgets if has_device else {"ram_budget": budgets["ram_budget"]})
+    # What work needs does not depend on budgets, and takes most of the time.
+    needs = functools.cache(functools.partial(planning.needs, prepared, prepared.planned))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "needs", lambda _, work, tokens: needs(tokens))
+        for vram, host in itertools.product(range(0, 33) if has_device else [0], range(0, 48)):
+            budgets = {"vram_budget": least + (span + total) * vram // 32, "ram_budget": total * host // 32}
+            try:
+                prepared.vram_budget, prepared.ram_budget = budgets.values()
+                tiers = placed(planning.plan(prepared, machine, prepared.planned)[0])
+            except BudgetError:
+                continue
+            if set(tiers) == wanted(mix) and min(tiers.values()) > best[0]:
+                best = (min(tiers.values()), budgets if has_device else {"ram_budget": budgets["ram_budget"]})
     assert best[0], f"no budget gives {mix}"
     return best[1]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -140,14 +140,20 @@ def test_much_that_is_written_once_is_said(
 # ---- real models -----------------------------------------------------------------------------------------------------
 
 
+class Real(NamedTuple):
+    """A file, what transformers makes of it, and where what is written once is shared."""
+
+    path: Path
+    expected: Any
+    shards: Path
+
+
 @pytest.mark.parametrize(
     "budgets", [{}, {"vram_budget": "330MiB", "ram_budget": "60MiB"}], ids=["in place", "streamed"]
 )
-def test_smollm2_says_what_transformers_says(smollm2_gguf: Path, tmp_path: Path, budgets: dict[str, str]) -> None:
-    expected = dequantised_gguf(smollm2_gguf)
-    with AutoModel.from_pretrained(
-        smollm2_gguf, dtype="float32", layer_shards_saving_path=tmp_path, **budgets
-    ) as model:
+def test_smollm2_says_what_transformers_says(smollm2: Real, budgets: dict[str, str]) -> None:
+    path, expected, shards = smollm2
+    with AutoModel.from_pretrained(path, dtype="float32", layer_shards_saving_path=shards, **budgets) as model:
         prompt = [{"role": "user", "content": "What is the capital of France?"}]
         ids = model.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt")["input_ids"]
         ours = greedy(model, ids, 16)
@@ -158,10 +164,10 @@ def test_smollm2_says_what_transformers_says(smollm2_gguf: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     "budgets", [{}, {"vram_budget": "330MiB", "ram_budget": "260MiB"}], ids=["in place", "streamed"]
 )
-def test_gemma3_says_what_transformers_says(gemma3: tuple[Path, Any], tmp_path: Path, budgets: dict[str, str]) -> None:
+def test_gemma3_says_what_transformers_says(gemma3: Real, budgets: dict[str, str]) -> None:
     """Q4_K, Q6_K, Q5_0 and Q8_0 in one file, a table of a quarter million rows that is also the head."""
-    path, expected = gemma3
-    options: dict[str, Any] = {"dtype": "float32", "max_seq_len": 64, "layer_shards_saving_path": tmp_path, **budgets}
+    path, expected, shards = gemma3
+    options: dict[str, Any] = {"dtype": "float32", "max_seq_len": 64, "layer_shards_saving_path": shards, **budgets}
     with AutoModel.from_pretrained(path, **options) as model:
         ids = model.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
         with torch.inference_mode():
@@ -175,6 +181,11 @@ def test_gemma3_says_what_transformers_says(gemma3: tuple[Path, Any], tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def gemma3() -> Iterator[tuple[Path, Any]]:
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Real:
+    return Real(smollm2_gguf, dequantised_gguf(smollm2_gguf), tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Real:
     path = gemma3_gguf()
-    yield path, dequantised_gguf(path)
+    return Real(path, dequantised_gguf(path), tmp_path_factory.mktemp("shards"))
