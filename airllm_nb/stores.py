@@ -14,6 +14,7 @@ from .checkpoint.cached import remove_store
 from .checkpoint.codec import Codec, compressible, get_codec
 from .checkpoint.companions import copy_companions, own_companions
 from .checkpoint.convert import encode_jobs
+from .checkpoint.files import Unchanged
 from .checkpoint.folder import hold, locked
 from .checkpoint.gguf import convert_gguf
 from .checkpoint.gguf_packed import write_rest
@@ -139,8 +140,9 @@ def _write(
     jobs = _jobs(tensors, skeleton, codec, dtype)
     beside = functools.partial(copy_companions, plain)
     meta = _meta(source, codec, dtype)
+    sources = Unchanged(extent.path for info in tensors.values() for extent in info.extents)
     store = write_store(folder, jobs, meta, progress=progress, beside=beside, origin=source.origin,
-                        revision=source.revision or "")  # fmt: skip
+                        revision=source.revision or "", should_stop=sources.stop)  # fmt: skip
     if not (folder / "config.json").is_file():  # a store that was finished before these came first
         beside(folder)
     # Written a moment ago, as a step on the way: what it held is in the store now.

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import tiny_llama_gguf
+from safetensors.torch import load_file
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from airllm_nb import AutoModel
@@ -74,7 +76,7 @@ def test_a_change_during_a_run_is_said_when_it_ends(model: Path, mode: str, chan
         expected = opened.generate(IDS, max_new_tokens=3)
         during = LogitsProcessorList([During(lambda: CHANGES[change](file))])
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=r"model\.safetensors .*load the model again"):
+            with pytest.raises(CheckpointError, match=r"model\.safetensors .*(load the model|[Dd]ownload it) again"):
                 opened.generate(IDS, max_new_tokens=3, logits_processor=during)
     file.write_bytes(whole)
     with AutoModel.from_pretrained(model, device="cpu", **MODES[mode]) as opened:
@@ -124,3 +126,47 @@ def test_a_file_that_is_deleted_keeps_its_pages(model: Path) -> None:
         expected = opened.generate(IDS, max_new_tokens=3)
         during = LogitsProcessorList([During((model / "model.safetensors").unlink)])
         assert torch.equal(opened.generate(IDS, max_new_tokens=3, logits_processor=during), expected)
+
+
+# ---- while a store is written ----------------------------------------------------------------------------------------
+
+
+def _truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "old bin", "gguf"])
+@pytest.mark.parametrize("change", [overwrite, _truncate], ids=["overwritten", "cut"])
+def test_what_a_conversion_read_of_a_changed_file_is_not_kept(
+    model: Path, tmp_path: Path, kind: str, change: Callable[[Path], None]
+) -> None:
+    file = model / "model.safetensors"
+    if "bin" in kind:
+        tensors = load_file(file)
+        file.unlink()
+        file = model / "pytorch_model.bin"
+        torch.save(tensors, file, _use_new_zipfile_serialization=kind == "bin")
+    elif kind == "gguf":
+        file = model = tiny_llama_gguf(tmp_path / "tiny.gguf")
+    whole, stamp = file.read_bytes(), file.stat()
+    options: dict[str, Any] = {"device": "cpu", "layer_shards_saving_path": tmp_path / "stores"}
+    if kind != "old bin":
+        options["compression"] = "8bit"
+
+    def at_first(progress: Any) -> None:
+        nonlocal changed
+        if not changed and progress.stage == "convert":
+            changed = True
+            change(file)
+
+    changed = False
+    with pytest.raises(CheckpointError, match=file.name):
+        AutoModel.from_pretrained(model, progress=at_first, **options)
+    assert changed
+    file.write_bytes(whole)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as if nothing had been: the same store is gone on with
+    with AutoModel.from_pretrained(model, **options) as again:
+        found = again(IDS).logits
+    options["layer_shards_saving_path"] = tmp_path / "others"
+    with AutoModel.from_pretrained(model, **options) as fresh:
+        assert torch.equal(fresh(IDS).logits, found)

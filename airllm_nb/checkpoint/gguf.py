@@ -143,7 +143,7 @@ def convert_gguf(source: Source, folder: Path, dtype: str, *, progress: Progress
     def companions(target: Path) -> None:
         save_companions(file, config, target, dtype)
 
-    return rewrite(folder, weights, meta, companions, progress, source.origin)
+    return rewrite(folder, weights, meta, companions, progress, source.origin, source.files)
 
 
 def gguf_config(file: GGUFFile) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..disk import open_file, status
 from ..errors import CheckpointError, UnsupportedModelError
+from . import pages
 from .gguf_split import part_names
 from .sizes import Holds, check_sizes
 
@@ -275,7 +276,8 @@ def dequantised(tensor: GGUFTensor) -> Any:
     data = np.memmap(tensor.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,))
     rows = (*tensor.shape[:-1], tensor.shape[-1] // block * nbytes) if tensor.shape else (nbytes,)
     try:
-        return gguf.dequantize(data.reshape(rows), kind)
+        with pages.watched(tensor.path, (data.ctypes.data, tensor.nbytes)):
+            return gguf.dequantize(data.reshape(rows), kind)
     except NotImplementedError:
         raise UnsupportedModelError(f"{tensor.path}: tensor {tensor.name!r} is {kind.name}, which the installed gguf "
                                     "package cannot dequantise; pip install -U gguf") from None  # fmt: skip

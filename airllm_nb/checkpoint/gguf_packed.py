@@ -99,7 +99,9 @@ def write_rest(path: Path, names: Collection[str], folder: Path, dtype: str, met
         save_companions(file, config, target, dtype)
 
     weights = _Some(GGUFWeights(file, config, dtype), names)
-    return rewrite(folder, weights, meta, companions, progress, str(path))
+    return rewrite(
+        folder, weights, meta, companions, progress, str(path), {tensor.path for tensor in file.tensors.values()}
+    )
 
 
 class _Some:

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +89,31 @@ def map_pages(path: Path, first: int, nbytes: int, end: int, *, private: bool = 
     return memory
 
 
+def watch(path: Path, memory: Iterable[tuple[int, int]]) -> Callable[[], None]:
+    """Watch what another library has mapped of ``path``, each ``(address, bytes)``, until the answer is called."""
+    starts = [_watch(address, nbytes, path) for address, nbytes in memory]
+
+    def release() -> None:
+        for start in starts:
+            _watched.pop(start, None)
+
+    return release
+
+
 @contextlib.contextmanager
 def watched(path: Path, *memory: tuple[int, int]) -> Iterator[None]:
-    """Watch what another library has mapped of ``path``, each ``(address, bytes)``.
+    """:func:`watch` to the end of this.
 
     Raises
     ------
     CheckpointError
         At the end, if pages were lost meanwhile: what was read of them is wrong.
     """
-    before = losses(path)
-    for address, nbytes in memory:
-        _watch(address, nbytes, path)
+    before, release = losses(path), watch(path, memory)
     try:
         yield
     finally:
-        for address, _ in memory:
-            _watched.pop(_page(address), None)
+        release()
     if losses(path) > before:
         raise lost(path)
 
@@ -132,10 +140,11 @@ def guard() -> None:
             _sigaction(_Action(handler=_handler_address(), flags=_SA_SIGINFO), None)
 
 
-def _watch(address: int, nbytes: int, path: Path) -> None:
+def _watch(address: int, nbytes: int, path: Path) -> int:
     guard()
-    end = address + nbytes
-    _watched[_page(address)] = (end + -end % mmap.PAGESIZE, path)
+    start, end = _page(address), address + nbytes
+    _watched[start] = (end + -end % mmap.PAGESIZE, path)
+    return start
 
 
 def _release(address: int, nbytes: int) -> None:

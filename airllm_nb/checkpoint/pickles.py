@@ -8,8 +8,9 @@ import pickle
 import re
 import struct
 import sys
+import weakref
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ from .companions import copy_companions
 from .convert import CASTABLE, DTYPE_NAMES
 from .encoded import TORCH_DTYPES
 from .layout import BIN_INDEX_FILE
+from .pages import watch
 from .rewrite import is_complete, rewrite
 from .shard import Entry
 from .source import Source
@@ -54,6 +56,7 @@ class PickledWeights(Mapping[str, torch.Tensor]):
         self.specs: dict[str, Entry] = {}
         self._home: dict[str, Path] = {}
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
+        self._unwatch: Callable[[], None] = lambda: None
         is_indexed, odd = has_index(files), dict[str, str]()
         for file in files:
             for name, tensor in self._load(file).items():
@@ -82,8 +85,13 @@ class PickledWeights(Mapping[str, torch.Tensor]):
 
     def _load(self, file: Path) -> dict[str, torch.Tensor]:
         if self._open is None or self._open[0] != file:
+            self._unwatch()
             self._open = None  # unmap before the next is mapped
             self._open = (file, load_pickle(file))
+            plain = (tensor for tensor in self._open[1].values() if tensor.layout is torch.strided)
+            storages = [tensor.untyped_storage() for tensor in plain]
+            self._unwatch = watch(file, {(storage.data_ptr(), storage.nbytes()) for storage in storages})
+            weakref.finalize(self, self._unwatch)
         return self._open[1]
 
 
@@ -186,7 +194,7 @@ def convert_pickles(
     if not weights:
         raise CheckpointError(f"{source.files[0]} holds no tensors; download it again")
     copy = functools.partial(copy_companions, source.folder)
-    return rewrite(folder, weights, meta, copy, progress, source.origin)
+    return rewrite(folder, weights, meta, copy, progress, source.origin, source.files)
 
 
 def _is_mappable(file: Path) -> bool:

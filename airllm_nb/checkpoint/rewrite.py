@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +17,7 @@ from ..errors import StoreError
 from ..trace import ProgressCallback
 from .companions import copy_small
 from .convert import shard_name
+from .files import Unchanged
 from .folder import locked
 from .index import INDEX_FILE
 from .shard import Chunk, Entry, Item, ShardJob, plain
@@ -37,7 +38,7 @@ class LazyWeights(Protocol):
 
 def rewrite(
     folder: Path, weights: LazyWeights, meta: StoreMeta, companions: Callable[[Path], None],
-    progress: ProgressCallback, origin: str = "",
+    progress: ProgressCallback, origin: str = "", sources: Iterable[Path] = (),
 ) -> Path:  # fmt: skip
     """Write ``weights`` into ``folder``, or what an earlier start left to write.
 
@@ -45,6 +46,8 @@ def rewrite(
     ----------
     companions
         Writes config and tokenizer into the folder that it is given.
+    sources
+        The files that the weights come from: if one changes meanwhile, what was made of it is not kept.
 
     Raises
     ------
@@ -54,6 +57,7 @@ def rewrite(
     shards: dict[str, list[Item]] = {}
     for name, spec in weights.specs.items():
         shards.setdefault(shard_name(name), []).append(_item(weights, spec))
+    unchanged = Unchanged(sources)
     jobs = [ShardJob(name, tuple(items)) for name, items in sorted(shards.items())]
     with tempfile.TemporaryDirectory(prefix="airllm-nb-") as made:
         # Before the weights: a tokenizer that cannot be read should not cost a conversion first.
@@ -63,7 +67,8 @@ def rewrite(
         (Path(made) / INDEX_FILE).write_text(json.dumps(index, indent=1), encoding="utf-8")
         beside = functools.partial(_adopt, Path(made))
         with locked(folder, progress):
-            write_store(folder, jobs, meta, progress=progress, beside=beside, origin=origin)
+            write_store(folder, jobs, meta, progress=progress, beside=beside, origin=origin,
+                        should_stop=unchanged.stop)  # fmt: skip
             if not (folder / INDEX_FILE).is_file():  # a store that was finished before all of these came first
                 beside(folder)
     return folder

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import open_file, read_json, status
-from ..errors import FileError, StoreError
+from ..errors import AirLLMError, FileError, StoreError
 from ..trace import Progress, ProgressCallback, silent
 from .encoded import Part
 from .folder import MANIFEST, locked, tidy
@@ -192,7 +192,7 @@ def write_store(
             if (done := finished_store(folder, meta, jobs)) is not None:
                 return done
             return _Writing(folder, jobs, meta, progress, stop).run(beside, {"origin": origin, "revision": revision})
-    except StoreError:
+    except AirLLMError:
         raise
     except OSError as error:
         raise explain(error, folder) from error

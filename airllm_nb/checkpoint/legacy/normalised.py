@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...errors import CheckpointError
 from ...trace import ProgressCallback
 from ..convert import DTYPE_NAMES
+from ..files import Unchanged
 from ..index import TensorInfo
 from ..rows import RowWorkers
 from ..shard import Chunk, Item, ShardJob, plain
@@ -37,7 +38,9 @@ def write_normalised(
         raise CheckpointError(f"the checkpoint lacks {lacking[0]}; a shard may be missing, download it again")
     workers = RowWorkers(torch.device("cpu"))
     items = tuple(_item(name, tensors[name], dtype, workers) for name in names)
-    return write_store(folder, [ShardJob("normalised", items)], meta, progress=progress)
+    sources = Unchanged(extent.path for name in names for extent in tensors[name].extents)
+    return write_store(folder, [ShardJob("normalised", items)], meta, progress=progress,
+                       should_stop=sources.stop)  # fmt: skip
 
 
 def _item(name: str, info: TensorInfo, dtype: torch.dtype, workers: RowWorkers) -> Item:
