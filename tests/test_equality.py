@@ -119,7 +119,7 @@ def smollm2_reference(
         "sampled": model.generate(smollm2_ids[1], max_new_tokens=16, do_sample=True, temperature=0.8, top_k=50),
         "beams": model.generate(smollm2_ids[0], max_new_tokens=12, num_beams=3, do_sample=False),
         "greedy": [greedy(model, ids) for ids in smollm2_ids],
-        "batch": model.generate(**smollm2_batch, max_new_tokens=64, do_sample=False),
+        "batch": model.generate(**smollm2_batch, max_new_tokens=24, do_sample=False),
     }
 
 
@@ -142,7 +142,9 @@ def test_smollm2_says_the_same_in_every_mix(
 ) -> None:
     with open_in(smollm2_folder, mix, depth) as model:
         assert set(placed(model.plan)) == wanted(mix)
-        assert model.generate(**smollm2_batch, max_new_tokens=64, do_sample=False).equal(smollm2_reference["batch"])
+        # Fewer tokens than for one mix above: from sweep to sweep the weights go the same way.
+        found = model.generate(**smollm2_batch, max_new_tokens=24, do_sample=False)
+        assert found.equal(smollm2_reference["batch"])
 
 
 @pytest.mark.slow
