@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from tiny_models import save_tiny
 from transformers import AutoTokenizer
@@ -83,10 +84,17 @@ def test_masks_and_embeddings_of_another_shape(model: StreamedModel) -> None:
 
 
 SETTINGS: dict[str, Any] = {
-    "bad_words_ids": [[5], [6, 260]], "suppress_tokens": [3, 400], "begin_suppress_tokens": [-1],
+    "bad_words_ids": [[5], [6, 260]],
     "sequence_bias": {(5, 999): -1.0}, "forced_bos_token_id": 260, "forced_eos_token_id": 9999, "pad_token_id": 260,
     "bos_token_id": -1, "decoder_start_token_id": 1000,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["git", "gemma3", "phi4_multimodal"])
+def test_positions_of_images_are_not_those_of_text(tmp_path: Path, model_type: str) -> None:
+    tiny_models.save_tiny(model_type, tmp_path)
+    with tiny_models.streamed(tmp_path) as model:
+        assert model(torch.full((1, 24), 5)).logits.shape[1] == 24
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -98,7 +106,8 @@ def test_settings_that_name_such_a_token(name: str, model: StreamedModel) -> Non
 
 
 def test_settings_that_name_tokens_of_the_model(model: StreamedModel) -> None:
-    model.generate(GOOD, max_new_tokens=2, bad_words_ids=[[5]], suppress_tokens=[3], sequence_bias={(5, 9): -1.0},
+    model.generate(GOOD, max_new_tokens=2, bad_words_ids=[[5]], sequence_bias={(5, 9): -1.0},
+                   suppress_tokens=[3, 400], begin_suppress_tokens=[-1],
                    eos_token_id=[2, 100_000], forced_eos_token_id=[2])  # fmt: skip
 
 

@@ -49,3 +49,20 @@ def test_streamed_equals_resident(saved, dtype, unit_bytes, monkeypatch):
             tokens, logits = run(model, ids)
             assert torch.equal(tokens, expected[0])
             torch.testing.assert_close(logits, expected[1], atol=1e-5, rtol=0)
+
+
+def test_a_model_that_scales_its_own_weights(tmp_path):
+    """RWKV halves states every few layers and divides the weights for it, against overflow; streamed, neither."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "rwkv", vocab_size=260, hidden_size=32, num_hidden_layers=5, rescale_every=2, context_length=64, **TOKENS
+    )
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 70, 90, 33, 60]])
+    scaled = run(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), ids)
+    plain = run(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, rescale_every=0).eval(), ids)
+    for budgets in ({}, {"vram_budget": "1MiB", "ram_budget": "1MiB", "max_seq_len": 16}):
+        with AutoModel.from_pretrained(tmp_path, dtype="float32", **budgets) as model:
+            tokens, logits = run(model, ids)
+            assert torch.equal(tokens, scaled[0]) and torch.equal(tokens, plain[0])
+            torch.testing.assert_close(logits, plain[1])

@@ -20,6 +20,11 @@ from .settings import token_settings
 
 # What architectures call a table of learned positions; one of relative positions is bounded by itself.
 _POSITIONS = re.compile(r"^wpe$|^(?!.*(relative|bias)).*posi")
+# Only compared with tokens, not looked up: one that never comes is none, as transformers has it.
+_COMPARED = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")
+# Parts for images and sound count positions of their own.
+_NOT_TEXT = re.compile("vision|visual|image|img|audio|speech")
+_PASTS = ("past_key_values", "cache_params", "state")  # of recurrent models
 _IGNORED = -100  # in labels: no loss for this position
 
 
@@ -67,8 +72,7 @@ def check_settings(native: Any, setting: Callable[[str], Any]) -> None:
     rows = vocabulary(native)
     for name, values in token_settings(setting):
         for value in values:
-            # An end that never comes is none, as transformers has it.
-            wrong = isinstance(value, int) and name != "eos_token_id" and not 0 <= value < (rows or value + 1)
+            wrong = isinstance(value, int) and name not in _COMPARED and not 0 <= value < (rows or value + 1)
             if wrong:
                 raise OptionError(f"{name} names the token {value}; {_has(rows)}")
 
@@ -90,8 +94,9 @@ def guard_positions(native: Any) -> None:
     """
     longest = context_length(native.config)
     tables = [
-        module for name, module in native.get_decoder().named_modules()  # parts for images and sound count their own
+        module for name, module in native.named_modules()
         if isinstance(module, nn.Embedding) and _POSITIONS.search(name.rpartition(".")[2])
+        and not _NOT_TEXT.search(name)
     ]  # fmt: skip
     native._learned_positions = longest if tables else None
     if not tables or not longest or native.config.is_encoder_decoder:
@@ -148,7 +153,7 @@ def _check_mask(given: Mapping[str, Any]) -> None:
     ids = given.get("inputs") if ids is None else ids
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not isinstance(ids, torch.Tensor) or ids.dim() != 2:
         return
-    past = given.get("past_key_values")
+    past = next((given[name] for name in _PASTS if given.get(name) is not None), None)
     longest = mask.shape[1] >= ids.shape[1] if past is not None else mask.shape[1] == ids.shape[1]
     if mask.shape[0] != ids.shape[0] or not longest:
         raise PromptError(f"attention_mask has the shape {list(mask.shape)}, and the tokens {list(ids.shape)}; it "

@@ -48,6 +48,9 @@ def native_config(config: Mapping[str, Any], trust_remote_code: bool = False, ho
             f"config.json is not one that {model_type} accepts ({reason}); download it again"
         ) from None
     _check_common(made)
+    if model_type == "rwkv":
+        # It would halve states every few layers, and divide the weights for that in place, against overflow in float16.
+        made.rescale_every = 0
     if native is not config and ATTENTION in native:
         attend_by(made, native[ATTENTION])
     return made
