@@ -361,6 +361,7 @@ DAMAGED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "patterns": ({"rank_pattern": ["q_proj"]}, ["rank_pattern"]),
     "a pattern": ({"alpha_pattern": {"(": 3}}, ["alpha_pattern"]),
     "nested patterns": ({"rank_pattern": {"(" * 400 + ")" * 400: 3}}, ["rank_pattern"]),
+    "too many patterns": ({"rank_pattern": {f"x{number}": 3 for number in range(20_000)}}, ["20,000 patterns"]),
     "a long pattern": ({"rank_pattern": {"q" * 10_000: 3}}, ["rank_pattern", "2,000"]),
     "a huge rank": ({"r": 10**400}, ["r=1000", CONFIG]),
     "a huge alpha": ({"lora_alpha": 10**400}, ["lora_alpha=1000", CONFIG]),

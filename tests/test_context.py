@@ -25,7 +25,7 @@ SCALED: dict[str, tuple[int, dict[str, Any]]] = {
     "linear": (128, {"rope_type": "linear", "factor": 4.0}),
     "linear, as older files say": (128, {"type": "linear", "factor": 4.0}),
     "dynamic": (64, {"rope_type": "dynamic", "factor": 2.0}),
-    "llama3": (32, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "llama3": (128, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                     "original_max_position_embeddings": 16}),
     "longrope": (32, {"rope_type": "longrope", "short_factor": FACTORS, "long_factor": FACTORS, "factor": 2.0,
                       "original_max_position_embeddings": 16}),

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from airllm_nb import AutoModel
 from airllm_nb.checkpoint import rows
 from airllm_nb.checkpoint import shard as shards
 from airllm_nb.checkpoint import store as stores
@@ -453,6 +455,15 @@ def test_damage_is_found_and_repaired(tmp_path):
     with pytest.raises(StoreError, match="damaged"):
         open_store(target)
     assert sums(convert(source, target).folder) == expected
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"name": "x", "version": 1}', "", '{"shards": 3}'])
+def test_another_programs_manifest_is_left_aside(tmp_path, tiny_llama, text):
+    folder = shutil.copytree(tiny_llama(), tmp_path / "model")
+    (folder / "manifest.json").write_text(text)
+    assert open_store(folder) is None
+    with AutoModel.from_pretrained(folder, device="cpu") as model:
+        assert model(torch.tensor([[5, 9]])).logits.shape == (1, 2, 260)
 
 
 def test_a_newer_format_is_left_alone(tmp_path):

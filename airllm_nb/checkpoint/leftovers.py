@@ -11,9 +11,10 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from ..disk import entries, open_descriptor
+from ..errors import StoreError
 
 try:
     import fcntl
@@ -101,3 +102,13 @@ def _remove(path: Path) -> None:
             path.unlink()
         finally:
             os.close(descriptor)
+
+
+def refuse_damaged(manifest: Path, error: Exception) -> Any:
+    """Raise ``StoreError`` for a manifest that cannot be read.
+
+    Where no shard of ours is beside it, it is another program's, and there is no store: ``None``.
+    """
+    if any(_SHARD.fullmatch(path.name) for path in entries(manifest.parent)):
+        raise StoreError(f"{manifest} is damaged ({error!r}); delete it and convert again") from None
+    return None

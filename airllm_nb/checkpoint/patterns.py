@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 
 # For all matches of one file; what people write takes milliseconds.
 SECONDS = 4.0
-LONGEST = 2_000
+LONGEST, MOST = 2_000, 10_000
 # Without repetition a match takes no longer than its text is.
 _PLAIN = re.compile(r"(?:[\w.^$-]|\\[.\w])*")
 # Python's own library takes these literally, the one that can be interrupted does not.
@@ -43,6 +43,8 @@ class Patterns:
         self._where, self._end, self._before = where, 0.0, "" if whole else r"(.*\.)?"
         if not isinstance(given, Mapping):
             raise self._damaged(f"is {str(given)[:80]!r}, no table")
+        if len(given) > MOST:
+            raise self._damaged(f"has {len(given):,} patterns")
         self._values = [(self._compiled(pattern), pattern, value) for pattern, value in given.items()]
 
     def first(self, name: str, otherwise: Any) -> Any:

@@ -23,7 +23,7 @@ from .folder import MANIFEST, locked, tidy
 from .index import CheckpointIndex, TensorInfo, read_header
 from .inside import inside
 from .journal import Journal, write_atomically
-from .leftovers import sweep, sweep_shards
+from .leftovers import refuse_damaged, sweep, sweep_shards
 from .room import OVERHEAD, check_space, explain
 from .shard import PAD, Item, ShardJob, plain, write_shards
 
@@ -282,7 +282,7 @@ def read_manifest(folder: Path) -> Store | None:
     except FileError:
         raise  # the disk's fault: the store may be whole
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error!r}); delete it and convert again") from None
+        return refuse_damaged(path, error)
 
 
 def _is_newer(folder: Path) -> bool:

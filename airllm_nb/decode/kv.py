@@ -13,8 +13,8 @@ from ..errors import OptionError
 
 # Planned when nothing is said; a longer generation plans again.
 DEFAULT_LENGTH = 2048
-# Types whose number of positions is that before scaling, or may be; that of llama3 and longrope is the one behind it.
-_STRETCHED, _MOST = ("linear", "dynamic", "yarn", "proportional"), 1 << 20
+# Types whose number of positions is that before scaling; and those that say what it was before: theirs may be either.
+_STRETCHED, _FROM, _MOST = ("linear", "dynamic", "yarn", "proportional"), ("yarn", "llama3", "longrope"), 1 << 20
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "max_target_positions")
 # What tables of positions are called.
 _POSITIONS = re.compile(r"(position|\bpos_|\bwpe\b)[^.]*(\.weight)?$")
@@ -66,9 +66,10 @@ def rope_layers(text: Any) -> list[Mapping[str, Any]]:
 def _reach(rope: Mapping[str, Any], said: int) -> int:
     """How far scaled positions go, as transformers reads the parameters of each type."""
     kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
-    if kind not in _STRETCHED or not isinstance(factor, (int, float)) or not 1 < factor < _MOST:
+    original = rope.get("original_max_position_embeddings") if kind in _FROM else None
+    is_scaled = kind in _STRETCHED or isinstance(original, int)
+    if not is_scaled or not isinstance(factor, (int, float)) or not 1 < factor < _MOST:
         return said
-    original = rope.get("original_max_position_embeddings") if kind == "yarn" else None
     return max(said, int((original if isinstance(original, int) else said) * factor))
 
 
