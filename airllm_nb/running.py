@@ -102,10 +102,12 @@ class Running(FixedWeights):
         BudgetError
             If there is no room for it; all positions get logits, unless ``logits_to_keep`` says otherwise.
         """
-        args, kwargs = tuple(map(self._on_device, args)), {k: self._on_device(v) for k, v in kwargs.items()}
+        runs = self._turn.runs
         with self._gradients((*args, *kwargs.values())):
-            work, past = of_forward(self, args, kwargs), kwargs.get("past_key_values")
-            if self._turn.runs:
+            # Where the caller has them: to look at what is on a GPU is to wait for it.
+            work, past = of_forward(self, args, kwargs, within=runs), kwargs.get("past_key_values")
+            args, kwargs = tuple(map(self._on_device, args)), {k: self._on_device(v) for k, v in kwargs.items()}
+            if runs:
                 self._residence.admit(work, has_cache=past is not None or kwargs.get("use_cache") is False)
                 return self._executor.sweep(lambda: native(self, *args, **kwargs))
             fresh = past is None and len(args) <= 1  # a cache may come by position too

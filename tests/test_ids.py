@@ -11,10 +11,11 @@ import pytest
 import tiny_models
 import torch
 from tiny_models import save_tiny
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 
 from airllm_nb import AutoModel
 from airllm_nb.decode import ids as ids_module
+from airllm_nb.decode import prefill
 from airllm_nb.engine import StreamedModel
 from airllm_nb.errors import OptionError, PromptError
 
@@ -146,3 +147,48 @@ def test_the_check_costs_one_way_to_the_device(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(ids_module, "_limits", lambda values: (asked.append(1), real(values))[1])
     model(GOOD)
     assert len(asked) == 1
+
+
+def test_a_generation_does_not_wait_to_look_at_what_it_sampled(
+    monkeypatch: pytest.MonkeyPatch, model: StreamedModel
+) -> None:
+    looked: list[torch.Size] = []
+    real, padded = ids_module._limits, prefill._is_padded
+
+    def look_at_mask(mask: Any) -> bool:
+        if mask is not None:
+            looked.append(mask.shape)
+        return padded(mask)
+
+    monkeypatch.setattr(prefill, "_is_on_host", lambda value: not isinstance(value, torch.Tensor))  # as on a GPU
+    monkeypatch.setattr(ids_module, "_limits", lambda values: (looked.append(values.shape), real(values))[1])
+    monkeypatch.setattr(prefill, "_is_padded", look_at_mask)
+    for options in ({}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}):
+        counts = []
+        for tokens in (4, 12):
+            looked.clear()
+            model.generate(GOOD[:1], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **options)
+            counts.append(len(looked))
+        assert counts[0] == counts[1], "only what is given is looked at"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_a_processor_gives_is_looked_at(cached: bool, model: StreamedModel) -> None:
+    def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cache = DynamicCache(config=model.config) if cached else None
+        if cached:
+            model(GOOD, past_key_values=cache)
+        with pytest.raises(PromptError, match=r"token 260 at \[1, 2\]"):
+            model(changed(1, 2, 260), past_key_values=cache)
+        asked.append(1)
+        return scores
+
+    asked: list[int] = []
+    model.generate(GOOD, max_new_tokens=2, logits_processor=[processor])
+    assert asked
+
+
+def test_names_of_arguments_are_those_of_the_native_class(model: StreamedModel) -> None:
+    names = list(prefill._parameters(model))
+    assert names[0] == "input_ids" and "logits_to_keep" in names and "self" not in names
+    assert prefill._parameters(model) is prefill._parameters(model)

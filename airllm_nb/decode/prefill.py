@@ -5,6 +5,7 @@ Each chunk of a prompt costs a sweep over all weights, so there are as few as fi
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,10 +144,14 @@ def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
     )
 
 
-def of_forward(native: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Work:
-    """What ``native(*args, **kwargs)`` asks for; raises ``PromptError`` for what the model cannot look up."""
+def of_forward(native: Any, args: Sequence[Any], kwargs: Mapping[str, Any], within: bool = False) -> Work:
+    """What ``native(*args, **kwargs)`` asks for; raises ``PromptError`` for what the model cannot look up.
+
+    ``within`` says that a generation calls it: what that goes on with it has sampled, and the host waits for no device.
+    """
     given = dict(zip(_parameters(native), args, strict=False)) | dict(kwargs)
-    check_call(native, given)
+    goes_on = within and _cached(given) > 0
+    check_call(native, {k: v for k, v in given.items() if _is_on_host(v)} if goes_on else given)
     (batch, tokens), past = prompt_shape(given), _cached(given)
     logits = given.get("logits_to_keep", 0) if "logits_to_keep" in _parameters(native) else None
     return Work(
@@ -208,5 +213,15 @@ def _is_padded(mask: Any) -> bool:
     return isinstance(mask, torch.Tensor) and (mask.dim() > 2 or not bool(mask.all()))
 
 
+def _is_on_host(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
+
+
 def _parameters(native: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(native.forward).parameters
+    return _parameters_of(type(native).forward)
+
+
+@functools.cache
+def _parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    _, *rest = inspect.signature(forward).parameters.items()  # without ``self``
+    return dict(rest)
