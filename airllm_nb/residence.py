@@ -111,8 +111,11 @@ class Residence:
         BudgetError
         """
         run, tokens = self._admitted
+        if not self._machine.has_device:
+            return
         is_its_own = has_cache and work.batch <= run.batch and work.prompt <= tokens and not work.loss
-        if not self._machine.has_device or (is_its_own and (run.logits is None or work.logits == run.logits)):
+        # Without a number all tokens get logits.
+        if is_its_own and (run.logits is None or (work.logits or work.prompt) <= run.logits):
             return
         held, wanted = (planning.needs(self._prepared, each, each.prompt) for each in (run, work))
         total = wanted.total + (0 if has_cache else held.kv_cache)
@@ -129,6 +132,9 @@ class Residence:
             log.info("planning again for %d tokens x %d sequences", work.length, work.batch)
             before = self.plan
             self.plan, tokens = planning.plan(self._prepared, self._machine, work, self._wished)
+            if self.executor is not None and self.plan.tiers == before.tiers and not self.plan.streamed_bytes:
+                self.executor.plan = self.plan  # all stays where it is
+                return tokens
             try:
                 self._build()
             except BaseException:  # whatever a device runs into, or Ctrl-C: the next run starts as before
@@ -138,10 +144,10 @@ class Residence:
             self._build()
         return tokens
 
-    def close(self) -> None:
-        """Free the executor's memory, threads and files. Safe to call twice."""
+    def close(self, hooks: bool = True) -> None:
+        """Free the executor's memory, threads and files, and remove its ``hooks``. Safe to call twice."""
         if self.executor is not None:
-            self.executor.close()
+            self.executor.close(hooks)
             self.executor = None
         self._prepared.scratch.close()
         drop_unpacked(self._prepared.skeleton)
@@ -169,11 +175,29 @@ class Residence:
         )  # fmt: skip
 
     def _refuse_to_lose(self) -> None:
-        """A new plan reads all weights anew."""
-        if self.executor is not None and (name := self.executor.changed):
-            raise BudgetError(f"there is no room for this, and a new plan would lose what was changed in {name}; load "
+        """A new plan reads all weights anew, and may let them stream."""
+        if self.executor is None:
+            return
+        lost = ""
+        if name := self.executor.changed:
+            lost = f"what was changed in {name}"
+        elif self.executor.holds_all and (self._prepared.skeleton.training or self._has_gradients()):
+            lost = "the weights that are being trained"
+        if lost:
+            raise BudgetError(f"there is no room for this, and a new plan would lose {lost}; load "
                               "with a larger max_seq_len, batch_size or vram_budget before you change or train it, or "
                               "save_pretrained and load that")  # fmt: skip
+
+    def _has_gradients(self) -> bool:
+        return any(each.grad is not None for each in self._prepared.skeleton.parameters())
+
+    def _keeps_a_graph(self) -> bool:
+        """Whether a forward keeps activations for gradients now, which no budget counts."""
+        holds_all = self.executor is not None and self.executor.holds_all
+        return (
+            holds_all and torch.is_grad_enabled()
+            and any(each.requires_grad for each in self._prepared.skeleton.parameters())
+        )  # fmt: skip
 
     # --- when others take the memory
 
@@ -187,6 +211,11 @@ class Residence:
                     raise
                 _drop_frames(error)
             # Out of the except clause: until then the failed frames hold their tensors.
+            if self._keeps_a_graph():
+                _let_go(self._prepared.device)
+                raise BudgetError("device memory ran out in a forward that keeps its activations for gradients, which "
+                                  "vram_budget does not count; give it less at a time, or compute under "
+                                  "torch.no_grad()")  # fmt: skip
             if again:
                 break
             self._shrink(work)
@@ -201,12 +230,17 @@ class Residence:
     def _shrink(self, work: Work) -> None:
         """Free everything, and plan for what is there, an eighth less than before at least."""
         prepared, before = self._prepared, self._prepared.vram_budget
-        self._refuse_to_lose()
+        _let_go(prepared.device)  # to look at weights takes some memory
+        try:
+            self._refuse_to_lose()
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise BudgetError(f"device memory ran out, and there is none to see what was changed; {_REMEDY}") from None
         self.close()
-        gc.collect()
+        _let_go(prepared.device)
         budgets = [before - before // 8]
         if prepared.device.type == "cuda":
-            torch.cuda.empty_cache()
             budgets.append(available(prepared.device))
         prepared.vram_budget = min(budgets)
         try:
@@ -232,6 +266,13 @@ def available(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int((free + unused) * (1 - VRAM_MARGIN))
+
+
+def _let_go(device: torch.device) -> None:
+    """Of memory that nothing uses."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

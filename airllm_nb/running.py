@@ -51,6 +51,7 @@ class Running(FixedWeights):
         # Where clients look for the tokenizer.
         self.name_or_path = self.config._name_or_path = prepared.source.repo_id or str(prepared.folder)
         self._turn = Turn(self.name)
+        self._turn.when_closed = self._free
         self._refusals: list[Any] = []
         weights = [binding.weight for unit in prepared.units for binding in unit.bindings] + prepared.small
         self._weight_names = {(id(module), name): each.name for each in weights for module, name in each.owners}
@@ -144,32 +145,30 @@ class Running(FixedWeights):
     def close(self) -> None:
         """Stop a running generation, free memory, threads and files. Safe to call twice.
 
-        Called by what a generation calls, it ends that, and frees all when it is over.
+        Called by what a generation or a forward calls, it ends that, and frees all when it is over.
         """
         self._turn.closed = True
         self.stop()
-        if not self._turn.runs:
+        if not self._turn.is_within:
             self._free()
 
-    def _free(self) -> None:
+    def _free(self, ending: Any = None) -> None:
+        """``ending`` is a part whose forward ends by this: its hooks are being called, and stay as they are."""
         with self._turn.last():
-            self._residence.close()
+            self._residence.close(hooks=ending is None)
             self._prepared.held.close()
             if not self._refusals:  # parts of a closed model say so too
                 for unit in self._prepared.units:
-                    self._refusals += Guard(self._turn, unit.module, lambda: None).put_on()
+                    if unit.module is not ending:
+                        self._refusals += Guard(self._turn, unit.module, lambda: None).put_on()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     @contextlib.contextmanager
     def _claimed(self, cancel: threading.Event) -> Iterator[None]:
         """One run at a time; ``cancel`` is what :meth:`stop` sets."""
-        try:
-            with self._turn.run(cancel):
-                yield
-        finally:
-            if self._turn.closed and self._executor is not None:
-                self._free()
+        with self._turn.run(cancel):
+            yield
         if self.options.profiling_mode:
             log.info("time per stage\n%s", self._residence.trace.table())
 

@@ -536,6 +536,53 @@ def test_a_second_failure_is_said_and_leaves_it_usable(roomy: StreamedModel, res
     assert roomy.generate(ids(), max_new_tokens=6, do_sample=False).equal(expected)
 
 
+def test_what_is_free_is_let_go_before_weights_are_looked_at(
+    roomy: StreamedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    real = residence._let_go
+    monkeypatch.setattr(residence, "_let_go", lambda device: (done.append("let go"), real(device))[1])
+    changed = property(lambda _: (done.append("look"), "")[1])
+    monkeypatch.setattr(residence.Executor, "changed", changed)
+    short_of_memory(roomy, 0)
+    roomy(ids())
+    assert done[:2] == ["let go", "look"]
+
+    def fails(_: Any) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(residence.Executor, "changed", property(fails))
+    before = roomy.plan.vram_budget
+    short_of_memory(roomy, 0)
+    with pytest.raises(BudgetError, match="none to see what was changed; close the other programs") as failure:
+        roomy(ids())
+    assert "\n" not in str(failure.value) and roomy.plan.vram_budget == before
+    roomy(ids())
+
+
+@pytest.mark.parametrize("call", [{}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}], ids=str)
+def test_a_step_of_a_generation_is_admitted_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, call: dict[str, Any]
+) -> None:
+    asked: list[int] = []
+    real = planning.needs
+    with opened(folder, LENGTH, spare=4 << 20) as model:
+        run = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, **call}
+        model.generate(ids(20), **run)
+        work: list[Any] = []
+        admit = model._residence.admit
+
+        def admitting(*args: Any, **kwargs: Any) -> None:
+            monkeypatch.setattr(planning, "needs", lambda *a: (asked.append(1), real(*a))[1])
+            admit(*args, **kwargs)
+            monkeypatch.setattr(planning, "needs", real)
+            work.append(args)
+
+        monkeypatch.setattr(model._residence, "admit", admitting)
+        model.generate(ids(20), **run)
+        assert len(work) > 3 and not asked
+
+
 def test_failed_frames_are_let_go(roomy: StreamedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[Any] = []
 

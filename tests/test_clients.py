@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -9,12 +10,14 @@ import inspect
 import io
 import pickle
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fakes import within
 from test_equality import ROOM, budgets_for, open_in
 from transformers import (
     AutoModelForCausalLM,
@@ -315,6 +318,57 @@ def test_it_is_closed_by_what_its_generation_calls(folder: Path) -> None:
     with pytest.raises(AirLLMError):
         model.generate(IDS, max_new_tokens=5, logits_processor=LogitsProcessorList([Closes()]))
     assert model.closed and not model.busy and model._executor is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", [part for part in PARTS if part != "its generate"])
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_it_is_closed_by_what_its_parts_call(folder: Path, kind: str, part: str, place: str) -> None:
+    model: Any = opened(folder, kind)
+    ends = {"its head": [model.lm_head], "its table": [model.get_input_embeddings()],
+            "a layer": [model.model.layers[4].self_attn, model.model.layers[4].mlp.down_proj]}  # fmt: skip
+    module = ends.get(part, [model.model.layers[0], model.model.layers[9].mlp])[0 if place == "first" else -1]
+    module.register_forward_hook(lambda *_: model.close())
+    with contextlib.suppress(AirLLMError), warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch's, about hooks that fail
+        within(60, lambda: PARTS[part](model))
+    assert model.closed and not model.busy and model._executor is None
+    for each in PARTS.values():
+        refuses(functools.partial(each, model), ClosedError)
+
+
+def test_it_is_closed_after_ctrl_c_in_a_part(folder: Path) -> None:
+    for kind in KINDS:
+        model: Any = opened(folder, kind)
+        interrupted(model, model.model)
+        within(60, model.close)
+        assert not model.busy and model._executor is None
+        model = opened(folder, kind)
+        interrupted(model, model.model)
+        model.close()  # by the thread that was interrupted
+        assert not model.busy and model._executor is None
+
+
+def interrupted(model: Any, part: Any) -> None:
+    """Ctrl-C in the middle of a forward of ``part``: no hook is called then."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[3].mlp.down_proj.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        part(IDS)
+    hook.remove()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_ctrl_c_in_a_part_leaves_nothing_behind(model: Any, resident: Any, part: str) -> None:
+    for failed in (model.model, model, model.model):
+        interrupted(model, failed)
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(PARTS[part](model), PARTS[part](resident))
+    assert not model.busy
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------

@@ -266,6 +266,10 @@ CHANGED: dict[str, Callable[[Any], Any]] = {
     "data": lambda w: w.data.mul_(1.5),
     "one number": lambda w: w.view(-1)[5].add_(1),
     "new data": lambda w: setattr(w, "data", w.detach() * 2),
+    "turned round": lambda w: w.copy_(w.flip(0)),
+    "data turned round": lambda w: w.data.copy_(w.data.flip(0)),
+    "data rolled": lambda w: w.data.copy_(w.data.roll(2, 1)),
+    "two numbers change places": lambda w: w.data.view(-1)[:8].copy_(w.data.view(-1)[[4, 1, 2, 3, 0, 5, 6, 7]]),
 }
 
 
@@ -276,7 +280,7 @@ def test_a_new_plan_does_not_lose_what_was_changed(tiny_llama: Callable[..., Pat
     folder = tiny_llama(dtype="float32", eos_token_id=None)
     expected = native(folder)
     long = torch.randint(3, 250, (32, 8))
-    options: dict[str, Any] = {"dtype": "float32", "max_seq_len": 24, "vram_budget": "4MiB"}
+    options: dict[str, Any] = {"dtype": "float32", "max_seq_len": 24, "vram_budget": "2300KiB"}
     with AutoModel.from_pretrained(folder, **options) as model, torch.no_grad():
         call = functools.partial(model.generate, long, attention_mask=torch.ones_like(long), max_new_tokens=4)
         for each in (model, expected):
@@ -284,11 +288,96 @@ def test_a_new_plan_does_not_lose_what_was_changed(tiny_llama: Callable[..., Pat
         assert same_logits(model, expected)
         assert "model.layers.1.mlp.up_proj.weight" in refuses(call, BudgetError)
         assert same_logits(model, expected)
+    with AutoModel.from_pretrained(folder, **(options | {"vram_budget": "4MiB"})) as model, torch.no_grad():
+        before = model.plan.needs.kv_cache
+        CHANGED[change](model.model.layers[1].mlp.up_proj.weight)
+        model.generate(long, attention_mask=torch.ones_like(long), max_new_tokens=4)
+        assert model.plan.needs.kv_cache > before and same_logits(model, expected), "all stays where it is"
     with AutoModel.from_pretrained(folder, **options) as model:
         call = functools.partial(model.generate, long, attention_mask=torch.ones_like(long), max_new_tokens=4)
         before = model.plan.needs.kv_cache
         call()
         assert model.plan.needs.kv_cache > before, "it was planned again"
+
+
+def test_what_was_made_for_a_first_step_trains_though_that_is_planned_again(tiny_llama: Callable[..., Path]) -> None:
+    from airllm_nb import AutoModel
+
+    folder = tiny_llama(dtype="float32", eos_token_id=None)
+    batch = torch.randint(3, 250, (16, 60), generator=torch.Generator().manual_seed(1))
+    expected = losses(native(folder), batch)
+    assert expected[0] > expected[-1]
+    with AutoModel.from_pretrained(folder, dtype="float32", max_seq_len=16, vram_budget="180MiB") as model:
+        executor, before = model._executor, model.plan.needs
+        assert torch.allclose(losses(model, batch), expected, atol=1e-5)
+        assert model.plan.needs.kv_cache > before.kv_cache, "it was planned again"
+        assert model._executor is executor, "and nothing was read again"
+        assert model.trace.plan == model.plan.as_dict()
+
+
+def losses(model: Any, batch: torch.Tensor) -> torch.Tensor:
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.5), []
+    for _ in range(3):
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.detach())
+    return torch.stack(seen)
+
+
+def test_a_model_that_is_built_again_has_the_parameters_it_had(tiny_llama: Callable[..., Path]) -> None:
+    from test_budget import short_of_memory
+
+    from airllm_nb import AutoModel
+
+    folder = tiny_llama(dtype="float32", num_hidden_layers=6, eos_token_id=None)
+    expected = native(folder)
+    with AutoModel.from_pretrained(folder, dtype="float32", max_seq_len=64, vram_budget="180MiB") as model:
+        kept, executor = list(model.parameters()), model._executor
+        short_of_memory(model, 0)
+        model.generate(IDS, max_new_tokens=4, do_sample=False)
+        assert model._executor is not executor and model._holds_all
+        assert all(now is was for now, was in zip(model.parameters(), kept, strict=True))
+        assert same_logits(model, expected)
+        assert torch.allclose(losses(model, IDS), losses(expected, IDS), atol=1e-5)
+
+
+@pytest.mark.parametrize("sign", ["training", "gradients"])
+def test_what_trains_is_not_let_stream(tiny_llama: Callable[..., Path], sign: str) -> None:
+    from airllm_nb import AutoModel
+
+    folder = tiny_llama(dtype="float32", eos_token_id=None)
+    with AutoModel.from_pretrained(folder, dtype="float32", max_seq_len=24, vram_budget="2300KiB") as model:
+        if sign == "training":
+            model.train()
+        else:
+            model(IDS, labels=IDS).loss.backward()
+        long = torch.randint(3, 250, (32, 8))
+        call = functools.partial(model.generate, long, attention_mask=torch.ones_like(long), max_new_tokens=4)
+        assert "being trained" in refuses(call, BudgetError)
+        assert model._holds_all
+        model.eval().zero_grad()
+        call()
+        assert not model._holds_all
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_memory_for_gradients_shrinks_no_budget(tiny_llama: Callable[..., Path], mode: Any) -> None:
+    from test_budget import short_of_memory
+
+    from airllm_nb import AutoModel
+
+    folder = tiny_llama(dtype="float32", num_hidden_layers=6)
+    with AutoModel.from_pretrained(folder, dtype="float32", max_seq_len=64, vram_budget="180MiB") as model, mode():
+        before = model.plan.vram_budget
+        short_of_memory(model, 0)
+        if mode is torch.enable_grad:
+            assert "gradients" in refuses(lambda: model(IDS, labels=IDS), BudgetError)
+            model(IDS, labels=IDS).loss.backward()
+        else:
+            model(IDS, labels=IDS)
+        assert (model.plan.vram_budget == before) == (mode is torch.enable_grad)
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
@@ -335,17 +424,21 @@ def test_peft_on_it_equals_peft_on_transformers(folder: Path, tmp_path: Path, ki
 
 @pytest.mark.parametrize("begin", range(0, 9))
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.bool])
-def test_a_change_anywhere_in_memory_shows(begin: int, dtype: torch.dtype) -> None:
-    from airllm_nb.model.resident import _sum
+def test_a_change_anywhere_in_memory_shows(begin: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from airllm_nb.model import resident as module
 
+    monkeypatch.setattr(module, "_PART", 5)
+    numbers = module._numbers(torch.device("cpu"))
     memory = torch.zeros(200, dtype=torch.uint8)
     weight = memory[begin * dtype.itemsize :][: 3 * 7 * dtype.itemsize].view(dtype).view(3, 7)
-    before = _sum(weight)
+    seen = [before := module._sums(weight, numbers)]
     for index in range(weight.numel()):
         weight.view(-1)[index] = 1
-        assert not torch.equal(_sum(weight), before)
+        now = module._sums(weight, numbers)
+        assert not any(torch.equal(now, each) for each in seen), "nor is it told from the same at another place"
+        seen.append(now)
         weight.view(-1)[index] = 0
-    assert torch.equal(_sum(weight), before)
+    assert torch.equal(module._sums(weight, numbers), before)
 
 
 def test_peft_goes_on_after_a_new_plan(tiny_llama: Callable[..., Path]) -> None:

@@ -57,6 +57,8 @@ class Executor:
     ----------
     holds_all
         Whether every weight is there all the time, as it is: what runs is a native model like any other.
+    plan
+        May be replaced by one that places all as it is.
     """
 
     def __init__(
@@ -70,11 +72,10 @@ class Executor:
         turn: Turn,
         profile: bool = False,
     ):
-        self._model, self._units, self._plan, self._device, self._depth = model, list(units), plan, device, depth
+        self._model, self._units, self.plan, self._device, self._depth = model, list(units), plan, device, depth
         self._turn, self._sweep, self.holds_all = turn, Sweep(), True
         self._copier: Copier = CudaCopier(device) if device.type == "cuda" else MemoryCopier()
-        self._recorder = Recorder(self._copier, device)
-        self._files = MappedFiles()
+        self._recorder, self._files = Recorder(self._copier, device), MappedFiles()
         weights = [*small, *(binding.weight for unit in units for binding in unit.bindings)]
         self.sources = Unchanged(extent.path for weight in weights for extent in weight.info.extents)
         self._tiers = {unit.name: tier for unit, tier in zip(units, plan.tiers, strict=True)}
@@ -103,8 +104,8 @@ class Executor:
         """
         self.sources.check()
         self._sweep.start(cancel)
-        trace.predicted_sweep_seconds, trace.bound_by = self._plan.sweep_seconds, self._plan.bound_by
-        trace.plan, trace.tiers = self._plan.as_dict(), self._tiers
+        trace.predicted_sweep_seconds, trace.bound_by = self.plan.sweep_seconds, self.plan.bound_by
+        trace.plan, trace.tiers = self.plan.as_dict(), self._tiers
         self._recorder.begin(trace)
 
     def finish(self) -> None:
@@ -144,10 +145,10 @@ class Executor:
         """How often compute left the schedule; each costs the units that were ahead."""
         return self._prefetcher.resets if self._prefetcher else 0
 
-    def close(self) -> None:
+    def close(self, hooks: bool = True) -> None:
         """Remove the hooks, stop the threads, drop the memory. Safe to call twice and in every state."""
         self._sweep.end()
-        while self._hooks:
+        while hooks and self._hooks:
             self._hooks.pop().remove()
         if self._prefetcher is not None:
             self._prefetcher.close()
@@ -156,9 +157,9 @@ class Executor:
         for module in self._timed:
             module.timer = None  # type: ignore[assignment]
         self._resident.close()
-        self._prefetcher = None
         if self._memory is not None:
             self._memory.close()
+        self._prefetcher = None
         self._files.close()
 
     # --- building
@@ -169,17 +170,16 @@ class Executor:
         for weight in small:
             self._resident.keep(weight)
         streamed, tables = list[ModelUnit](), list[ModelUnit]()
-        for unit, tier in zip(self._units, self._plan.tiers, strict=True):
+        for unit, tier in zip(self._units, self.plan.tiers, strict=True):
             if unit.kind == "embedding":
                 tables.append(unit)
             elif tier == "gpu":
                 self._make_resident(unit)
-            elif tier == "ram" and not self._plan.machine.has_device:
+            elif tier == "ram" and not self.plan.machine.has_device:
                 self._compute_in_place(unit)
             else:
                 streamed.append(unit)
-        # After the units: a table tied to a resident head needs no memory of its own.
-        for unit in tables:
+        for unit in tables:  # last: one tied to a resident head needs no memory of its own
             self._place_table(unit)
         self._stream(streamed)
         for module in self._timed:
@@ -188,7 +188,7 @@ class Executor:
         self.holds_all &= not computes_packed(self._model)
         if self.holds_all:
             self._resident.let_train()
-        if self._plan.machine.has_device:  # else it is never built again
+        if self.plan.machine.has_device:  # else it is never built again
             self._resident.remember()
 
     def _make_resident(self, unit: ModelUnit) -> None:
@@ -211,7 +211,7 @@ class Executor:
         binding = unit.bindings[0]
         has_packing = hasattr(binding.module, "packing")
         in_place = self._device.type == "cpu" and not binding.weight.needs_cast and not has_packing
-        is_planned = self._plan.tiers[self._units.index(unit)] == "gpu" and not is_tied(unit)
+        is_planned = self.plan.tiers[self._units.index(unit)] == "gpu" and not is_tied(unit)
         is_resident = binding.weight in self._resident or (is_planned and not in_place)
         table = self._resident.copy(binding.weight) if is_resident else self._resident.stored(binding.weight)
         if (is_resident and not has_packing) or in_place:
@@ -227,10 +227,10 @@ class Executor:
     def _stream(self, units: list[ModelUnit]) -> None:
         if not units:
             return
-        plan, machine = self._plan, self._plan.machine
+        plan, kept = self.plan, [self._tiers[unit.name] == "ram" for unit in units]
         self._memory = StreamMemory(
-            [unit.stream for unit in units], [self._tiers[unit.name] == "ram" for unit in units], device=self._device,
-            arena_bytes=plan.arena_bytes, ring_bytes=plan.ring_bytes, ram=machine.ram, direct=machine.direct,
+            [unit.stream for unit in units], kept, device=self._device, arena_bytes=plan.arena_bytes,
+            ring_bytes=plan.ring_bytes, ram=plan.machine.ram, direct=plan.machine.direct,
         )  # fmt: skip
         self._prefetcher = Prefetcher(
             self._memory.stops, self._memory.reader, self._copier, self._depth, self._recorder.clock,

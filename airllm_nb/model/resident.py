@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 
 from ..stream.mapped import MappedFiles
 from .binding import parameter
 from .skeleton import Binding, Weight
+
+# Words that are looked at together: temporaries of 8 MiB.
+_PART = 1 << 20
 
 
 class Resident:
@@ -26,7 +31,7 @@ class Resident:
         self._copies: dict[str, torch.Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}
         self._owners: list[tuple[nn.Module, str, str]] = []
-        self._sums: dict[str, torch.Tensor] = {}
+        self._was: dict[str, tuple[int, torch.Tensor]] = {}
 
     def __contains__(self, weight: Weight) -> bool:
         return weight.name in self._copies
@@ -56,7 +61,9 @@ class Resident:
         self._bind(binding.weight, binding.module, binding.attribute, tensor)
 
     def _bind(self, weight: Weight, module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
-        module._parameters[attribute] = self._parameters.setdefault(weight.name, parameter(tensor))
+        if weight.name not in self._parameters:
+            self._parameters[weight.name] = _same(weight, tensor)
+        module._parameters[attribute] = self._parameters[weight.name]
         self._owners.append((module, attribute, weight.name))
 
     def let_train(self) -> None:
@@ -66,13 +73,17 @@ class Resident:
 
     def remember(self) -> None:
         """Take down what they are, for :meth:`changed`."""
-        self._sums = {name: _sum(each) for name, each in self._parameters.items()}
+        numbers = _numbers(self._device)
+        self._was = {name: (each._version, _sums(each, numbers)) for name, each in self._parameters.items()}
 
     def changed(self) -> str:
         """A weight that is not what it was, by training or by hand; empty if there is none."""
+        numbers = _numbers(self._device)
         for module, attribute, name in self._owners:
-            now = module._parameters.get(attribute)
-            if now is not self._parameters[name] or not torch.equal(_sum(now), self._sums[name]):
+            now, (version, sums) = module._parameters.get(attribute), self._was[name]
+            if now is not self._parameters[name] or now._version != version:
+                return name
+            if not torch.equal(_sums(now, numbers), sums):  # by way of ``data``, which no version counts
                 return name
         return ""
 
@@ -81,13 +92,33 @@ class Resident:
         self._copies.clear()
         self._parameters.clear()
         self._owners.clear()
-        self._sums.clear()
+        self._was.clear()
 
 
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Of its bytes, as large whole numbers: a pass over the memory that every change shows in, and no copy."""
+def _same(weight: Weight, tensor: torch.Tensor) -> nn.Parameter:
+    """A parameter; where somebody has the one of an earlier plan (an optimizer, say), that one."""
+    made = weight.parameter() if weight.parameter is not None else None
+    if made is None:
+        made = parameter(tensor)
+        weight.parameter = weakref.ref(made)
+    else:
+        made.data = tensor.data
+    return made.requires_grad_(False)
+
+
+def _numbers(device: torch.device) -> torch.Tensor:
+    """The same random numbers each time, one for each word of a part."""
+    chance = torch.Generator().manual_seed(0)
+    return torch.randint(1, 1 << 31, (_PART,), generator=chance).to(device)
+
+
+def _sums(tensor: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Of its parts, each word times a number: whatever is changed or changes places shows, and little memory is needed.
+
+    A product of 32 and 31 bits fits 64: no single change is lost in it.
+    """
     raw = tensor.detach().reshape(-1).view(torch.uint8)
-    first = min(-raw.storage_offset() % 8, raw.numel())  # files begin their tensors anywhere
-    last = first + (raw.numel() - first) // 8 * 8
-    ends = raw[:first].sum(dtype=torch.int64) + raw[last:].sum(dtype=torch.int64)
-    return raw[first:last].view(torch.int64).sum() + ends if last > first else ends
+    first = min(-raw.storage_offset() % 4, raw.numel())  # files begin their tensors anywhere
+    last = first + (raw.numel() - first) // 4 * 4
+    words = raw[first:last].view(torch.int32).split(_PART) if last > first else ()
+    return torch.stack([(part * numbers[: len(part)]).sum() for part in (raw[:first], *words, raw[last:])])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class Weight:
         ``(module, attribute)`` pairs; more than one when weights are tied.
     meta
         What stands in the module while nothing is bound.
+    parameter
+        Refers to what stood there last while it was resident.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Weight:
     owners: list[tuple[nn.Module, str]]
     meta: torch.Tensor
     is_buffer: bool = False
+    parameter: weakref.ref[nn.Parameter] | None = None
 
     @property
     def stored_dtype(self) -> torch.dtype:
