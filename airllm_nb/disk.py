@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,10 @@ log = logging.getLogger(__name__)
 
 # More than any config, index or tokenizer takes; what is larger is no such file.
 MOST_BYTES = 128 << 20
+# What some file systems say that can be read, but not mapped.
+UNMAPPABLE = (errno.ENODEV, errno.EOPNOTSUPP)
 # Opening a pipe would wait for somebody who writes into it.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -50,6 +54,14 @@ def status(path: Path) -> os.stat_result:
     """Size, time and kind of a file or folder; raises ``FileError``."""
     with told(path, "opened"):
         return path.stat()
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a regular file; nothing can be where no file can be called so, or this user may not look."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, or with a null byte
+        return False
 
 
 def entries(folder: Path) -> list[Path]:
@@ -148,18 +160,37 @@ def told(path: str | os.PathLike[str] | None = None, done: str = "read") -> Iter
 def refused(error: OSError, path: str | os.PathLike[str] | None = None, done: str = "read") -> FileError:
     """The error to raise for what the system said of ``path``, or of the file that ``error`` names."""
     name = os.fsdecode(path or error.filename or "a file of the model")
+    code = error.errno
+    if code is None and (found := _OS_ERROR.search(str(error))):  # of Rust, which has it in words only
+        code = int(found[1])
     reason = (error.strerror or str(error) or type(error).__name__).splitlines()[0]
-    remedy = _REMEDIES.get(error.errno or 0, "check the disk, then load the model again")
-    if error.errno in (errno.EACCES, errno.EPERM):
+    remedy = _REMEDIES.get(code or 0, "check the disk, then load the model again")
+    if code in (errno.EACCES, errno.EPERM):
         remedy = _whose(name)
-    elif error.errno in (errno.EMFILE, errno.ENFILE):
+    elif code in (errno.EMFILE, errno.ENFILE):
         remedy = f"close other models and files, or allow more (ulimit -n{_open_files()})"
     kind = MissingFileError if isinstance(error, FileNotFoundError) else FileError
     made = kind(f"{name} cannot be {done} ({reason}); {remedy}")
-    made.errno = error.errno
+    made.errno = code
     return made
 
 
+def refusal(error: BaseException | None, path: Path) -> FileError | None:
+    """What the system refused at last behind an error of a library; ``None`` where a file is missing or damaged."""
+    while error is not None:
+        found = _OS_ERROR.search(str(error))
+        code = int(found[1]) if found else getattr(error, "errno", None) or 0
+        if code in _OF_THE_SYSTEM:
+            return refused(error if isinstance(error, OSError) else OSError(code, os.strerror(code)), path)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+# Of these no file is the cause, whatever is in it.
+_OF_THE_SYSTEM = {
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.EROFS,
+    getattr(errno, "ESTALE", errno.EIO), getattr(errno, "EDQUOT", errno.ENOSPC),
+}  # fmt: skip
 _REMEDIES = {
     errno.ENOENT: "was it moved or deleted? Put it back or download it again, then load the model again",
     errno.EACCES: "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +114,12 @@ def source_is_here(store: CachedStore) -> bool | None:
     """
     if not store.origin:
         return None
+    with suppress(OSError, ValueError):
+        return _is_here(store)
+    return False  # it cannot be the name of a file, or not of one that this user may see
+
+
+def _is_here(store: CachedStore) -> bool | None:
     if not _is_model(store):
         path = Path(store.origin)
         blobs = repository_folder(store.origin) / "blobs"

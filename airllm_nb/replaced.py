@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .checkpoint.adapter_copies import ADAPTERS
+from .checkpoint.adapter_copies import ADAPTERS, COPY
 from .checkpoint.cached import named, written_beside
 from .checkpoint.folder import POINTER, exclusively
 from .checkpoint.gguf_split import part_names, whole_name
@@ -26,6 +26,7 @@ from .checkpoint.replacements import (
     RECORDS,
     Replacement,
     Stamp,
+    is_record,
     is_vouched,
     pointed,
     record,
@@ -34,8 +35,9 @@ from .checkpoint.replacements import (
 )
 from .checkpoint.store import Store, open_store
 from .config import LoadOptions, cache_dir
-from .disk import expanded
-from .errors import OptionError, SourceError, StoreError
+from .disk import expanded, is_file
+from .errors import FileError, OptionError, SourceError, StoreError
+from .stream.trial import MACHINE
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +57,20 @@ def meant(model: str | Path, shards: str | Path | None = None) -> str | Path:
     if beside is None:
         return model
     is_ours = folder.resolve().parent in {base.resolve() for base in _bases(shards)}
-    if is_ours and beside.endswith(".gguf") and Path(beside).is_file():
+    if is_ours and beside.endswith(".gguf") and is_file(Path(beside)):
         log.info("%s was written beside %s, which is opened", folder, beside)
         return Path(beside)
     what, remedy = (named(beside), "name that file") if beside else ("a checkpoint", "name that checkpoint")
     raise SourceError(f"{folder} holds only what was written beside {what}; {remedy}")
+
+
+def _sweep(shards: str | Path | None) -> None:
+    """Where stores are, what was on its way; a folder that the user named is theirs, not what else lies in it."""
+    with suppress(OptionError):
+        sweep(cache_dir(), lambda name: name == MACHINE)
+        sweep(cache_dir() / RECORDS, is_record)
+    for base in _bases(shards):
+        sweep(base / ADAPTERS, COPY.fullmatch)
 
 
 def _bases(shards: str | Path | None) -> list[Path]:
@@ -89,9 +100,7 @@ def opened_store(model: str | Path, options: LoadOptions, *, finish: bool = True
         return None  # the source room says what is wrong
     folder, meant_there = _place(model)
     sweep(folder, lambda name: name == POINTER)
-    for base in _bases(options.layer_shards_saving_path):
-        for ours in (base, base / RECORDS, base / ADAPTERS):
-            sweep(ours)
+    _sweep(options.layer_shards_saving_path)
     key, replacement = _followed(folder, meant_there, options)
     if replacement is not None:
         store: Store | None = _pointed_to(folder, replacement)
@@ -213,6 +222,8 @@ def _followed(folder: Path, key: str, options: LoadOptions) -> tuple[str, Replac
     except DAMAGED as error:
         if _are_there(folder, key):
             return key, None
+        if isinstance(error, FileError):  # not to be read is not damaged: deleted, the store would not be found
+            raise
         reason = f"{type(error).__name__}: {str(error).partition(';')[0][:200]!r}"
         raise SourceError(f"{folder / POINTER}, which says what store replaces the weights that were deleted there, is "
                           f"damaged ({reason}); delete it and name the store itself (airllm-nb cache lists them), "

@@ -142,7 +142,7 @@ def _write(
     meta = _meta(source, codec, dtype)
     sources = Unchanged(extent.path for info in tensors.values() for extent in info.extents)
     store = write_store(folder, jobs, meta, progress=progress, beside=beside, origin=source.origin,
-                        revision=source.revision or "", should_stop=sources.stop)  # fmt: skip
+                        revision=source.revision or "", unchanged=sources)  # fmt: skip
     if not (folder / "config.json").is_file():  # a store that was finished before these came first
         beside(folder)
     # Written a moment ago, as a step on the way: what it held is in the store now.

@@ -261,6 +261,21 @@ def test_another_folder_is_named_with_shards(cli: Callable[..., Any], base: Path
     assert names(tmp_path / "big disk") == set() and names(base) == {ONE}
 
 
+@pytest.mark.parametrize("origin", ["/" + "x" * 300, "x" * 300, "a/" + "y" * 300, "/a/" + "z" * 5000, "/a\0b", "a\0b"],
+                         ids=lambda origin: ascii(origin[:3]) + str(len(origin)))  # fmt: skip
+@pytest.mark.parametrize("codec", ["4bit", "beside"])
+def test_an_origin_that_no_file_can_have_is_not_here(
+    cli: Callable[..., Any], base: Path, origin: str, codec: str
+) -> None:
+    name = f"llama--{codec}--bfloat16--00000001"
+    finished(base, name, origin=origin)
+    assert listed(cli)[name]["origin_is_here"] is False
+    assert cli()[0] == 0
+    if codec == "beside":
+        with pytest.raises(SourceError):
+            meant(base / name, base)
+
+
 def test_what_is_in_use_stays_and_the_rest_goes(cli: Callable[..., Any], base: Path) -> None:
     one = finished(base, ONE)
     finished(base, TWO)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from airllm_nb import AutoModel
+from airllm_nb.checkpoint import files, pages
+from airllm_nb.checkpoint.shard import ShardJob, plain
+from airllm_nb.checkpoint.store import StoreMeta, write_store
 from airllm_nb.errors import CheckpointError
 
 IDS = torch.arange(2, 10)[None]
@@ -170,3 +173,43 @@ def test_what_a_conversion_read_of_a_changed_file_is_not_kept(
     options["layer_shards_saving_path"] = tmp_path / "others"
     with AutoModel.from_pretrained(model, **options) as fresh:
         assert torch.equal(fresh(IDS).logits, found)
+
+
+@pytest.mark.parametrize("pages_lost", [False, True])
+def test_sources_are_looked_at_once_a_shard_and_their_pages_at_every_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pages_lost: bool
+) -> None:
+    """A disk of a network takes its time for each look."""
+    source, steps, shards = tmp_path / "source", 20, 3
+    source.write_bytes(b"x")
+    looks, losses = [0], [0]
+    stamp = files._stamp
+    unchanged = files.Unchanged([source])
+
+    def looked(path: Path) -> Any:
+        looks[0] += 1
+        return stamp(path)
+
+    def produce() -> Iterator[torch.Tensor]:
+        for step in range(steps):
+            losses[0] += pages_lost and step == steps // 2
+            yield torch.zeros(1)
+
+    monkeypatch.setattr(files, "_stamp", looked)
+    for name in ("total", "losses"):
+        monkeypatch.setattr(pages, name, lambda *_: losses[0])
+    jobs = [ShardJob(f"layer-{n:05}.safetensors", (plain(f"t{n}", "F32", (steps,), produce),)) for n in range(shards)]
+    told: list[Any] = []
+
+    def write() -> None:
+        write_store(tmp_path / "store", jobs, StoreMeta("none", "original", "f"), unchanged=unchanged,
+                    progress=told.append)  # fmt: skip
+
+    if pages_lost:
+        with pytest.raises(CheckpointError, match="source became shorter"):
+            write()
+        assert len(told) < steps
+        assert looks == [0]
+    else:
+        write()
+        assert looks == [shards] and len(told) >= shards * steps

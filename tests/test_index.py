@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -18,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from airllm_nb import AutoModel
 from airllm_nb.checkpoint.index import INDEX_FILE, CheckpointIndex, parse_header, read_header, read_index
-from airllm_nb.errors import CheckpointError
+from airllm_nb.disk import told
+from airllm_nb.errors import CheckpointError, FileError
 from airllm_nb.stream.mapped import MappedFiles
 
 VALID = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -229,6 +231,29 @@ def test_a_damaged_header_is_refused_and_the_file_named(tmp_path: Path, header: 
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 1000 + len(str(path))
+
+
+@pytest.mark.parametrize("code", [errno.ENODEV, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """As the reference says it, which maps what it looks at; all else that it says stands."""
+    path = write(tmp_path / "model.safetensors", VALID)
+
+    def refused(*_: object) -> None:
+        raise OSError(f"{os.strerror(code)} (os error {code})")
+
+    monkeypatch.setattr("safetensors.safe_open", refused)
+    monkeypatch.setattr("airllm_nb.stream.mapped._map", lambda path: refuse(path, code))
+    info = read_index(tmp_path)["b"]
+    assert MappedFiles().tensor(info, torch.bfloat16).tolist() == [0.0] * 4
+    code = errno.EMFILE
+    with pytest.raises(FileError, match="close other models and files") as caught:
+        read_header(path)
+    assert caught.value.errno == errno.EMFILE
+
+
+def refuse(path: Path, code: int) -> None:
+    with told(path, "mapped"):
+        raise OSError(code, os.strerror(code))
 
 
 @pytest.mark.parametrize("length", [0, 1, 10**6, 100_000_001, 1 << 40, 1 << 63, (1 << 64) - 1])

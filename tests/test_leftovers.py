@@ -12,18 +12,28 @@ from pathlib import Path
 import pytest
 from test_cache_command import jobs
 
-from airllm_nb import LoadOptions
+from airllm_nb import LoadOptions, plan_model
 from airllm_nb.checkpoint.folder import locked
 from airllm_nb.checkpoint.journal import write_atomically
 from airllm_nb.checkpoint.leftovers import begin, sweep
 from airllm_nb.checkpoint.replacements import POINTER, RECORDS
 from airllm_nb.checkpoint.store import Store, StoreMeta, open_store, write_store
-from airllm_nb.load import prepare
 from airllm_nb.trace import silent
 
 META = StoreMeta("4bit", "bfloat16", "f" * 16)
-THEIRS = ["foo.tmp", "notes.1-x.tmp", "model.safetensors.tmp", "x.tmp.json", "1-2.tmp"]
-OURS = ["manifest.json.1-2.tmp", "config.json.99999-140.tmp", "layer-00001.safetensors.tmp",
+THEIRS = [
+    "my-download.123-456.tmp",
+    "notes.json.1-2.tmp",
+    "weights.safetensors.1-2.tmp",
+    "foo.tmp",
+    "notes.1-x.tmp",
+    "model.safetensors.tmp",
+    "x.tmp.json",
+    "1-2.tmp",
+]
+OURS = ["manifest.json.1-2.tmp", "config.json.99999-140.tmp", "journal.jsonl.3-4.tmp", "tokenizer.json.1-2.tmp",
+        "model.safetensors.index.json.5-6.tmp", "chat_template.jinja.1-2.tmp", "merges.txt.1-2.tmp",
+        "vocab.json.1-2.tmp", "layer-00001.safetensors.tmp",
         "rest-00002.safetensors.tmp", "carried-00001-00003.safetensors.tmp", "journal.jsonl"]  # fmt: skip
 
 
@@ -62,7 +72,7 @@ def test_what_somebody_writes_stays(store: Store) -> None:
         assert process.stdout and process.stdout.readline() == b"ready\n"
         open_store(store.folder)
         found = names(store.folder)
-        assert {name for name in OURS if "safetensors" in name or "journal" in name} <= found
+        assert {name for name in OURS if name.endswith((".safetensors.tmp", ".jsonl"))} <= found
         assert f"config.json.{process.pid}-" in "".join(found) and "manifest.json.1-2.tmp" not in found
         process.kill()
         process.wait()
@@ -72,16 +82,16 @@ def test_what_somebody_writes_stays(store: Store) -> None:
 
 def test_links_and_pipes_that_are_called_so_stay(store: Store, tmp_path: Path) -> None:
     (tmp_path / "private").write_text("precious")
-    (store.folder / "a.1-2.tmp").symlink_to(tmp_path / "private")
+    (store.folder / "config.json.1-2.tmp").symlink_to(tmp_path / "private")
     (store.folder / "layer-00009.safetensors.tmp").symlink_to(tmp_path / "private")
-    os.mkfifo(store.folder / "b.1-2.tmp")
+    os.mkfifo(store.folder / "manifest.json.1-2.tmp")
     open_store(store.folder)
-    assert {"a.1-2.tmp", "layer-00009.safetensors.tmp", "b.1-2.tmp"} < names(store.folder)
+    assert {"config.json.1-2.tmp", "layer-00009.safetensors.tmp", "manifest.json.1-2.tmp"} < names(store.folder)
     assert (tmp_path / "private").read_text() == "precious"
 
 
 def test_a_folder_that_cannot_be_written_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    leave(store.folder, "journal.jsonl", "a.1-2.tmp")
+    leave(store.folder, "journal.jsonl", "config.json.1-2.tmp")
 
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -95,17 +105,23 @@ def test_a_load_sweeps_the_model_and_the_cache(
 ) -> None:
     source = Path(shutil.copytree(tiny_llama(), tmp_path / "source"))
     cache = tmp_path / "cache"
-    for folder in (cache / RECORDS, cache / "adapters"):
-        folder.mkdir(parents=True)
-        leave(folder, "x.1-2.tmp", "foo.tmp")
+    shards = tmp_path / "shards"
+    theirs = {"my-download.123-456.tmp", "config.json.1-2.tmp", "foo.tmp"}
+    left = {cache: "machine.json", cache / RECORDS: f"{'0' * 16}.json", shards: "",
+            cache / "adapters": f"x--{'0' * 16}.safetensors",
+            shards / "adapters": f"y--{'1' * 16}.safetensors"}  # fmt: skip
+    for folder, ours in left.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        leave(folder, *theirs, *([f"{ours}.1-2.tmp"] if ours else ["machine.json.1-2.tmp"]))
     monkeypatch.setenv("AIRLLM_NB_CACHE", str(cache))
-    leave(cache, "machine.json.1-2.tmp", "foo.tmp")
     leave(source, f"{POINTER}.1-2.tmp", "config.json.1-2.tmp", "foo.tmp")
     before = names(source)
-    prepare(source, LoadOptions.create(device="cpu")).held.close()
+    plan_model(source, LoadOptions.create(device="cpu", layer_shards_saving_path=shards))
     assert names(source) == before - {f"{POINTER}.1-2.tmp"}, "a model's folder is its owner's"
-    assert names(cache) == {"foo.tmp", RECORDS, "adapters"}
-    assert names(cache / RECORDS) == names(cache / "adapters") == {"foo.tmp"}
+    assert {folder: names(folder) for folder in left} == {
+        cache: theirs | {RECORDS, "adapters"}, cache / RECORDS: theirs, cache / "adapters": theirs,
+        shards: theirs | {"machine.json.1-2.tmp", "adapters"}, shards / "adapters": theirs,
+    }  # fmt: skip
 
 
 def test_a_file_is_whole_though_somebody_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,9 +142,9 @@ def test_a_file_is_whole_though_somebody_sweeps(tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     temporary, file = begin(tmp_path / "b.json", 0o600)
     with file:
-        sweep(tmp_path)
+        sweep(tmp_path, lambda name: name == "b.json")
         assert temporary.exists()
-    sweep(tmp_path)
+    sweep(tmp_path, lambda name: name == "b.json")
     assert names(tmp_path) == {"a.json"} and (tmp_path / "a.json").read_bytes() == b"whole"
 
 

@@ -86,7 +86,7 @@ assert not pages._watched
 with pages.watched(path):
     pass
 found = mapped(); address = ctypes.addressof(found)
-del pages._watched[address]
+pages._watched.clear()
 try:
     with pages.watched(path, (address, 8 * PAGE)):
         os.truncate(path, 0)
@@ -95,6 +95,46 @@ except CheckpointError:
     print("said", len(pages._watched))
 """
     assert python(tmp_path, code).stdout == "said 0\n"
+
+
+@pytest.mark.parametrize(
+    "ranges", [[(0, 100), (100, 8 * 4096)], [(100, 8 * 4096), (0, 100)]], ids=["small first", "last"]
+)
+@pytest.mark.parametrize("release", ["neither", "small", "large", "nested"])
+def test_ranges_that_begin_on_one_page_are_all_watched(
+    tmp_path: Path, ranges: list[tuple[int, int]], release: str
+) -> None:
+    """As small tensors in a file lie beside the next large one; and while one goes, what others watch stays."""
+    code = f"""
+memory = mapped(); address = ctypes.addressof(memory)
+pages._watched.clear()
+whole = pages.watch(path, [(address + at, end - at) for at, end in {ranges}])
+more = {{"small": (0, 100), "large": (0, 8 * PAGE), "nested": (PAGE, 10)}}.get({release!r})
+if more:
+    pages.watch(path, [(address + more[0], more[1])])()
+os.truncate(path, 0)
+assert (memory[0], memory[PAGE], memory[8 * PAGE - 1]) == (0, 0, 0)
+whole()
+assert not pages._watched and pages.losses(path)
+"""
+    done = python(tmp_path, code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("sizes", [(3, 200_000), (200_000, 3), (3, 5, 200_000, 7, 300_000, 3)], ids=str)
+def test_pickles_of_small_and_large_tensors(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    code = f"""
+import torch
+from airllm_nb.checkpoint.pickles import PickledWeights
+path = path.with_name("pytorch_model.bin")
+torch.save({{f"t{{n:02}}": torch.ones(size) for n, size in enumerate({sizes})}}, path)
+weights = PickledWeights((path,))
+os.truncate(path, 0)
+assert not any(weights[name].sum() for name in weights)
+assert pages.losses(path)
+"""
+    done = python(tmp_path, code)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("handler", ["none", "before", "after", "after, and again"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -12,13 +13,13 @@ from typing import Any
 import gguf_files
 import pytest
 
-from airllm_nb import LoadOptions, convert_model
-from airllm_nb.checkpoint import originals
+from airllm_nb import LoadOptions, convert_model, disk
+from airllm_nb.checkpoint import originals, replacements
 from airllm_nb.checkpoint.cached import cached_stores, remove_store
 from airllm_nb.checkpoint.folder import hold
 from airllm_nb.checkpoint.replacements import RECORDS
 from airllm_nb.config import cache_dir
-from airllm_nb.errors import OptionError, SourceError, StoreError
+from airllm_nb.errors import FileError, OptionError, SourceError, StoreError
 from airllm_nb.load import prepare
 from airllm_nb.replaced import POINTER, opened_store
 
@@ -187,6 +188,35 @@ def test_a_damaged_pointer_is_named(source: Path, tmp_path: Path, damage: str) -
     assert opened(source) == source
     convert_model(source, options(tmp_path / "shards"))
     assert opened(source).parent == tmp_path / "shards"
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("which", ["the pointer", "the record", "both"])
+def test_what_the_system_refuses_to_read_is_not_damaged(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, which: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Deleted by such advice, what says where the store is would be gone."""
+    how = options(tmp_path / "stores")
+    folder = opened(source, how)
+    read = replacements.read_json
+
+    def refused(path: Path, **given: Any) -> Any:
+        if which == "both" or (path.name == POINTER) == (which == "the pointer"):
+            raise disk.refused(OSError(code, os.strerror(code)), path)
+        return read(path, **given)
+
+    monkeypatch.setattr(replacements, "read_json", refused)
+    if which == "the record":  # the pointer is vouched for by the store
+        assert opened(source, how) == folder
+        assert os.strerror(code) in caplog.text
+    else:
+        with pytest.raises(FileError, match=f"{POINTER} cannot be read .{os.strerror(code)}"):
+            opened(source, how)
+    assert "damaged" not in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setenv("AIRLLM_NB_CACHE", str(tmp_path / "cache"))
+    assert opened(source, how) == folder
 
 
 def test_a_pointer_of_an_earlier_version(source: Path, tmp_path: Path) -> None:

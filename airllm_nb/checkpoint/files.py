@@ -115,11 +115,6 @@ class Unchanged:
                 raise CheckpointError(f"{path} was changed while the model was open: what was computed since may be "
                                       "wrong; load the model again")  # fmt: skip
 
-    def stop(self) -> bool:
-        """:meth:`check` for who asks at every step whether to stop: what was read of a changed file is not finished."""
-        self.check()
-        return False
-
     def check_pages(self) -> None:
         """Raise ``CheckpointError`` if mapped pages were lost: compute went on with zeros. Takes no time."""
         if self._lost == (total := pages.total()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import threading
 import time
 import weakref
@@ -34,6 +35,9 @@ MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", ".lock"
 # Left in a model's folder whose weights are deleted after compression; says where the stores are.
 POINTER = "airllm_nb_store.json"
 POLL_SECONDS = 0.2
+# Beside the weights in a store: what transformers calls a config, a tokenizer's file, a template or an index.
+_SMALL = re.compile(r"([\w.-]*(config|token|vocab|merges|template|processor|spiece|sentencepiece|\.index))[\w.-]*"
+                    r"\.(json|jinja|txt|model|tiktoken)")  # fmt: skip
 # Another process that looks at a lock has it for a moment: worth a few tries; one that removes a folder, for longer.
 _MOMENT, _TRIES, _MOMENTS = 0.01, 4, 200
 
@@ -156,7 +160,7 @@ def vacated(folder: Path) -> Iterator[None]:
 
 def tidy(folder: Path) -> None:
     """Remove what a process that was killed left in the folder of a finished store, unless somebody writes into it."""
-    sweep(folder)
+    sweep_small(folder)
     if not (folder / JOURNAL).is_file() and not is_left(folder):
         return
     with suppress(OSError), ExitStack() as stack:
@@ -166,6 +170,11 @@ def tidy(folder: Path) -> None:
                 return
         sweep_shards(folder)
         (folder / JOURNAL).unlink(missing_ok=True)
+
+
+def sweep_small(folder: Path) -> None:
+    """Remove what is left of the small files of a store that nobody is writing any more."""
+    sweep(folder, lambda name: name in (MANIFEST, JOURNAL) or _SMALL.fullmatch(name))
 
 
 def _lock_file(folder: Path, progress: ProgressCallback, should_stop: Callable[[], bool], total: int) -> IO[bytes]:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..disk import open_file, read_json, status, told
-from ..errors import CheckpointError
+from ..disk import UNMAPPABLE, is_file, open_file, read_json, status, told
+from ..errors import CheckpointError, FileError
 from .inside import inside
 
 # Every dtype of the format; which of them can be computed with is asked when a tensor is needed.
@@ -118,6 +118,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             return tensors
     except SafetensorError as error:
         raise _damaged(path, " ".join(str(error).split())[:200]) from None
+    except FileError as error:
+        if error.errno not in UNMAPPABLE:  # the reference maps what it looks at; we can do without
+            raise
+        return tensors
 
 
 def header_length(path: Path, start: bytes, size: int) -> int:
@@ -171,7 +175,7 @@ def read_index(folder: Path) -> CheckpointIndex:
     elif index_file.is_file():
         files = tuple(inside(folder, name) for name in shard_names(index_file))
         for file in files:
-            if not _is_file(file):
+            if not is_file(file):
                 raise CheckpointError(f"{folder}: shard {file.name[:80]} is named by {INDEX_FILE} but is missing; "
                                       f"download it again ({len(files)} shards in all)")  # fmt: skip
     else:
@@ -248,13 +252,6 @@ def shard_names(index_file: Path) -> tuple[str, ...]:
     if not names:
         raise CheckpointError(f"{index_file} is damaged (it names no shard); download it again")
     return names
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name too long, or with a null byte
-        return False
 
 
 def _tensor(path: Path, name: str, entry: object, data_start: int, size: int) -> TensorInfo:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..disk import open_file
+from ..disk import open_file, status
 from ..errors import CheckpointError
 from .folder import JOURNAL, locked
 from .inside import inside
@@ -50,6 +50,12 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.records[record["file"]] = record
+
+    def has(self, file: str, key: str, nbytes: int) -> bool:
+        """Whether a shard is recorded so, and there."""
+        record, path = self.records.get(file), self._path.parent / file
+        return (record is not None and record["key"] == key
+                and path.is_file() and status(path).st_size == record["bytes"] == nbytes)  # fmt: skip
 
     def remove(self) -> None:
         with suppress(FileNotFoundError):

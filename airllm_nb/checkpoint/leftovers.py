@@ -51,13 +51,13 @@ def begin(path: Path, mode: int) -> tuple[Path, BinaryIO]:
         os.close(descriptor)
 
 
-def sweep(folder: Path, names: Callable[[str], bool] = lambda _: True) -> None:
+def sweep(folder: Path, names: Callable[[str], object]) -> None:
     """Remove small files that nobody is writing any more.
 
     Parameters
     ----------
     names
-        Whether a file of ours, as it would be called at the end, lies in this folder.
+        Whether we write a file into this folder that would be called so at the end: other programs call theirs alike.
     """
     for path in _listed(folder):
         found = _SMALL.fullmatch(path.name)

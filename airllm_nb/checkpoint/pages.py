@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 import os
 import signal
@@ -34,9 +35,11 @@ _SA_SIGINFO = 4
 _MAP_FIXED = 0x10
 _AT_CODE, _AT_ADDRESS = 8, 16  # in siginfo_t
 _DEFAULT = 0
-# Address → the end of a watched mapping and its file. A dictionary is changed by one operation of the interpreter, so
-# that the handler, and a finalizer that comes in between, need no lock.
-_watched: dict[int, tuple[int, Path]] = {}
+# What is watched: first page, end, file; each by a number of its own, as several may begin on one page, or one be
+# watched twice. A dictionary is changed by one operation of the interpreter, so that the handler, and a finalizer that
+# comes in between, need no lock.
+_watched: dict[int, tuple[int, int, Path]] = {}
+_numbers = itertools.count()
 _losses: dict[Path, int] = {}
 _previous = _DEFAULT
 _installing = threading.Lock()
@@ -84,18 +87,17 @@ def map_pages(path: Path, first: int, nbytes: int, end: int, *, private: bool = 
         os.close(descriptor)
     memory = (ctypes.c_uint8 * nbytes).from_address(address)
     # Not at the end of the interpreter: a generation that was left alone may still copy from it then.
-    weakref.finalize(memory, _release, address, nbytes).atexit = False
-    _watch(address, nbytes, path)
+    weakref.finalize(memory, _release, _watch(address, nbytes, path), address, nbytes).atexit = False
     return memory
 
 
 def watch(path: Path, memory: Iterable[tuple[int, int]]) -> Callable[[], None]:
     """Watch what another library has mapped of ``path``, each ``(address, bytes)``, until the answer is called."""
-    starts = [_watch(address, nbytes, path) for address, nbytes in memory]
+    numbers = [_watch(address, nbytes, path) for address, nbytes in memory]
 
     def release() -> None:
-        for start in starts:
-            _watched.pop(start, None)
+        for number in numbers:
+            _watched.pop(number, None)
 
     return release
 
@@ -142,13 +144,13 @@ def guard() -> None:
 
 def _watch(address: int, nbytes: int, path: Path) -> int:
     guard()
-    start, end = _page(address), address + nbytes
-    _watched[start] = (end + -end % mmap.PAGESIZE, path)
-    return start
+    number, end = next(_numbers), address + nbytes
+    _watched[number] = (_page(address), end + -end % mmap.PAGESIZE, path)
+    return number
 
 
-def _release(address: int, nbytes: int) -> None:
-    _watched.pop(address, None)  # first: the system may give the address to somebody else
+def _release(number: int, address: int, nbytes: int) -> None:
+    _watched.pop(number, None)  # first: the system may give the address to somebody else
     libc.unmap(address, nbytes)
 
 
@@ -175,7 +177,7 @@ def _on_fault(signum: int, info: int, context: int) -> None:
     """In the thread that faulted. Short, and without a lock: it may come in the middle of anything."""
     if ctypes.c_int.from_address(info + _AT_CODE).value > 0:  # of the processor, not sent by somebody
         address = ctypes.c_size_t.from_address(info + _AT_ADDRESS).value
-        for start, (end, path) in list(_watched.items()):
+        for start, end, path in list(_watched.values()):
             if start <= address < end and _empty(_page(address), end):
                 _losses[path] = _losses.get(path, 0) + 1
                 return

@@ -23,21 +23,23 @@ from ..config import LoadOptions, format_bytes
 from ..disk import free_disk, nearest, open_file, status
 from ..errors import CheckpointError, SourceError, StoreError
 from ..trace import Progress, ProgressCallback
-from .folder import JOURNAL, MANIFEST, exclusively, locked
+from .files import Unchanged
+from .folder import JOURNAL, MANIFEST, exclusively, locked, sweep_small
 from .hub import cache_folder, reporting_bars
 from .hub_errors import explained
 from .hub_headers import Headers
 from .index import TensorInfo
 from .inside import inside
 from .journal import Journal
-from .leftovers import is_shard, sweep, sweep_shards
+from .leftovers import is_shard, sweep_shards
+from .meta import job_key
 from .originals import remove
 from .piecewise_files import check_arrived, weight_sizes
 from .piecewise_plan import Jobs, Stage, WeightFile, bytes_needed, plan_stages
 from .room import OVERHEAD, explain
 from .shard import ShardJob, write_shards
 from .source import Source
-from .store import Store, StoreMeta, finished_store, job_key, read_manifest, write_store
+from .store import Store, StoreMeta, finished_store, read_manifest, write_store
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +151,7 @@ class Piecewise:
     def _run(self, stages: list[Stage], jobs: list[ShardJob], beside: Callable[[Path], None]) -> Store:
         if not (self._folder / JOURNAL).is_file() and not (self._folder / MANIFEST).is_file():
             self._check_space(stages, {})
-        sweep(self._folder)
+        sweep_small(self._folder)
         sweep_shards(self._folder)
         for leftover in (self._folder / DOWNLOAD).rglob("*.incomplete"):
             if _CUT_SHORT.search(leftover.name):
@@ -160,7 +162,7 @@ class Piecewise:
         for other in self._folder.glob("*.safetensors"):
             if other.name not in wanted and is_shard(other.name):  # begun in the usual way, whose shards are others
                 other.unlink()
-        done = self._done(stages, journal.records)
+        done = self._done(stages, journal)
         self._check_space(stages, done)
         (self._folder / DOWNLOAD).mkdir(exist_ok=True)
         self._total = sum(job.nbytes for stage in stages for job in stage.writes)
@@ -172,7 +174,7 @@ class Piecewise:
             if todo:
                 self._bring(stage.file, arrived, total)
             arrived += stage.file.nbytes if stage in needed else 0
-            self._write(todo, journal)
+            self._write(todo, journal, Unchanged([stage.file.path]))
             if stage.file.goes and stage.file.path.is_file():
                 self._verify([job for job in stage.writes if (self._folder / job.file).is_file()], journal)
                 self._remove(stage.file)
@@ -194,23 +196,23 @@ class Piecewise:
                 return {shard["file"]: shard for shard in store.shards}
         return {}
 
-    def _write(self, todo: list[ShardJob], journal: Journal) -> None:
+    def _write(self, todo: list[ShardJob], journal: Journal, sources: Unchanged) -> None:
         def wrote(file: str, nbytes: int) -> None:
             self._written += nbytes
+            sources.check_pages()
             self._progress(Progress("convert", self._written, self._total, detail=file))
 
         def finished(job: ShardJob, sha256: str) -> None:
+            sources.check()
             journal.add({"file": job.file, "key": job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
 
         write_shards(self._folder, todo, wrote, finished)
 
-    def _done(self, stages: list[Stage], records: Mapping[str, dict[str, Any]]) -> dict[str, int]:
+    def _done(self, stages: list[Stage], journal: Journal) -> dict[str, int]:
         """Bytes by file of the shards that are written, and of the carried ones that were used already."""
 
         def is_written(job: ShardJob) -> bool:
-            record, path = records.get(job.file), self._folder / job.file
-            return (record is not None and record["key"] == job_key(job, self._meta)
-                    and path.is_file() and status(path).st_size == record["bytes"] == job.nbytes)  # fmt: skip
+            return journal.has(job.file, job_key(job, self._meta), job.nbytes)
 
         done: dict[str, int] = {}
         for stage in reversed(stages):  # whether a carried shard is needed, later stages say

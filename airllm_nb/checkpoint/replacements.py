@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import cache_dir
 from ..disk import read_json, status
+from ..errors import FileError
 from .cached import origin_of
 from .folder import POINTER
 from .inside import inside
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # Below the cache folder; one file for each folder whose weights were deleted.
 RECORDS = "replaced"
+_RECORD = re.compile(r"[0-9a-f]{16}\.json")
 # What stands for the folder itself; a GGUF file stands for itself.
 FOLDER = "."
 # What reading raises that is not what was written.
@@ -62,9 +65,17 @@ def recorded(folder: Path) -> dict[str, Replacement]:
         return _parsed(said, folder) if said["folder"] == str(folder.resolve()) else {}
     except FileNotFoundError:
         return {}
+    except FileError as error:
+        log.warning("%s; what it says of %s is not used", error, folder)
+        return {}
     except DAMAGED as error:
         log.warning("%s is damaged (%r); what it says of %s is not used", path, error, folder)
         return {}
+
+
+def is_record(name: str) -> bool:
+    """Whether a record is called so."""
+    return _RECORD.fullmatch(name) is not None
 
 
 def pointed(folder: Path) -> dict[str, Replacement]:

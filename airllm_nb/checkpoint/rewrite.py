@@ -68,7 +68,7 @@ def rewrite(
         beside = functools.partial(_adopt, Path(made))
         with locked(folder, progress):
             write_store(folder, jobs, meta, progress=progress, beside=beside, origin=origin,
-                        should_stop=unchanged.stop)  # fmt: skip
+                        unchanged=unchanged)  # fmt: skip
             if not (folder / INDEX_FILE).is_file():  # a store that was finished before all of these came first
                 beside(folder)
     return folder

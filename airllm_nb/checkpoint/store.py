@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from ..disk import open_file, read_json, status
 from ..errors import AirLLMError, FileError, StoreError
 from ..trace import Progress, ProgressCallback, silent
 from .encoded import Part
-from .folder import MANIFEST, locked, tidy
+from .files import Unchanged
+from .folder import MANIFEST, locked, sweep_small, tidy
 from .index import CheckpointIndex, TensorInfo, read_header
 from .inside import inside
 from .journal import Journal, write_atomically
-from .leftovers import refuse_damaged, sweep, sweep_shards
+from .leftovers import refuse_damaged, sweep_shards
+from .meta import FORMAT, StoreMeta, job_key
 from .room import OVERHEAD, check_space, explain
 from .shard import PAD, Item, ShardJob, plain, write_shards
 
@@ -31,31 +33,7 @@ __all__ = [
     "MANIFEST", "OVERHEAD", "Item", "ShardJob", "Store", "StoreMeta", "open_store", "plain", "write_store",
 ]  # fmt: skip
 
-FORMAT = 1
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors \d+ [0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class StoreMeta:
-    """What a store is of; two stores with equal meta and equal jobs are the same bytes.
-
-    Parameters
-    ----------
-    codec
-        ``"none"``, ``"4bit"`` or ``"8bit"``.
-    dtype
-        The dtype that the weights were cast to before they were encoded, as in ``"bfloat16"``.
-    source
-        Fingerprint of the source files.
-    """
-
-    codec: str
-    dtype: str
-    source: str
-
-    @property
-    def key(self) -> str:
-        return _digest({**asdict(self), "format": FORMAT})
 
 
 class Store:
@@ -155,6 +133,7 @@ def write_store(
     beside: Callable[[Path], None] | None = None,
     origin: str = "",
     revision: str = "",
+    unchanged: Unchanged = Unchanged(()),  # noqa: B008 - of no files
 ) -> Store:
     """Write a store, or what an earlier start left to write, and open it.
 
@@ -175,6 +154,8 @@ def write_store(
         Hub id or path of the source.
     revision
         Of a Hub id, the commit.
+    unchanged
+        The files that the data comes from: what was made of one that changes meanwhile is not kept.
 
     Raises
     ------
@@ -191,7 +172,8 @@ def write_store(
         with locked(folder, progress, stop, sum(job.nbytes for job in jobs)):
             if (done := finished_store(folder, meta, jobs)) is not None:
                 return done
-            return _Writing(folder, jobs, meta, progress, stop).run(beside, {"origin": origin, "revision": revision})
+            writing = _Writing(folder, jobs, meta, progress, stop, unchanged)
+            return writing.run(beside, {"origin": origin, "revision": revision})
     except AirLLMError:
         raise
     except OSError as error:
@@ -200,20 +182,24 @@ def write_store(
 
 class _Writing:
     def __init__(
-        self, folder: Path, jobs: list[ShardJob], meta: StoreMeta, progress: ProgressCallback, stop: Callable[[], bool]
-    ):
-        self._folder, self._jobs, self._meta, self._progress, self._stop = folder, jobs, meta, progress, stop
+        self, folder: Path, jobs: list[ShardJob], meta: StoreMeta, progress: ProgressCallback,
+        stop: Callable[[], bool], sources: Unchanged,
+    ):  # fmt: skip
+        self._folder, self._jobs, self._meta = folder, jobs, meta
+        self._progress, self._stop, self._sources = progress, stop, sources
         self._total, self._done = sum(job.nbytes for job in jobs), 0
 
     def run(self, beside: Callable[[Path], None] | None, where_from: Mapping[str, str]) -> Store:
-        sweep(self._folder)
+        sweep_small(self._folder)
         sweep_shards(self._folder)
         journal = Journal(self._folder, self._meta.key, self._known())
-        kept = {job.file: journal.records[job.file] for job in self._jobs if self._is_done(job, journal)}
+        done = [job for job in self._jobs if journal.has(job.file, job_key(job, self._meta), job.nbytes)]
+        kept = {job.file: journal.records[job.file] for job in done}
         check_space(self._folder, self._jobs, kept)
         self._done = sum(record["bytes"] for record in kept.values())
 
         def finished(job: ShardJob, sha256: str) -> None:
+            self._sources.check()  # at every step only what costs nothing
             journal.add({"file": job.file, "key": job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
 
         write_shards(self._folder, [job for job in self._jobs if job.file not in kept], self._wrote, finished)
@@ -228,14 +214,10 @@ class _Writing:
 
     def _wrote(self, file: str, nbytes: int) -> None:
         self._done += nbytes
+        self._sources.check_pages()
         self._progress(Progress("convert", self._done, self._total, detail=file))
         if self._stop():
             raise StoreError(f"the conversion into {self._folder} was stopped; start it again to go on from there")
-
-    def _is_done(self, job: ShardJob, journal: Journal) -> bool:
-        record, path = journal.records.get(job.file), self._folder / job.file
-        return (record is not None and record["key"] == job_key(job, self._meta)
-                and path.is_file() and status(path).st_size == record["bytes"] == job.nbytes)  # fmt: skip
 
     def _known(self) -> dict[str, dict[str, Any]]:
         with suppress(StoreError):
@@ -289,12 +271,3 @@ def _is_newer(folder: Path) -> bool:
     with suppress(OSError, ValueError, TypeError, AttributeError):
         return int(read_json(folder / MANIFEST).get("format", 0)) > FORMAT
     return False
-
-
-def job_key(job: ShardJob, meta: StoreMeta) -> str:
-    """The same for what would be written the same."""
-    return _digest({"store": meta.key, "entries": [(e.name, e.dtype, e.shape) for e in job.entries()]})
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,6 @@ cost no anonymous memory and the system may drop and re-read them.
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..checkpoint import libc
 from ..checkpoint.files import read_exactly
 from ..checkpoint.index import Extent, TensorInfo
 from ..checkpoint.pages import map_pages
-from ..disk import open_descriptor, open_file, status, told
+from ..disk import UNMAPPABLE, open_descriptor, open_file, status, told
 from ..errors import CheckpointError, FileError
 from .ring import CACHE_LINE, align
 
@@ -40,7 +39,7 @@ class MappedFiles:
             if extent.path not in self._maps:
                 self._maps[extent.path] = _map(extent.path)
         except FileError as error:
-            if error.errno not in (errno.ENODEV, errno.EOPNOTSUPP):  # some file systems can be read, but not mapped
+            if error.errno not in UNMAPPABLE:  # some file systems can be read, but not mapped
                 raise
             return _read(extent)
         whole = self._maps[extent.path]

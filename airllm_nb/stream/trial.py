@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 CHILD = Path(__file__).with_name("trial_child.py")
 SECONDS = 20
+MACHINE = "machine.json"
 # Slower than this is no better than copying through the ring.
 LEAST_RATE_OF_LINK = 0.7
 # Smaller files say nothing about rates, and their models need none of this.
@@ -104,7 +105,7 @@ def _try(file: Path, index: int) -> dict[str, Any]:
 def _remembered(key: str, what: str, find: Callable[[], Any]) -> Any:
     """The answer of an earlier time, else of ``find``, which is kept unless it is ``None``."""
     try:
-        path = cache_dir() / "machine.json"
+        path = cache_dir() / MACHINE
     except OptionError:  # a user without a home: try each time
         return find()
     known: dict[str, dict[str, Any]] = {}

@@ -39,8 +39,7 @@ def write_normalised(
     workers = RowWorkers(torch.device("cpu"))
     items = tuple(_item(name, tensors[name], dtype, workers) for name in names)
     sources = Unchanged(extent.path for name in names for extent in tensors[name].extents)
-    return write_store(folder, [ShardJob("normalised", items)], meta, progress=progress,
-                       should_stop=sources.stop)  # fmt: skip
+    return write_store(folder, [ShardJob("normalised", items)], meta, progress=progress, unchanged=sources)
 
 
 def _item(name: str, info: TensorInfo, dtype: torch.dtype, workers: RowWorkers) -> Item:
