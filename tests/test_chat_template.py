@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ from transformers import AutoTokenizer
 from airllm_nb.decode import template
 from airllm_nb.decode.prompt import encode
 from airllm_nb.decode.template import render
-from airllm_nb.errors import PromptError
+from airllm_nb.decode.tokenizer import load_tokenizer
+from airllm_nb.errors import FileError, PromptError
 
 USER = {"role": "user", "content": "Hi"}
 CHATS: dict[str, list[dict[str, Any]]] = {
@@ -189,3 +192,53 @@ def _runs(pid: int) -> bool:
 def test_a_large_message_has_its_room(with_template: Callable[[Any], Any]) -> None:
     text = "Grüße 🌍 " * 200_000
     assert render(with_template("{{ messages[0].content }}"), [{"role": "user", "content": text}]) == text
+
+
+def test_a_system_without_such_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no SIGKILL: what our clock ends, and what ends by itself, is said all the same."""
+    question = {"messages": [USER], "template": HOSTILE["a loop in loops"], "special_tokens": {}}
+    monkeypatch.setattr(template, "signal", object())
+    monkeypatch.setattr(template, "PATIENCE", 0.1)
+    with pytest.raises(PromptError, match="does not come to an end"):
+        template._Renderer().ask(question)
+    monkeypatch.setattr(template, "PATIENCE", 120.0)
+    renderer = template._Renderer()
+    child = renderer._started()
+    child.kill()
+    monkeypatch.setattr(renderer, "_started", lambda: child)
+    with pytest.raises(PromptError, match="ends the process that renders it"):
+        renderer.ask(question)
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("when", ["at first", "later"])
+@pytest.mark.parametrize("way", ["itself", "of Rust", "behind another"])
+def test_what_the_system_refuses_costs_no_template(
+    tiny_llama: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, when: str, way: str
+) -> None:
+    """That of a damaged file does; too many open files are no damage."""
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(BENIGN["plain"])
+    load, calls = AutoTokenizer.from_pretrained, [0]
+
+    def refused(*given: Any, **how: Any) -> Any:
+        calls[0] += 1
+        if when == "later" and calls[0] == 1:
+            raise ValueError("a file is damaged")
+        if calls[0] > 2:
+            return load(*given, **how)
+        error = OSError(code, os.strerror(code), "chat_template.jinja")
+        if way == "of Rust":
+            error = Exception(f"{os.strerror(code)} (os error {code})")
+        if way == "behind another":
+            raise OSError("Can't load tokenizer") from error
+        raise error
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refused)
+    with pytest.raises(FileError, match=os.strerror(code)) as caught:
+        load_tokenizer(folder)
+    assert caught.value.errno == code
+    monkeypatch.undo()
+    assert load_tokenizer(folder).chat_template == BENIGN["plain"]
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert load_tokenizer(folder).chat_template is None

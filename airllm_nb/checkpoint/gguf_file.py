@@ -22,8 +22,8 @@ from .gguf_split import part_names
 from .sizes import Holds, check_sizes
 
 # GGUF value type → struct format; 8 is a string and 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
 _MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
 # Far above what any model has; what a file of zeros would take minutes to walk through, or gigabytes to hold.
@@ -104,19 +104,19 @@ class _Cursor:
             raise damaged(self.path, f"the text at byte {start:,} is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
-        if kind in _SCALARS:
-            return self.scalar(_SCALARS[kind])
-        if kind == _STRING:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind])
+        if kind == STRING:
             return self.string()
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self._array()
         raise damaged(self.path, f"value type {kind} at byte {self.pos:,} is unknown")
 
     def _array(self) -> int:
         kind, count = self.scalar("I"), self.scalar("Q")
-        if kind in _SCALARS:
-            self.skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))
-        elif kind == _STRING:
+        if kind in SCALARS:
+            self.skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
+        elif kind == STRING:
             if count > _MAX_STRINGS:
                 raise damaged(self.path, f"an array at byte {self.pos:,} should hold {count:,} texts")
             for _ in range(count):

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import CheckpointError, UnsupportedModelError
-from .gguf_file import GGUFTensor, damaged, read_gguf, read_part
+from .gguf_file import ARRAY, SCALARS, STRING, GGUFTensor, damaged, read_gguf, read_part
 from .gguf_rope import TENSORS as ROPE_TENSORS
 from .gguf_split import part_names
 from .inside import inside
@@ -19,8 +19,6 @@ log = logging.getLogger(__name__)
 
 # Most of a header is the tokenizer's vocabulary: some megabytes.
 FIRST, LONGEST = 2 << 20, 256 << 20
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY = 8, 9
 
 
 def gguf_header(repo_id: str, commit: str, name: str, token: str | None) -> Path:
@@ -118,17 +116,17 @@ def _walk(data: bytes) -> None:
             raise _Short
 
     def skip_value(kind: int) -> None:
-        if kind == _STRING:
+        if kind == STRING:
             skip(number("Q"))
-        elif kind == _ARRAY:
+        elif kind == ARRAY:
             kind, count = number("I"), number("Q")
-            if kind in _SCALARS:
-                skip(count * _SCALARS[kind])
-            elif kind == _STRING:
+            if kind in SCALARS:
+                skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
+            elif kind == STRING:
                 for _ in range(count):
                     skip(number("Q"))
-        else:
-            skip(_SCALARS.get(kind, 0))
+        elif kind in SCALARS:
+            skip(struct.calcsize(f"<{SCALARS[kind]}"))
 
     tensors, pairs = number("Q"), number("Q")
     for _ in range(pairs):

@@ -87,7 +87,13 @@ class _Renderer:
         with self._lock:
             child = self._started()
             # A clock that ends what the processor's own does not: a child that waits, or a system without such clocks.
-            clock = threading.Timer(PATIENCE, child.kill)
+            late = threading.Event()
+
+            def end() -> None:
+                late.set()
+                child.kill()
+
+            clock = threading.Timer(PATIENCE, end)
             clock.daemon = True
             clock.start()
             done = False
@@ -100,7 +106,8 @@ class _Renderer:
                     self.close()
         if answer is not None:
             return answer[0], answer[1]
-        if child.returncode in (-signal.SIGKILL, -getattr(signal, "SIGPROF", 0)):
+        ends = [-getattr(signal, name) for name in ("SIGKILL", "SIGPROF") if hasattr(signal, name)]  # not on Windows
+        if late.is_set() or child.returncode in ends:
             raise PromptError(f"the model's chat template does not come to an end within {limits['seconds']:.0f} s; "
                               f"{_PLAIN}")  # fmt: skip
         raise PromptError(f"the model's chat template ends the process that renders it (code {child.returncode}), "

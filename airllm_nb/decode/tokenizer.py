@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.legacy.families import family_of
 from ..checkpoint.legacy.llama import llama_tokenizer
-from ..disk import entries, read_json, told
+from ..disk import entries, read_json, refusal, told
 from ..errors import AirLLMError, CheckpointError, UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ def load_tokenizer(folder: Path) -> Any:
     except AirLLMError:
         raise
     except Exception as error:  # whatever a file makes a tokenizer of any family run into
+        if (refused := refusal(error, folder)) is not None:
+            raise refused from None
         found = _without_damaged(folder)
         if found is not None:
             return found
@@ -82,6 +84,8 @@ def _without_damaged(folder: Path) -> Any | None:
             try:
                 tokenizer = AutoTokenizer.from_pretrained(made, trust_remote_code=False, local_files_only=True)
             except Exception as error:  # so it is another file
+                if (refused := refusal(error, folder)) is not None:
+                    raise refused from None
                 log.debug("not without %s either: %s", left, error)
                 continue
         log.warning("%s: %s cannot be read; going on without it, and without the special tokens or the chat template "
