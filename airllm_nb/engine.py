@@ -53,7 +53,10 @@ def open_model(
 def plan_model(
     model: str | Path, options: LoadOptions | None = None, *, progress: ProgressCallback = silent
 ) -> FittedPlan:
-    """What would go where, how fast, and whether it fits, without downloading, converting or reading any weight."""
+    """What would go where, how fast, and whether it fits, without downloading or converting a weight, from the headers.
+
+    Only of weights that the config ties though a checkpoint on this machine has both, some rows are compared.
+    """
     with told():
         return Preview(model, options or LoadOptions(), progress=progress).plan()
 

@@ -1,6 +1,7 @@
 """From a name to a prepared model: source, config, skeleton, units, sizes.
 
-Nothing of the weights is read here, except where a store must be written first.
+Nothing of the weights is read here, except where a store must be written first, and of weights that the config ties
+though the checkpoint has both: those must be equal.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def prepare(
             source, skeleton, codec, dtype, headers, options, progress, resolved, weights
         )
     if there := found or known:
-        untie(skeleton, there.tensors, there.packed)
+        untie(skeleton, there.tensors, there.packed, whole=weights)
     compress(skeleton, codec, dtype, scratch)
     origin = "config" if known is None or codec.name != "none" else "files" if source.files else "headers"
     read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)

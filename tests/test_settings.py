@@ -6,15 +6,18 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from airllm_nb import AutoModel
-from airllm_nb.decode.settings import complaint
+from airllm_nb.decode.prefill import of_generation
+from airllm_nb.decode.settings import as_whole, complaint
 from airllm_nb.engine import StreamedModel
 from airllm_nb.errors import AirLLMError, BudgetError, OptionError
 
@@ -186,3 +189,60 @@ def test_every_error_is_of_the_package(model: StreamedModel) -> None:
         except (AirLLMError, ValueError, TypeError):  # transformers' own words for its own arguments
             assert not model.busy
     assert len(model.answer("Hello", max_new_tokens=2).token_ids) == 2
+
+
+# ---- numbers of other libraries --------------------------------------------------------------------------------------
+
+KINDS_OF_NUMBER = {
+    "numpy": lambda value: np.float64(value) if isinstance(value, float) else np.int64(value),
+    "short numpy": lambda value: np.float32(value) if isinstance(value, float) else np.uint8(value),
+    "an array": lambda value: np.asarray(value),
+    "torch": lambda value: torch.tensor(value),
+    "a fraction": lambda value: Fraction(value) if isinstance(value, float) else value,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_NUMBER)
+def test_numbers_of_other_libraries_are_numbers(model: StreamedModel, kind: str) -> None:
+    made = KINDS_OF_NUMBER[kind]
+    whole = {"max_new_tokens": 3, "top_k": 2, "eos_token_id": 2, "num_beams": 1}
+    given = {name: made(value) for name, value in whole.items()} | {"temperature": made(0.75), "do_sample": True}
+    assert not any(complaint(name, value) for name, value in given.items())
+    assert complaint("top_k", made(0.5)) and complaint("temperature", made(-1.0)) and complaint("num_beams", made(0))
+    assert complaint("suppress_tokens", [made(3), made(4)]) == "" and complaint("suppress_tokens", [made(0.5)])
+    torch.manual_seed(0)
+    expected = model.answer("Hello", **whole, temperature=0.75, do_sample=True)
+    torch.manual_seed(0)
+    assert model.answer("Hello", **given).token_ids == expected.token_ids
+    with model.stream("Hello", max_new_tokens=made(2)) as generation:
+        list(generation)
+    assert generation.result is not None and len(generation.result.token_ids) <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_NUMBER)
+def test_a_plan_counts_numbers_of_other_libraries(model: StreamedModel, kind: str) -> None:
+    made = KINDS_OF_NUMBER[kind]
+    works = [
+        of_generation(model.native, {"input_ids": torch.tensor([[5]]), "max_new_tokens": one(100), "num_beams": one(4)})
+        for one in (made, int)
+    ]
+    assert works[0] == works[1] and (works[0].length, works[0].batch) == (101, 4)
+    assert as_whole(made(7), 20) == 7
+    assert [as_whole(value, 20) for value in (None, True, "x", float("nan"), np.float64("inf"), 10**400)] == [
+        20, 20, 20, 20, 20, 10**400]  # fmt: skip
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+@pytest.mark.parametrize("wrong", [{"pad_token_id": -1}, {"bos_token_id": 10**6}, {"bos_token_id": -1}], ids=str)
+def test_tokens_of_a_config_that_are_none(
+    tiny_llama: Callable[..., Path], tmp_path: Path, wrong: dict[str, int], with_file: bool
+) -> None:
+    folder = with_defaults(tiny_llama(), tmp_path / "model", **wrong)
+    config = json.loads((folder / "config.json").read_text()) | wrong
+    (folder / "config.json").write_text(json.dumps(config))
+    if not with_file:
+        (folder / "generation_config.json").unlink()
+    with AutoModel.from_pretrained(folder, device="cpu") as model:
+        assert getattr(model.native.generation_config, next(iter(wrong))) is None
+        assert list(model.answer("Hello", max_new_tokens=5).token_ids) == plain(tiny_llama(), "Hello", model.tokenizer)
+        assert model.generate(torch.tensor([[5, 6]]), max_new_tokens=2).shape == (1, 4)

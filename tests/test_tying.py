@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from airllm_nb import AutoModel, plan_model
 from airllm_nb.checkpoint.gguf_file import read_gguf
+from airllm_nb.checkpoint.index import Extent, TensorInfo
 from airllm_nb.config import LoadOptions
 from airllm_nb.errors import CheckpointError
+from airllm_nb.model import tying
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,3 +191,44 @@ def test_a_head_that_is_neither_tied_nor_there_is_refused(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     with pytest.raises(CheckpointError, match=r"lacks lm_head\.weight"):
         AutoModel.from_pretrained(tmp_path, device="cpu").close()
+
+
+@pytest.mark.parametrize("how", ["own", "equal"])
+def test_a_plan_reads_some_rows_at_most_and_an_open_reads_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    ties = tied("llama", tmp_path)
+    (own_heads if how == "own" else equal_heads)(tmp_path, ties)
+    read: list[int] = []
+    chunks = tying._chunks
+
+    def counted(files: Any, info: Any, as_bytes: bool) -> Any:
+        read.append(info.nbytes)
+        return chunks(files, info, as_bytes)
+
+    monkeypatch.setattr(tying, "_chunks", counted)
+    weights = load_file(tmp_path / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    some = 2 * 16 * table[0].nbytes
+    plan_model(tmp_path, LoadOptions.create(device="cpu"))
+    assert 0 < sum(read) <= some < table.nbytes
+    for opened in range(2):
+        AutoModel.from_pretrained(tmp_path, device="cpu").close()
+        assert sum(read) == some + (2 * table.nbytes if how == "equal" else 0), opened
+    weights["lm_head.weight"][1] += 1  # between the rows that are looked at first
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    check(tmp_path, ties)
+    assert sum(read) >= 2 * some, "another file is looked at anew"
+
+
+def test_heads_that_are_not_here_stay_tied_and_are_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny_models.tiny_config("llama")
+    config.tie_word_embeddings = True
+    model = tiny_models.full_class(config).from_config(config)
+    where = Extent(tmp_path / "not here", 0, 100), Extent(tmp_path / "not here", 100, 100)
+    names = "model.embed_tokens.weight", "lm_head.weight"
+    tensors = {name: TensorInfo(name, "F32", (5, 5), (at,)) for name, at in zip(names, where, strict=True)}
+    with caplog.at_level("INFO"):
+        tying.untie(model, tensors)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert [record.levelname for record in caplog.records if "tied" in record.getMessage()] == ["INFO"]

@@ -7,9 +7,9 @@ checkpoint's defaults do, they are left aside with a warning.
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ _FLAGS = (
 _TOKENS = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")
 _TOKEN = ("pad_token_id", "bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 TOKEN_SETTINGS = (*_TOKENS, *_TOKEN)
+_SETTINGS = (*_WHOLE, *_REAL, *_FLAGS, *TOKEN_SETTINGS)
 _DICTS = ("watermarking_config", "cache_config", "compile_config")
 
 
@@ -55,28 +56,48 @@ def effective(native: Any, kwargs: Mapping[str, Any]) -> Callable[[str], Any]:
 
     def setting(name: str) -> Any:
         if name in kwargs:
-            return kwargs[name]
-        return next((value for config in configs if (value := getattr(config, name, None)) is not None), None)
+            return plain_number(kwargs[name])
+        said = (value for config in configs if (value := getattr(config, name, None)) is not None)
+        return plain_number(next(said, None))
 
     return setting
 
 
 def as_whole(value: Any, otherwise: int) -> int:
     """A number that sizes something; ``otherwise`` where it is none, which transformers then says."""
-    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else otherwise
+    value = plain_number(value)
+    is_number = _is_whole(value) or (_is_real(value) and math.isfinite(value))
+    return int(value) if is_number else otherwise
+
+
+def plain_number(value: Any) -> Any:
+    """The number of Python that one of another library, or a tensor or an array without dimensions, stands for."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item") and not getattr(value, "is_meta", False):
+        value = value.item()
+    if _is_whole(value):
+        return int(value)
+    return float(value) if _is_real(value) else value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def complaint(name: str, value: Any) -> str:
     """What is wrong with a setting, to stand behind ``name=value``; empty where nothing is, or it is not known."""
+    value = plain_number(value)
     if value is None:
         return ""
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    is_real = is_whole or isinstance(value, float)
+    is_whole = _is_whole(value)
     if name in _WHOLE and not (is_whole and value >= _WHOLE[name]):
         return f"must be a whole number of {_WHOLE[name]} or more"
     if name in _REAL:
         low, high = _REAL[name]
-        if not is_real or not math.isfinite(value) or not low <= value <= high:
+        if not _is_real(value) or not low <= value <= high or value in (math.inf, -math.inf):
             limits = f" of {low} or more" if high == math.inf else f" from {low} to {high}"
             return f"must be a number{limits if low > -math.inf else ''}"
     if name in _FLAGS and not (isinstance(value, int) and value in (0, 1)):
@@ -103,8 +124,7 @@ def _are_numbers(value: Any) -> bool:
 def _are_whole(value: Any) -> bool:
     if hasattr(value, "tolist"):
         value = value.tolist()
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    return all(isinstance(each, int) and not isinstance(each, bool) for each in numbers)
+    return all(map(_is_whole, map(plain_number, value if isinstance(value, (list, tuple)) else [value])))
 
 
 def _are_texts(value: Any) -> bool:
@@ -122,7 +142,8 @@ def for_answer(
     OptionError
         If the caller asks for several texts, for something that does not stream, or for what cannot be.
     """
-    kwargs, passed = dict(kwargs), kwargs.get("generation_config")
+    kwargs = {name: plain_number(value) if name in _SETTINGS else value for name, value in kwargs.items()}
+    passed, max_new_tokens = kwargs.get("generation_config"), plain_number(max_new_tokens)
     given = {**(_said(passed) if passed is not None else {}), **kwargs, "max_new_tokens": max_new_tokens}
     for name, value in given.items():
         if problem := complaint(name, value):
@@ -168,7 +189,7 @@ def for_answer(
 
 
 def _said(config: Any) -> dict[str, Any]:
-    return {name: value for name in (*_WHOLE, *_REAL, *_FLAGS, *TOKEN_SETTINGS, *_ONE_TEXT, "stop_strings")
+    return {name: value for name in (*_SETTINGS, *_ONE_TEXT, "stop_strings")
             if (value := getattr(config, name, None)) is not None}  # fmt: skip
 
 
@@ -187,20 +208,19 @@ def checkpoint_defaults(folder: Path, config: Any) -> Any:
     """
     from transformers import GenerationConfig
 
-    of_model = functools.partial(GenerationConfig.from_model_config, config)
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+
+    def of_model() -> Any:
+        made = GenerationConfig.from_model_config(config)
+        for name in _wrong(made.to_dict(), vocabulary, folder / "config.json"):
+            setattr(made, name, getattr(GenerationConfig(), name, None))
+        return made
+
     file = folder / "generation_config.json"
     values = read_json(file, optional=True)
     if values is None:
         return of_model()
-    wrong = {name: problem for name, value in values.items() if (problem := complaint(name, value))}
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    for name in _TOKEN:  # -1 is written for "none"; as a fill between sequences it would be looked up
-        value = values.get(name)
-        if name not in wrong and isinstance(value, int) and not 0 <= value < (vocabulary or math.inf):
-            wrong[name] = f"is no token of {vocabulary:,}" if value >= 0 else ""
-    for name, problem in wrong.items():
-        level = logging.WARNING if problem else logging.INFO
-        log.log(level, "%s: %s=%s %s; going on without it", file, name, _short(values[name]), problem or "is no token")
+    wrong = _wrong(values, vocabulary, file)
     try:
         made = GenerationConfig.from_dict({name: value for name, value in values.items() if name not in wrong})
     except Exception as error:  # whatever its own checks say
@@ -209,6 +229,19 @@ def checkpoint_defaults(folder: Path, config: Any) -> Any:
     if "eos_token_id" in wrong:
         made.eos_token_id = of_model().eos_token_id
     return made
+
+
+def _wrong(values: Mapping[str, Any], vocabulary: int | None, file: Path) -> Mapping[str, str]:
+    """The settings of a file that cannot be, each said: what is wrong with them."""
+    wrong = {name: problem for name, value in values.items() if (problem := complaint(name, value))}
+    for name in _TOKEN:  # -1 is written for "none"; as a fill between sequences it would be looked up
+        value = values.get(name)
+        if name not in wrong and isinstance(value, int) and not 0 <= value < (vocabulary or math.inf):
+            wrong[name] = f"is no token of {vocabulary:,}" if value >= 0 else ""
+    for name, problem in wrong.items():
+        level = logging.WARNING if problem else logging.INFO
+        log.log(level, "%s: %s=%s %s; going on without it", file, name, _short(values[name]), problem or "is no token")
+    return wrong
 
 
 def token_settings(setting: Callable[[str], Any]) -> list[tuple[str, Sequence[Any]]]:
