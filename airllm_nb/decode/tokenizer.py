@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
+    _refuse_growth(folder / "tokenizer.json")
     try:
         if family := family_of(config):
             return family.tokenizer(folder, config)
@@ -60,6 +63,38 @@ def load_tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: "
                               f"{str(error).strip().partition(chr(10))[0][:160]}); download its files again, "
                               f"{ids}") from error  # fmt: skip
+
+
+# How many times as long as it was a text may become by replacing, and how many tokens a template may add.
+_GROWTH, _ADDED = 1_000, 10_000
+
+
+def _refuse_growth(file: Path) -> None:
+    """Refuse a tokenizer that makes gigabytes of a word; no other code has a say once it runs."""
+    said = read_json(file, optional=True) if file.is_file() else None
+    if not isinstance(said, Mapping):
+        return
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        grown = math.prod(_growth(said.get(part)))
+        if grown > _GROWTH:
+            raise CheckpointError(f"{file} is damaged, or meant to do harm: its {part} makes a text {grown:.3g} times "
+                                  "as long; download it again, from somebody you trust")  # fmt: skip
+    added = str(said.get("post_processor")).count(",")
+    if added > _ADDED:
+        raise CheckpointError(f"{file} is damaged, or meant to do harm: its post_processor adds {added:,} tokens to "
+                              "each text; download it again, from somebody you trust")  # fmt: skip
+
+
+def _growth(step: Any) -> Iterator[float]:
+    """By how much each step, and each within it, can lengthen a text."""
+    if not isinstance(step, Mapping):
+        return
+    pattern = step.get("pattern")
+    found = len(pattern["String"]) if isinstance(pattern, Mapping) and isinstance(pattern.get("String"), str) else 1
+    yield max(1.0, len(str(step.get("content", ""))) / max(found, 1), float(len(str(step.get("prepend", "")))))
+    for inner in step.values():
+        for each in inner if isinstance(inner, list) else ():
+            yield from _growth(each)
 
 
 # What a tokenizer.json can do without: names and templates, which are then missing.
