@@ -110,12 +110,11 @@ class Residence:
         ------
         BudgetError
         """
-        run, tokens = self._admitted
+        run, _ = self._admitted
         if not self._machine.has_device:
             return
-        is_its_own = has_cache and work.batch <= run.batch and work.prompt <= tokens and not work.loss
-        # Without a number all tokens get logits.
-        if is_its_own and (run.logits is None or (work.logits or work.prompt) <= run.logits):
+        # Some classes give the whole sequence again, at each step or once; a device that has no room for that says so.
+        if work.batch <= run.batch and work.prompt <= run.length and not work.loss:
             return
         held, wanted = (planning.needs(self._prepared, each, each.prompt) for each in (run, work))
         total = wanted.total + (0 if has_cache else held.kv_cache)

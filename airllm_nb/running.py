@@ -209,8 +209,12 @@ def _running(running: type, native: type) -> type:
 
 def _by_name(function: Callable[..., Any], *given: Any) -> dict[str, Any]:
     """The arguments of a call of ``function``, by their names; without the first, which is the model."""
+    from transformers import GenerationMixin
+
     model, args, kwargs = given
     signature = inspect.signature(function)
+    if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()):
+        signature = inspect.signature(GenerationMixin.generate)  # it passes on what it is given
     bound = dict(signature.bind(model, *args, **kwargs).arguments)
     bound.pop(next(iter(signature.parameters)))
     for name, parameter in signature.parameters.items():
