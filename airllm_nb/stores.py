@@ -228,7 +228,7 @@ def _rewritten(source: Source, dtype: torch.dtype, options: LoadOptions, progres
 
 def _keep_private(folder: Path, source: Source) -> None:
     """Who may not read the weights may not read what is made of them."""
-    modes = [status(file).st_mode for file in source.files]
+    modes = [status(file).st_mode for file in source.files if file.is_file()]  # or another process deleted it
     closed = 0
     for who, read in ((0o070, stat.S_IRGRP), (0o007, stat.S_IROTH)):
         closed |= 0 if all(mode & read for mode in modes) else who

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import fuzz
 import fuzz_models
 import pytest
+import transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    ours, theirs = logging.getLogger("airllm_nb"), transformers.logging
+    before, said, has_bar = ours.level, theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     fuzz_models.quiet()
-    return fuzz.made(tmp_path_factory.mktemp("bases"))
+    yield fuzz.made(tmp_path_factory.mktemp("bases"))
+    ours.setLevel(before)  # other tests of this process look at what is logged
+    theirs.set_verbosity(said)
+    if has_bar:
+        theirs.enable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
