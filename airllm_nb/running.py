@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import planning
-from .decode.prefill import of_forward
+from .decode.ids import check_call
+from .decode.prefill import by_name, of_forward
 from .decode.prompt import check_length
 from .decode.replay import Replay
 from .errors import OptionError
@@ -47,6 +48,8 @@ class Running(FixedWeights):
         return model
 
     def __init__(self, prepared: planning.Prepared, machine: Any):
+        from transformers import PreTrainedModel
+
         self._prepared, self.options, self.name = prepared, prepared.options, prepared.source.name
         # Where clients look for the tokenizer.
         self.name_or_path = self.config._name_or_path = prepared.source.repo_id or str(prepared.folder)
@@ -58,6 +61,9 @@ class Running(FixedWeights):
         self._residence = Residence(prepared, machine, self._turn)
         self.generation_config = planning.generation_config(prepared)
         fix_parts(self)
+        for part in self.modules():  # type: ignore[attr-defined]
+            if isinstance(part, PreTrainedModel) and part is not self:
+                part.register_forward_pre_hook(self._look, with_kwargs=True)
 
     @property
     def native(self) -> Any:
@@ -117,6 +123,11 @@ class Running(FixedWeights):
                 return self._residence.run(
                     work, lambda _: self._executor.sweep(lambda: native(self, *args, **kwargs)), cancel, fresh
                 )
+
+    def _look(self, part: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """A model within this one, called on its own: its tokens are looked at as those of the whole are."""
+        if not self._turn.runs:
+            check_call(self, by_name(part, args, kwargs))
 
     def _gradients(self, values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
         if self._holds_all:

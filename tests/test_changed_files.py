@@ -213,3 +213,16 @@ def test_sources_are_looked_at_once_a_shard_and_their_pages_at_every_step(
     else:
         write()
         assert looks == [shards] and len(told) >= shards * steps
+
+
+def test_a_weight_that_is_read_after_its_file_shrank_is_no_zeros(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))
+    with AutoModel.from_pretrained(folder, device="cpu", ram_budget="200KiB") as model:
+        weight = model.model.layers[2].mlp.up_proj.weight
+        before = weight.abs().sum()
+        os.truncate(folder / "model.safetensors", 8192)
+        with pytest.raises(CheckpointError, match="shorter"):
+            weight.abs().sum()
+        assert before > 0

@@ -91,6 +91,18 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("call", [lambda m, ids: m.model(ids), lambda m, ids: m.get_decoder()(input_ids=ids),
+                                  lambda m, ids: m.base_model(ids, use_cache=False)])  # fmt: skip
+def test_a_part_that_is_called_by_itself_has_no_other_tokens(call: Any, model: StreamedModel) -> None:
+    assert call(model, GOOD).last_hidden_state.shape[:2] == GOOD.shape
+    for token in (260, -1):
+        bad = GOOD.clone()
+        bad[0, 1] = token
+        with pytest.raises(PromptError, match=f"{token} at"):
+            call(model, bad)
+    assert call(model, GOOD).last_hidden_state.shape[:2] == GOOD.shape
+
+
 @pytest.mark.parametrize("model_type", ["git", "gemma3", "phi4_multimodal"])
 def test_positions_of_images_are_not_those_of_text(tmp_path: Path, model_type: str) -> None:
     tiny_models.save_tiny(model_type, tmp_path)

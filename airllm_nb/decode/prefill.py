@@ -144,12 +144,17 @@ def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
     )
 
 
+def by_name(native: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward of ``native``, by their names."""
+    return dict(zip(_parameters(native), args, strict=False)) | dict(kwargs)
+
+
 def of_forward(native: Any, args: Sequence[Any], kwargs: Mapping[str, Any], within: bool = False) -> Work:
     """What ``native(*args, **kwargs)`` asks for; raises ``PromptError`` for what the model cannot look up.
 
     ``within`` says that a generation calls it: what that goes on with it has sampled, and the host waits for no device.
     """
-    given = dict(zip(_parameters(native), args, strict=False)) | dict(kwargs)
+    given = by_name(native, args, kwargs)
     goes_on = within and _cached(given) > 0
     check_call(native, {k: v for k, v in given.items() if _is_on_host(v)} if goes_on else given)
     (batch, tokens), past = prompt_shape(given), _cached(given)

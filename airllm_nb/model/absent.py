@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..checkpoint.files import Unchanged
 from ..checkpoint.index import TensorInfo
 from ..errors import OptionError
 from ..stream.mapped import MappedFiles
@@ -77,11 +78,13 @@ class AbsentWeight(nn.Parameter):
         if not self._seen:
             log.info("%s is used outside of its module and read each time", self._info.name)
             self._seen = True
-        files = MappedFiles()
+        files, sources = MappedFiles(), Unchanged(extent.path for extent in self._info.extents)
         try:
-            return files.tensor(self._info, self._stored_dtype).to(self._home, self._wanted, copy=True)
+            read = files.tensor(self._info, self._stored_dtype).to(self._home, self._wanted, copy=True)
         finally:
             files.close()
+        sources.check_pages()
+        return read
 
     def is_same(self, other: torch.Tensor) -> bool:
         """Whether ``other`` has the same numbers: a state that is loaded may hold weights that were not changed."""
