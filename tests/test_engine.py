@@ -53,20 +53,23 @@ def test_a_failure_while_the_trace_is_completed_leaves_it_free(model, monkeypatc
     assert says(model) == expected
 
 
-def test_a_failure_while_planning_again_leaves_it_usable(model, monkeypatch):
+def test_a_failure_while_planning_again_leaves_it_usable(tiny_llama, monkeypatch):
     from airllm_nb import residence
 
-    expected, real = says(model), residence.Executor
+    real = residence.Executor
 
     def out_of_memory(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(residence, "Executor", out_of_memory)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        model.generate(IDS.expand(32, 3), attention_mask=torch.ones(32, 3), max_new_tokens=2)
-    monkeypatch.setattr(residence, "Executor", real)
-    assert not model.closed
-    assert says(model) == expected
+    # Room for all of it, but not beside what 32 sequences take.
+    with AutoModel.from_pretrained(tiny_llama(eos_token_id=None), vram_budget="1500KiB", max_seq_len=64) as model:
+        expected = says(model)
+        monkeypatch.setattr(residence, "Executor", out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model.generate(IDS.expand(32, 3), attention_mask=torch.ones(32, 3), max_new_tokens=2)
+        monkeypatch.setattr(residence, "Executor", real)
+        assert not model.closed
+        assert says(model) == expected
 
 
 def test_a_stop_while_room_is_made_is_not_lost(model, monkeypatch):
