@@ -86,7 +86,8 @@ JOINS = {
     "checkpoint.identity": {"choice.index"},  # a constant
     "checkpoint.index": {"shard"},  # a key of a mapping, and in a message
     "checkpoint.local": {"choice.index", "name"},  # a constant; what the user named
-    "checkpoint.piecewise": {"job.file"},  # shards are named by numbers
+    "checkpoint.journal": {"file"},  # of a job: shards are named by numbers
+    "checkpoint.piecewise": {"job.file"},  # likewise
     "checkpoint.piecewise_plan": {"job.file"},
     "checkpoint.shard": {"job.file"},
     "checkpoint.store": {"job.file", "shard['file']"},  # of a manifest that was checked

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from ..errors import GenerationStopped
 from ..trace import Trace
-from .settings import settings_error
 from .text import Detokenizer, StopText
 
 
@@ -268,9 +267,6 @@ def _work(model: Runs, kwargs: dict[str, Any], cancel: threading.Event, events: 
         model.run({**kwargs, "streamer": _Tokens(events.put)}, cancel)
         events.put(_End())
     except BaseException as error:  # raised again in the caller's thread
-        is_early = not model.trace.began  # before the first sweep settings are looked at, and nothing else
-        if is_early and isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)):
-            error = settings_error(error)
         events.put(_End(error))
 
 

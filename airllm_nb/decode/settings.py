@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config import check_text
 from ..disk import read_json
-from ..errors import AirLLMError, OptionError
+from ..errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -269,12 +269,3 @@ def _flat(value: Any) -> Any:
             yield from _flat(each)
     else:
         yield value
-
-
-def settings_error(error: Exception) -> Exception:
-    """What ``generate`` says of settings that it cannot use, in one line; errors of ours as they are."""
-    if isinstance(error, AirLLMError):
-        return error
-    said = " ".join(str(error).split())[:300]
-    return OptionError(f"generate cannot use these settings ({type(error).__name__}: {said}); leave out what you gave, "
-                       "or correct generation_config.json if the checkpoint says it")  # fmt: skip
