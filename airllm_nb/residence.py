@@ -56,7 +56,7 @@ class Residence:
 
     def __init__(self, prepared: planning.Prepared, machine: Machine, turn: Turn):
         self._prepared, self._machine, self._turn = prepared, machine, turn
-        self._admitted = (prepared.planned, 0)
+        self._admitted = prepared.planned
         self.executor: Executor | None = None
         self.trace, self.shrunk_from = Trace(), None  # type: Trace, int | None
         self.plan: ResidencyPlan = planning.plan(prepared, machine, prepared.planned)[0]
@@ -85,7 +85,7 @@ class Residence:
         def attempt() -> T:
             nonlocal began
             tokens = self.make_room(work)
-            executor, self.trace, began, self._admitted = self.executor, Trace(), True, (work, tokens)
+            executor, self.trace, began, self._admitted = self.executor, Trace(), True, work
             assert executor is not None, "there is room"
             executor.start(self.trace, cancel)
             try:
@@ -110,7 +110,7 @@ class Residence:
         ------
         BudgetError
         """
-        run, _ = self._admitted
+        run = self._admitted
         if not self._machine.has_device:
             return
         # Some classes give the whole sequence again, at each step or once; a device that has no room for that says so.
