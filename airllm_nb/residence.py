@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 
 from . import planning
+from .checkpoint import libc
 from .config import format_bytes
 from .decode.prefill import Work
 from .errors import BudgetError, GenerationStopped
@@ -150,6 +151,7 @@ class Residence:
             self.executor = None
         self._prepared.scratch.close()
         drop_unpacked(self._prepared.skeleton)
+        libc.trim_heap()
 
     def _fitting(self, work: Work) -> int | None:
         """Tokens at a time with which ``work`` fits the plan in force.

@@ -81,6 +81,13 @@ def start_writing(descriptor: int, offset: int, nbytes: int) -> None:
             _libc().sync_file_range(descriptor, offset, nbytes, SYNC_FILE_RANGE_WRITE)
 
 
+def trim_heap() -> None:
+    """Give back to the system what was freed; glibc keeps it, as much as it likes. Nothing with other C libraries."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            _libc().malloc_trim(0)
+
+
 @functools.cache
 def _libc() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -89,6 +96,8 @@ def _libc() -> Any:
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    with contextlib.suppress(AttributeError):
+        libc.malloc_trim.argtypes = [ctypes.c_size_t]
     with contextlib.suppress(AttributeError):
         libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     return libc
