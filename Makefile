@@ -25,7 +25,8 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check
 # The oldest transformers we promise, laid over the newest together with what it needs older than the newest does.
 FLOOR := build/floor-5.15.0
 FLOOR_PACKAGES := transformers==5.15.0 huggingface_hub==1.33.0 tokenizers==0.22.2 httpx==0.28.1 httpcore==1.0.9
-FLOOR_TESTS := $(addprefix tests/test_,import.py mapping.py auto_model.py engine.py other_models.py)
+FLOOR_TESTS := tests/test_import.py $(addprefix tests/,checkpoint/test_mapping.py engine/test_auto_model.py \
+  engine/test_facade.py whole/test_other_models.py)
 
 # Kernels as notebooks elsewhere have them, laid over .venv for the kernel's process alone (tests/kernel_stacks.py).
 # Colab and Kaggle: what their images bring. The numbers: ipykernel's own ways of reading messages; .venv has the newest.

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .auto_model import AutoModel
-    from .checkpoint.sample import sample_model
+    from .checkpoint.hub.sample import sample_model
     from .config import LoadOptions
-    from .engine import StreamedModel, convert_model, open_model, plan_model
+    from .engine.auto_model import AutoModel
+    from .engine.facade import StreamedModel, convert_model, open_model, plan_model
 
 __version__ = "0.1.0"
 
@@ -27,13 +27,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoModel": "auto_model",
+    "AutoModel": "engine.auto_model",
     "LoadOptions": "config",
-    "StreamedModel": "engine",
-    "convert_model": "engine",
-    "open_model": "engine",
-    "plan_model": "engine",
-    "sample_model": "checkpoint.sample",
+    "StreamedModel": "engine.facade",
+    "convert_model": "engine.facade",
+    "open_model": "engine.facade",
+    "plan_model": "engine.facade",
+    "sample_model": "checkpoint.hub.sample",
 }
 
 

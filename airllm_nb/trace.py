@@ -100,7 +100,7 @@ class Trace:
     began
         Start of the sweep that runs, or of the last one.
     plan
-        What was planned for it, see :meth:`~airllm_nb.model.plan.ResidencyPlan.as_dict`; empty until it runs.
+        What was planned for it, see :meth:`~airllm_nb.plan.residency.ResidencyPlan.as_dict`; empty until it runs.
     tiers
         ``"gpu"``, ``"ram"`` or ``"disk"`` of each unit by name, in the order of the schedule.
     """

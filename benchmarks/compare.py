@@ -138,9 +138,9 @@ def sample_folder() -> Path:
     """SmolLM2-135M as transformers saves it: AirLLM cannot read other names of shards."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from airllm_nb.checkpoint.sample import sample_model
+    from airllm_nb.checkpoint.hub.sample import sample_model
     from airllm_nb.config import LoadOptions
-    from airllm_nb.engine import convert_model
+    from airllm_nb.engine.facade import convert_model
 
     folder = ROOT / "build" / "SmolLM2-135M-Instruct"
     if not (folder / "model.safetensors.index.json").is_file():

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from airllm_nb.checkpoint.files import Files
-from airllm_nb.checkpoint.index import read_index
 from airllm_nb.config import LoadOptions
-from airllm_nb.engine import convert_model, open_model, plan_model
+from airllm_nb.engine.facade import convert_model, open_model, plan_model
+from airllm_nb.tensors.files import Files
+from airllm_nb.tensors.index import read_index
 from airllm_nb.trace import Progress
 
 PIECE, THREADS = 8 << 20, 8

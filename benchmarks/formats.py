@@ -33,15 +33,15 @@ STREAMED = 0.85
 
 def least_budget(model: Path, given: argparse.Namespace) -> int:
     """The VRAM in which nothing stays resident."""
-    from airllm_nb import load, planning
     from airllm_nb.config import LoadOptions
-    from airllm_nb.model.plan import window
+    from airllm_nb.intake import planning, prepare
+    from airllm_nb.plan.residency import window
     from airllm_nb.stream.ring import align
 
     budget = 4 << 30
     for _ in range(2):  # units are cut to suit the budget
         options = LoadOptions.create(vram_budget=budget, ram_budget=given.ram, max_seq_len=given.max_seq_len)
-        prepared = load.prepare(model, options)
+        prepared = prepare.prepare(model, options)
         prepared.held.close()
         units = [align(unit.nbytes) for unit in prepared.sizes if unit.kind != "embedding"]
         budget = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total + window(units)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from airllm_nb.checkpoint import synthetic
-from airllm_nb.checkpoint.index import ITEMSIZE
-from airllm_nb.checkpoint.shapes import shape_config, weights_by_file
+from airllm_nb.bench import synthetic
+from airllm_nb.bench.shapes import shape_config, weights_by_file
+from airllm_nb.tensors.index import ITEMSIZE
 
 GROUP = 128
 Tensors = dict[str, tuple[str, tuple[int, ...]]]

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from airllm_nb.checkpoint.synthetic import SHAPES, write, write_packed
+from airllm_nb.bench.synthetic import SHAPES, write, write_packed
 from airllm_nb.errors import AirLLMError
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

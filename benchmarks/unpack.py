@@ -19,14 +19,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from results import machine_line
 
-from airllm_nb.checkpoint.codecs import bnb, kernels
-from airllm_nb.checkpoint.codecs.awq import AWQ
-from airllm_nb.checkpoint.codecs.bnb import NF4, Int8
-from airllm_nb.checkpoint.codecs.fp8 import FP8
-from airllm_nb.checkpoint.codecs.ggml import packed_row_bytes, packing_of
-from airllm_nb.checkpoint.codecs.gptq import GPTQ
-from airllm_nb.checkpoint.codecs.mxfp4 import MXFP4
-from airllm_nb.checkpoint.codecs.packing import Packing
+from airllm_nb.encoding import bnb
+from airllm_nb.encoding.awq import AWQ
+from airllm_nb.encoding.bnb import NF4, Int8
+from airllm_nb.encoding.fp8 import FP8
+from airllm_nb.encoding.ggml import packed_row_bytes, packing_of
+from airllm_nb.encoding.gptq import GPTQ
+from airllm_nb.encoding.kernels import launch
+from airllm_nb.encoding.mxfp4 import MXFP4
+from airllm_nb.encoding.packing import Packing
 
 Parts = dict[str, torch.Tensor]
 Case = tuple[str, Packing, Callable[[], Parts]]
@@ -130,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     device, has_kernels = torch.device(given.device), bnb.has_4bit_kernels
     if given.no_kernels:
-        kernels.usable = lambda _: False
+        launch.usable = lambda _: False
     print(machine_line())
     kinds = " | ".join(given.dtypes)
     how = f"{given.device}, {given.threads} threads{', no kernels' * given.no_kernels}"

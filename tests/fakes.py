@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from airllm_nb.checkpoint.index import Extent
 from airllm_nb.stream import prefetcher as prefetcher_module
 from airllm_nb.stream.copier import Copied
 from airllm_nb.stream.prefetcher import Prefetcher, Stop
 from airllm_nb.stream.ring import align, place
 from airllm_nb.stream.unit import Piece, Unit
+from airllm_nb.tensors.index import Extent
 
 DISK = Path("/fake/disk")
 POISON = 0xDB

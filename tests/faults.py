@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 from airllm_nb import disk
-from airllm_nb.checkpoint import libc
+from airllm_nb.tensors import libc
 
 SHORT = "short"
 READS = ("open", "stat", "listdir", "scandir", "preadv", "readinto", "readall", "map_file")

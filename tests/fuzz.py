@@ -1,7 +1,7 @@
 """Damages everything that a model's folder is read from, and says what that does.
 
 Whatever the damage, there is an ``AirLLMError`` of one line, or what runs is what the reference makes of these bytes.
-``make fuzz`` runs this for long, in child processes with limits; tests/test_fuzz.py some thousands of mutations.
+``make fuzz`` runs this for long, in child processes with limits; tests/whole/test_fuzz.py some thousands of mutations.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from fuzz_models import BASES, opened, quiet, reference
 
-from airllm_nb.checkpoint.gguf_file import read_gguf
-from airllm_nb.checkpoint.index import read_header, read_index
-from airllm_nb.checkpoint.pickle_index import pickle_index
-from airllm_nb.checkpoint.pickles import load_pickle
-from airllm_nb.checkpoint.store import open_store
+from airllm_nb.checkpoint.bin.in_place import pickle_index
+from airllm_nb.checkpoint.bin.pickles import load_pickle
+from airllm_nb.checkpoint.gguf.header import read_gguf
 from airllm_nb.errors import AirLLMError
+from airllm_nb.store.writer import open_store
+from airllm_nb.tensors.index import read_header, read_index
 
 SECONDS, MEMORY = 20, 512 << 20
 NUMBERS = (0, 1, -1, 2, 7, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30, 0.5, -1.5, 1e30, float("nan"))

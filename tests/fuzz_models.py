@@ -16,15 +16,15 @@ from conftest import _byte_tokenizer as byte_tokenizer
 from gguf_files import tiny_llama_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from airllm_nb import load
-from airllm_nb.checkpoint.codec import get_codec
-from airllm_nb.checkpoint.convert import encode_jobs
-from airllm_nb.checkpoint.index import read_index
-from airllm_nb.checkpoint.store import StoreMeta, write_store
 from airllm_nb.config import LoadOptions
 from airllm_nb.decode.prompt import encode
-from airllm_nb.engine import StreamedModel
-from airllm_nb.model.plan import Machine
+from airllm_nb.encoding.ours import get_codec
+from airllm_nb.engine.facade import StreamedModel
+from airllm_nb.intake import prepare
+from airllm_nb.plan.residency import Machine
+from airllm_nb.store.jobs import encode_jobs
+from airllm_nb.store.writer import StoreMeta, write_store
+from airllm_nb.tensors.index import read_index
 
 MACHINE = Machine(True, disk=1e9, link=1e10, memory=1e10)
 IDS = torch.tensor([[1, 5, 9, 3, 30, 17]])
@@ -123,7 +123,7 @@ def opened(folder: Path) -> torch.Tensor:
     """The logits of the streamed model; its tokenizer is loaded too, where there is one."""
     path, options = _named(folder)
     budgets = {"vram_budget": "64MiB", "ram_budget": "64MiB", "device": "cpu", "dtype": "float32"}
-    prepared = load.prepare(path, LoadOptions.create(**budgets, **options))
+    prepared = prepare.prepare(path, LoadOptions.create(**budgets, **options))
     with StreamedModel(prepared, MACHINE) as model:
         if (folder / "tokenizer.json").is_file():
             encode(model.tokenizer, "ab c")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from airllm_nb.checkpoint.gguf import convert_gguf
-from airllm_nb.checkpoint.sample import sample_gguf
+from airllm_nb.checkpoint.gguf.weights import convert_gguf
+from airllm_nb.checkpoint.hub.sample import sample_gguf
 from airllm_nb.checkpoint.source import resolve
 from airllm_nb.config import LoadOptions
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from airllm_nb.checkpoint.codec import get_codec
-from airllm_nb.checkpoint.convert import encode_jobs, fingerprint
-from airllm_nb.checkpoint.index import read_index
-from airllm_nb.checkpoint.store import StoreMeta, write_store
+from airllm_nb.encoding.ours import get_codec
+from airllm_nb.store.jobs import encode_jobs, fingerprint
+from airllm_nb.store.writer import StoreMeta, write_store
+from airllm_nb.tensors.index import read_index
 from airllm_nb.trace import Progress
 
 

@@ -12,45 +12,39 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "airllm_nb"
 
 BASE = {"config", "disk", "errors", "trace", "timeline"}
-ROOMS = {"checkpoint", "stream", "model", "decode"}
-ENGINE = {"engine", "auto_model", "bench"}
-# room or top-level module: what it may import of ours, besides itself
+AT_REST = BASE | {"tensors", "encoding", "store", "checkpoint"}
+MOVING = BASE | {"tensors", "encoding", "stream"}
+ROOMS = AT_REST | MOVING | {"plan", "model", "decode"}
+# room or top-level module, from the ground up: what it may import of ours, besides itself
 ALLOWED = {
     "errors": set(),
     "disk": {"errors"},
     "config": {"errors", "disk"},
     "trace": {"config", "errors"},
     "timeline": {"trace", "config", "errors"},
-    "checkpoint": BASE,
-    "stream": BASE | {"checkpoint"},
-    "model": BASE | {"checkpoint", "stream"},
-    "decode": BASE | {"checkpoint", "stream"},
-    "weights": BASE | ROOMS,
-    "replaced": BASE | ROOMS,
-    "stores": BASE | ROOMS | {"weights"},
-    "planning": BASE | ROOMS,
-    "load": BASE | ROOMS | {"weights", "replaced", "stores", "planning"},
-    "machine": BASE | ROOMS | {"load", "planning"},
-    "residence": BASE | ROOMS | {"planning"},
-    "fit": BASE | ROOMS | {"planning"},
-    "preview": BASE | ROOMS | {"load", "planning", "machine", "fit"},
-    "running": BASE | ROOMS | {"planning", "residence"},
-    "engine": BASE | ROOMS | {"stores", "load", "planning", "machine", "running", "preview", "fit"},
-    "auto_model": BASE | ROOMS | {"stores", "load", "engine"},
-    "bench": BASE | ROOMS | {"load", "machine", "engine"},
-    "notebook": BASE | ENGINE | {"preview"},
-    "kept": BASE | ROOMS,
-    "cli": BASE | ENGINE | {"kept"},
+    "tensors": BASE,
+    "encoding": BASE | {"tensors"},
+    "store": BASE | {"tensors", "encoding"},
+    "checkpoint": BASE | {"tensors", "encoding", "store"},
+    "stream": BASE | {"tensors", "store"},
+    "plan": BASE | {"stream"},
+    "model": AT_REST | MOVING | {"plan"},
+    "decode": AT_REST | MOVING | {"plan"},
+    "intake": ROOMS,
+    "engine": ROOMS | {"intake"},
+    "bench": ROOMS | {"intake", "engine"},
+    "notebook": BASE | {"engine", "bench"},
+    "cli": BASE | {"engine", "bench"},
     "__main__": {"cli"},
-    "__init__": BASE | ENGINE | {"notebook", "checkpoint"},  # lazily; what it costs is measured in test_import.py
+    "__init__": BASE | {"engine", "notebook", "checkpoint"},  # lazily; what it costs is measured in test_import.py
 }
 # library: the modules that may import it; nothing else may, at import time or inside a function
 KEPT_IN = {
     "IPython": "notebook/",
     "ipywidgets": "notebook/",
     "matplotlib": "notebook/",
-    "bitsandbytes": "checkpoint/codec.py",
-    "triton": "checkpoint/codecs/triton_",
+    "bitsandbytes": "encoding/ours.py",
+    "triton": "encoding/kernels/triton_",
     "accelerate": "nowhere",
 }
 FILE_LINES, FUNCTION_LINES = 300, 60
@@ -58,8 +52,8 @@ FILE_LINES, FUNCTION_LINES = 300, 60
 # module: what it may do beside the door, and why
 OPENS = {
     "disk": {"open", "stat", "iterdir"},  # the door
-    "checkpoint.libc": {"mmap"},  # of a descriptor
-    "checkpoint.pages": {"mmap"},  # memory in the place of what a file has lost
+    "tensors.libc": {"mmap"},  # of a descriptor
+    "tensors.pages": {"mmap"},  # memory in the place of what a file has lost
     "stream.trial_child": {"open", "loads", "mmap"},  # a script that imports nothing of ours
     "decode.template_child": {"load", "read_text"},  # another, which reads a pipe and /proc
     "stream.trial": {"read_text"},  # /proc
@@ -68,17 +62,17 @@ OPENS = {
     "bench.measure": {"read_text"},  # /proc
     "cli.doctor": {"read_text"},  # /proc and /sys
     "cli.__init__": {"open"},  # /dev/null
-    "checkpoint.folder": {"open", "scandir", "stat"},  # folders that are locked, and progress that may be a guess
-    "checkpoint.cached": {"scandir", "stat"},  # sizes that may be a guess
-    "checkpoint.shard": {"open"},  # a folder that is synced
-    "kept": {"scandir"},  # a folder of the Hub's cache
-    "checkpoint.leftovers": {"open"},  # a file that is made anew
-    "checkpoint.sample": {"open"},  # a member of an archive
-    "checkpoint.files": {"mmap"},  # memory
-    "checkpoint.rows": {"mmap"},  # memory
+    "store.locks": {"open", "scandir", "stat"},  # folders that are locked, and progress that may be a guess
+    "store.listing": {"scandir", "stat"},  # sizes that may be a guess
+    "store.shard": {"open"},  # a folder that is synced
+    "engine.kept": {"scandir"},  # a folder of the Hub's cache
+    "store.leftovers": {"open"},  # a file that is made anew
+    "checkpoint.hub.sample": {"open"},  # a member of an archive
+    "tensors.files": {"mmap"},  # memory
+    "tensors.rows": {"mmap"},  # memory
     "stream.arena": {"mmap"},  # memory
     "stream.mapped": {"mmap"},  # a file that was opened through the door
-    "checkpoint.gguf_file": {"mmap", "memmap"},  # likewise
+    "checkpoint.gguf.header": {"mmap", "memmap"},  # likewise
 }
 _READS = {"open", "read_text", "read_bytes", "stat", "lstat", "iterdir", "scandir", "listdir", "mmap", "memmap", "load"}
 
@@ -301,7 +295,7 @@ def test_files_and_functions_are_small(modules: list[Module]) -> None:
 
 # ---- the checks themselves -------------------------------------------------------------------------------------------
 
-HOMES = {"AutoModel": "auto_model"}
+HOMES = {"AutoModel": "engine"}
 
 
 def house(folder: Path, **sources: str) -> list[Module]:
@@ -335,7 +329,7 @@ def house(folder: Path, **sources: str) -> list[Module]:
     ],
 )
 def test_an_import_that_points_up_is_found(tmp_path: Path, module: str, source: str) -> None:
-    extra = {"notebook__magics": "", "auto_model": ""}
+    extra = {"notebook__magics": ""}
     found = upward(house(tmp_path, **extra | {module: source}), HOMES)
     assert found
     assert all(module.partition("__")[0] in line for line in found)
@@ -350,7 +344,7 @@ def test_an_import_that_points_up_is_found(tmp_path: Path, module: str, source: 
     ],
 )
 def test_an_import_that_points_down_is_allowed(tmp_path: Path, module: str, source: str) -> None:
-    assert upward(house(tmp_path, auto_model="", model__other="", **{module: source}), HOMES) == []
+    assert upward(house(tmp_path, model__other="", **{module: source}), HOMES) == []
 
 
 def test_a_cycle_is_found(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from airllm_nb import load, planning
 from airllm_nb.config import LoadOptions
-from airllm_nb.engine import StreamedModel
-from airllm_nb.model.plan import Machine, window
+from airllm_nb.engine.facade import StreamedModel
+from airllm_nb.intake import planning, prepare
+from airllm_nb.plan.residency import Machine, window
 from airllm_nb.stream.ring import align, host_room
 
 MACHINE = Machine(True, disk=1e9, link=1e10, memory=1e10)
@@ -252,7 +252,7 @@ def generated(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
 def streamed(folder: Path, **options: Any) -> StreamedModel:
     """Open with room for three units on the device, and with less RAM than weights, so that some come from disk."""
     ample = {"vram_budget": "1GiB", "ram_budget": "1GiB", "max_seq_len": 32}
-    prepared = load.prepare(folder, LoadOptions.create(**{"dtype": "float32", **ample, **options}))
+    prepared = prepare.prepare(folder, LoadOptions.create(**{"dtype": "float32", **ample, **options}))
     units = [unit.nbytes for unit in prepared.sizes if unit.kind != "embedding"]
     needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
     prepared.vram_budget = needs + window([align(size) for size in units])

@@ -93,7 +93,7 @@ def run(path: Path, build: Path, timeout: int) -> dict[str, Any]:
 
 
 def _sample() -> str:
-    from airllm_nb.checkpoint.sample import sample_model
+    from airllm_nb.checkpoint.hub.sample import sample_model
     from airllm_nb.errors import SourceError
 
     print("Sample model: ", end="", flush=True)

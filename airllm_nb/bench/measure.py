@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint import synthetic
 from ..config import LoadOptions, cache_dir
-from ..decode.kv import context_length
-from ..engine import StreamedModel, open_model
+from ..engine.facade import StreamedModel, open_model
 from ..errors import OptionError
 from ..model.device import choose_device
-from ..model.plan import ResidencyPlan
+from ..plan.needs import context_length
+from ..plan.residency import ResidencyPlan
 from ..trace import Progress, ProgressCallback, silent
+from . import synthetic
 from .result import BenchResult
 
 POLL = 0.1
@@ -40,7 +40,7 @@ def bench_model(
     Parameters
     ----------
     model, options
-        As :func:`~airllm_nb.engine.open_model` takes them.
+        As :func:`~airllm_nb.engine.facade.open_model` takes them.
     sweeps, prompt_tokens, batch
         Sweeps after the one over the prompt, each a token; length of the prompt of random tokens; sequences.
     cap
@@ -133,7 +133,7 @@ def synthetic_model(
     Parameters
     ----------
     shape
-        One of :data:`airllm_nb.checkpoint.shapes.SHAPES`.
+        One of :data:`airllm_nb.bench.shapes.SHAPES`.
     compression
         ``None``, or ``"4bit"`` or ``"8bit"`` for the finished store.
     """

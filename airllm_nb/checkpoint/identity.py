@@ -10,9 +10,9 @@ from pathlib import Path
 from ..config import LoadOptions, cache_dir
 from ..disk import status
 from ..errors import AirLLMError, CheckpointError
-from .cached import CachedStore, cached_stores
-from .hub import cached_commit, cached_contents, repository_folder
-from .index import SINGLE_FILE, shard_names
+from ..store.listing import CachedStore, cached_stores
+from ..tensors.index import SINGLE_FILE, shard_names
+from .hub.repository import cached_commit, cached_contents, repository_folder
 from .layout import choose
 from .local import clean_name, digest, here
 from .picks import Room

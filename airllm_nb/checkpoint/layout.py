@@ -10,9 +10,9 @@ from typing import Literal
 
 from ..config import format_bytes
 from ..errors import CheckpointError
+from ..tensors.index import INDEX_FILE, SINGLE_FILE
 from .foreign import why_not
-from .gguf_split import part_names, whole_name
-from .index import INDEX_FILE, SINGLE_FILE
+from .gguf.split import part_names, whole_name
 from .picks import Room, incomplete, listed, missing_parts, models, pick
 
 Format = Literal["safetensors", "bin", "gguf"]

@@ -11,11 +11,11 @@ from typing import Any
 
 from ..disk import entries, expanded, read_bytes, read_json, status
 from ..errors import CheckpointError, SourceError, UnsupportedModelError
+from ..tensors.index import INDEX_FILE, shard_names
+from ..tensors.inside import inside
 from .foreign import with_hint
-from .gguf_split import whole_name
-from .hub import CheckConfig
-from .index import INDEX_FILE, shard_names
-from .inside import inside
+from .gguf.split import whole_name
+from .hub.repository import CheckConfig
 from .layout import BIN_INDEX_FILE, Format, choose, whole_gguf
 from .picks import Room
 
@@ -104,8 +104,8 @@ def read_config(source: Source) -> dict[str, Any]:
         If config.json is missing, no JSON object, or names no architecture.
     """
     if gguf := source.gguf_file or source.header:
-        from .gguf import gguf_config
-        from .gguf_file import read_gguf
+        from .gguf.header import read_gguf
+        from .gguf.weights import gguf_config
 
         try:
             return dict(gguf_config(read_gguf(gguf)).to_dict())

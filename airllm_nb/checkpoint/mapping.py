@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import UnsupportedModelError
-from .index import Extent, TensorInfo
+from ..tensors.index import Extent, TensorInfo
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..disk import entries
+from ..store.writer import Store
 from .layout import layouts
 from .picks import NOT_A_MODEL
-from .store import Store
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 from ..config import GiB, format_bytes
 from ..errors import CheckpointError
-from .gguf_split import part_names, whole_name
+from .gguf.split import part_names, whole_name
 
 # Left on a disk beside a download.
 DISK_MARGIN = GiB

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import StoreError
+from ..store.jobs import shard_name
+from ..store.locks import locked
+from ..store.shard import Chunk, Entry, Item, ShardJob, plain
+from ..store.writer import StoreMeta, open_store, write_store
+from ..tensors.files import Unchanged
+from ..tensors.index import INDEX_FILE
 from ..trace import ProgressCallback
 from .companions import copy_small
-from .convert import shard_name
-from .files import Unchanged
-from .folder import locked
-from .index import INDEX_FILE
-from .shard import Chunk, Entry, Item, ShardJob, plain
-from .store import StoreMeta, open_store, write_store
 
 if TYPE_CHECKING:
     import torch

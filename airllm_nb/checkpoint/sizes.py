@@ -18,7 +18,7 @@ from ..config import GiB, MiB, format_bytes
 from ..errors import AirLLMError, CheckpointError
 
 if TYPE_CHECKING:
-    from .index import TensorInfo
+    from ..tensors.index import TensorInfo
 
 # What is built without a question, and what where nothing is known of the files: layers and the like, one dimension,
 # parameters, bytes of computed buffers.
@@ -64,7 +64,7 @@ class Holds:
 
     @classmethod
     def of(cls, tensors: Iterable[Any]) -> Holds:
-        """Of tensors that have a ``shape`` and ``nbytes``, such as :class:`~airllm_nb.checkpoint.index.TensorInfo`."""
+        """Of tensors that have a ``shape`` and ``nbytes``, such as :class:`~airllm_nb.tensors.index.TensorInfo`."""
         found: list[TensorInfo] = list(tensors)
         return cls(
             sum(info.shape[0] if len(info.shape) == 3 else 1 for info in found),

@@ -12,14 +12,14 @@ from typing import Any
 from ..config import LoadOptions, cache_dir
 from ..disk import expanded, status
 from ..errors import CheckpointError, SourceError
+from ..store.listing import cached_stores
+from ..tensors.inside import inside
 from ..trace import ProgressCallback, silent
-from .cached import cached_stores
 from .foreign import refuse_foreign
-from .gguf_split import whole_name
-from .hub import CheckConfig, Snapshot, fetch, offline
-from .hub_errors import unreachable
+from .gguf.split import whole_name
+from .hub.errors import unreachable
+from .hub.repository import CheckConfig, Snapshot, fetch, offline
 from .identity import by_commit, by_contents, stored
-from .inside import inside
 from .local import Source, checked, clean_name, here, read_config
 from .picks import Room
 

@@ -12,7 +12,7 @@ from ..errors import AirLLMError, OptionError, in_flags
 from .commands import write, write_json
 
 if TYPE_CHECKING:
-    from ..kept import CachedStore, Kept
+    from ..engine.kept import CachedStore, Kept
 
 
 def cache(given: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ def cache(given: argparse.Namespace) -> int:
 
 
 def _list(given: argparse.Namespace) -> int:
-    from ..kept import kept_stores
+    from ..engine.kept import kept_stores
 
     kept = kept_stores(given.shards)
     if given.json:
@@ -41,7 +41,7 @@ def _list(given: argparse.Namespace) -> int:
 
 
 def _remove(given: argparse.Namespace) -> int:
-    from ..kept import choose, kept_stores
+    from ..engine.kept import choose, kept_stores
 
     ways = bool(given.names) + given.unfinished + given.all
     if ways != 1:
@@ -57,7 +57,7 @@ def _remove(given: argparse.Namespace) -> int:
 
 def _spared(given: argparse.Namespace, chosen: list[CachedStore]) -> dict[str, str]:
     """Why stores stay that nobody named and nobody was asked about."""
-    from ..kept import is_only_copy
+    from ..engine.kept import is_only_copy
 
     if not (given.all and given.yes):
         return {}
@@ -67,7 +67,7 @@ def _spared(given: argparse.Namespace, chosen: list[CachedStore]) -> dict[str, s
 
 def _agreed(chosen: list[CachedStore]) -> bool:
     """What somebody at a terminal answers."""
-    from ..kept import is_only_copy
+    from ..engine.kept import is_only_copy
 
     if not sys.stdin.isatty():
         raise OptionError(f"this would remove {_counted(chosen)}, and nobody is there to be asked; add --yes")
@@ -80,7 +80,7 @@ def _agreed(chosen: list[CachedStore]) -> bool:
 
 
 def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore], spared: dict[str, str]) -> int:
-    from ..kept import remove_store
+    from ..engine.kept import remove_store
 
     removed: dict[str, int] = {}
     refused = dict(spared)
@@ -111,7 +111,7 @@ def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore], s
 
 
 def _facts(store: CachedStore) -> dict[str, Any]:
-    from ..kept import is_only_copy, source_is_here
+    from ..engine.kept import is_only_copy, source_is_here
 
     return {"name": store.name, "folder": str(store.folder), "model": store.model, "codec": store.codec,
             "holds": store.what, "dtype": store.dtype, "bytes": store.nbytes, "state": store.state,
@@ -121,7 +121,7 @@ def _facts(store: CachedStore) -> dict[str, Any]:
 
 
 def _row(store: CachedStore) -> tuple[str, ...]:
-    from ..kept import is_only_copy, source_is_here
+    from ..engine.kept import is_only_copy, source_is_here
 
     only = " (not here any more: the only copy)" if is_only_copy(store) else ""
     here = only or {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]

@@ -22,7 +22,7 @@ def plan(given: argparse.Namespace) -> int:
     """What would go where."""
     options = load_options(given)
     with ProgressLine() as line:
-        from ..engine import plan_model
+        from ..engine.facade import plan_model
 
         made = plan_model(given.model, options, progress=line.show)
     if given.json:
@@ -41,7 +41,7 @@ def convert(given: argparse.Namespace) -> int:
     options = load_options(given)
     start = time.perf_counter()
     with ProgressLine() as line:
-        from ..engine import convert_model
+        from ..engine.facade import convert_model
 
         folder = convert_model(given.model, options, progress=line.show)
     if given.json:
@@ -57,7 +57,7 @@ def generate(given: argparse.Namespace) -> int:
     """An answer, token by token; the facts about it go to stderr."""
     options, how, prompt = load_options(given), sampling(given), read_prompt(given)
     with ProgressLine() as line:
-        from ..engine import open_model
+        from ..engine.facade import open_model
 
         model = open_model(given.model, options, progress=line.show)
     with model:

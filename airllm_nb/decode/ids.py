@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import OptionError, PromptError
-from .kv import context_length
+from ..plan.needs import context_length
 from .prompt import prompt_shape
 from .settings import token_settings
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..plan.needs import rope_layers, since
 from .ids import check_call, check_settings
-from .kv import rope_layers, since
 from .prompt import prompt_shape, sequences, total_length
 from .settings import as_whole, effective
 

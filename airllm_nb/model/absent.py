@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..checkpoint.files import Unchanged
-from ..checkpoint.index import TensorInfo
 from ..errors import OptionError
 from ..stream.mapped import MappedFiles
+from ..tensors.files import Unchanged
+from ..tensors.index import TensorInfo
 
 log = logging.getLogger(__name__)
 

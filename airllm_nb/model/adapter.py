@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..checkpoint.adapter import Adapter, Pair, read_adapter
-from ..checkpoint.encoded import EncodedLinear
-from ..checkpoint.index import TensorInfo
+from ..checkpoint.lora.adapter import Adapter, Pair, read_adapter
 from ..config import LoadOptions
+from ..encoding.linear import EncodedLinear
 from ..errors import CheckpointError, UnsupportedModelError
+from ..tensors.index import TensorInfo
 from ..trace import ProgressCallback, silent
 from .skeleton import Weight, kept_in_float32
 
@@ -95,7 +95,7 @@ def open_adapter(
     skeleton
         A model on ``meta``, before anything on it is compressed or packed.
     weights
-        As of :func:`~airllm_nb.checkpoint.adapter.read_adapter`, whose errors come through here too.
+        As of :func:`~airllm_nb.checkpoint.lora.adapter.read_adapter`, whose errors come through here too.
 
     Raises
     ------

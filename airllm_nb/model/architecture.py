@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..checkpoint.codecs.formats import check as check_quantisation
-from ..checkpoint.codecs.formats import quantisation
 from ..checkpoint.legacy.families import ATTENTION, family_of, native_dict
 from ..checkpoint.sizes import AskHolds, check_sizes
+from ..encoding.formats import check as check_quantisation
+from ..encoding.formats import quantisation
 from ..errors import CheckpointError, UnsupportedModelError
 from .attention import attend_by
 

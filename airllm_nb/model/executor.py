@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.files import Unchanged
+from ..plan.residency import ResidencyPlan
 from ..stream.copier import Copier, CudaCopier, Mark, MemoryCopier
 from ..stream.mapped import MappedFiles
 from ..stream.memory import StreamMemory
 from ..stream.prefetcher import Prefetcher
+from ..tensors.files import Unchanged
 from ..trace import Trace
 from .binding import Bound, typed_view, unbind
 from .gather import RowGather
 from .hooks import Guard, UnitHooks, guard_parts
 from .placing import computes_packed, reserve_scratch
-from .plan import ResidencyPlan
 from .recorder import Recorder
 from .resident import Resident
 from .skeleton import ModelUnit, Weight, is_tied

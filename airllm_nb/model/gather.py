@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.files import Unchanged
+from ..tensors.files import Unchanged
 
 
 def is_gatherable(module: nn.Embedding) -> bool:

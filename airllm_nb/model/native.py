@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..checkpoint.encoded import EncodedLinear
+from ..encoding.linear import EncodedLinear
 from ..errors import OptionError
 from .absent import AbsentWeight
 from .hooks import NO_COPY

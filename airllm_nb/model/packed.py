@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..checkpoint.codecs.packing import Packed
-from ..checkpoint.encoded import EncodedLinear, Part, Scratch
-from ..checkpoint.index import TensorInfo
+from ..encoding.linear import EncodedLinear, Part, Scratch
+from ..encoding.packing import Packed
+from ..tensors.index import TensorInfo
 
 
 class PackedLinear(EncodedLinear):

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.codecs.packing import Packed
-from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear, Scratch
-from ..checkpoint.index import TensorInfo
 from ..config import format_bytes
+from ..encoding.linear import EncodedLinear, Scratch
+from ..encoding.packing import Packed
 from ..errors import CheckpointError, UnsupportedModelError
+from ..tensors.dtypes import TORCH_DTYPES
+from ..tensors.index import TensorInfo
 from .gather import is_gatherable
 from .packed import PackedLinear, PackedWeight, part_name
 

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..checkpoint.encoded import EncodedLinear, torch_dtype
-from ..checkpoint.index import TensorInfo
 from ..checkpoint.sizes import AskHolds, limited
+from ..encoding.linear import EncodedLinear
 from ..errors import CheckpointError
+from ..tensors.dtypes import torch_dtype
+from ..tensors.index import TensorInfo
 from .attention import told_of_attention
 from .slices import SlicedLinear
 from .units import UNIT_BYTES, Binding, ModelUnit, Weight, cut_units, is_tied

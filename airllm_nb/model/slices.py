@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.encoded import TORCH_DTYPES, EncodedLinear, Part
-from ..checkpoint.index import TensorInfo
+from ..encoding.linear import EncodedLinear, Part
+from ..tensors.dtypes import TORCH_DTYPES
+from ..tensors.index import TensorInfo
 from .calls import calls_of
 from .gather import is_gatherable
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.codecs.packing import Packed
-from ..checkpoint.encoded import torch_dtype
-from ..checkpoint.index import TensorInfo
 from ..disk import status
+from ..encoding.packing import Packed
 from ..stream.mapped import MappedFiles
+from ..tensors.dtypes import torch_dtype
+from ..tensors.index import TensorInfo
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.encoded import torch_dtype
-from ..checkpoint.index import TensorInfo
 from ..stream.ring import CACHE_LINE
 from ..stream.unit import ALIGNMENT, Piece, Unit, merge
+from ..tensors.dtypes import torch_dtype
+from ..tensors.index import TensorInfo
 from .absent import AbsentWeight
 from .calls import calls_of, in_order_of_use
 from .gather import is_gatherable

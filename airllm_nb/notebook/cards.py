@@ -13,7 +13,7 @@ from ..trace import Trace, speed_line, stage_rows
 
 if TYPE_CHECKING:
     from ..bench import BenchResult
-    from ..engine import StreamedModel
+    from ..engine.facade import StreamedModel
     from .registry import Entry
 
 

@@ -12,7 +12,7 @@ from .progress_line import ProgressLine
 from .registry import Entry
 
 if TYPE_CHECKING:
-    from ..engine import StreamedModel
+    from ..engine.facade import StreamedModel
 
 POLL = 0.1
 # Seconds without text before the line appears.

@@ -10,7 +10,7 @@ from ..config import format_seconds
 from ..trace import Trace
 
 if TYPE_CHECKING:
-    from ..engine import StreamedModel
+    from ..engine.facade import StreamedModel
 
 # Seconds a sweep above which one is watched.
 SLOW = 1.0

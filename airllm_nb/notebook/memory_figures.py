@@ -54,7 +54,7 @@ def plan_bar(plan: Any, figure: Figure | None = None) -> Picture:
     Parameters
     ----------
     plan
-        A :class:`~airllm_nb.model.plan.ResidencyPlan`.
+        A :class:`~airllm_nb.plan.residency.ResidencyPlan`.
     figure
         Of an earlier picture: it is cleared and drawn on.
     """

@@ -43,13 +43,13 @@ def open_into(models: Registry, name: str, model: str, wanted: LoadOptions, dash
 
 def plan(model: str, wanted: LoadOptions, report: Any) -> Any:
     """What would go where."""
-    from ..engine import plan_model
+    from ..engine.facade import plan_model
 
     return plan_model(model, wanted, progress=report)
 
 
 def _open(model: str, wanted: LoadOptions, report: Any) -> Any:
-    from ..engine import open_model
+    from ..engine.facade import open_model
 
     return open_model(model, wanted, progress=report)
 

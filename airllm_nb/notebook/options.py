@@ -184,7 +184,7 @@ def parse(magic: Any, line: str, expand: Callable[[str], str] = str) -> argparse
 
 
 def load_options(given: argparse.Namespace) -> LoadOptions:
-    """What :func:`~airllm_nb.engine.open_model` needs."""
+    """What :func:`~airllm_nb.engine.facade.open_model` needs."""
     token = None
     if given.token_env:
         token = os.environ.get(given.token_env)

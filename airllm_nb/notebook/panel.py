@@ -16,8 +16,8 @@ import ipywidgets as widgets
 from IPython.display import display
 
 from ..config import GiB, LoadOptions, parse_bytes
+from ..engine.preview import Preview
 from ..errors import AirLLMError, in_flags
-from ..preview import Preview
 from .cached import cached_models
 from .cards import Line
 from .dashboard import WIDTH, close, image_html, view_of

@@ -8,7 +8,7 @@ in JupyterLab with ipykernel 7.0 to 7.3 alone. A cell whose work is done by anot
 
 It takes the messages that already wait for the main shell, handles those of widgets, and gives every other one (queued
 cells, completions) to the kernel, in order, as the kernel's own loop would have done. There is no public way to do so:
-tests/test_pump.py says for which kernels this one is known to work.
+tests/notebook/test_pump.py says for which kernels this one is known to work.
 """
 
 from __future__ import annotations

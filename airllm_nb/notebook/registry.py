@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..trace import Trace
 
 if TYPE_CHECKING:
-    from ..engine import StreamedModel
+    from ..engine.facade import StreamedModel
 
 DEFAULT_NAME = "model"
 NOTHING = "no model is loaded; load one with %airllm_load MODEL"

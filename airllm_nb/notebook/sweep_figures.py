@@ -34,20 +34,7 @@ from .canvas import (
     wrapped,
     write,
 )
-from .palette import (
-    BLUE,
-    FAINT,
-    INK,
-    LANE_NAMES,
-    LANES,
-    MUTED,
-    TIER_NAMES,
-    TIERS,
-    WAIT_NAMES,
-    WAITS,
-    Look,
-    moved,
-)
+from .palette import BLUE, FAINT, INK, LANE_NAMES, LANES, MUTED, TIER_NAMES, TIERS, WAIT_NAMES, WAITS, Look, moved
 
 LEFT, RIGHT, ROW = 122, 132, 27
 PLOT = WIDTH - LEFT - RIGHT

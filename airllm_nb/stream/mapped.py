@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import libc
-from ..checkpoint.files import read_exactly
-from ..checkpoint.index import Extent, TensorInfo
-from ..checkpoint.pages import map_pages
 from ..disk import UNMAPPABLE, open_descriptor, open_file, status, told
 from ..errors import CheckpointError, FileError
+from ..tensors import libc
+from ..tensors.files import read_exactly
+from ..tensors.index import Extent, TensorInfo
+from ..tensors.pages import map_pages
 from .ring import CACHE_LINE, align
 
 

@@ -2,7 +2,7 @@
 
 Nothing is copied into memory of our own, what one process has read serves the next, and a copy to a GPU runs as fast as
 from pinned memory. Each piece has a mapping of its own, because neighbours may share a page and a page can be
-registered once for each address only. For platforms that :mod:`~airllm_nb.checkpoint.libc` supports.
+registered once for each address only. For platforms that :mod:`~airllm_nb.tensors.libc` supports.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..checkpoint import libc
-from ..checkpoint.files import read_exactly
-from ..checkpoint.index import Extent
-from ..checkpoint.pages import map_pages
 from ..disk import open_file
 from ..errors import CheckpointError
+from ..tensors import libc
+from ..tensors.files import read_exactly
+from ..tensors.index import Extent
+from ..tensors.pages import map_pages
 from . import pinning
 from .ring import PAGE, align
 from .unit import Piece

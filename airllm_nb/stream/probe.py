@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.index import Extent
 from ..disk import status
+from ..tensors.index import Extent
 from .arena import HostArena
 from .reader import Reader
 from .ring import PAGE

@@ -1,7 +1,7 @@
 """Extents → host memory, by parallel positional reads that release the GIL.
 
 One :class:`Reader` owns the threads and the open files. A read either fills all its bytes or fails with the file and
-the offset in the message. Reading past the page cache (O_DIRECT) is in :mod:`~airllm_nb.checkpoint.files`.
+the offset in the message. Reading past the page cache (O_DIRECT) is in :mod:`~airllm_nb.tensors.files`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from ..checkpoint.files import Files
 from ..errors import ClosedError
+from ..tensors.files import Files
 from .unit import Piece
 
 CHUNK = 8 << 20

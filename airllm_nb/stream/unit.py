@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..checkpoint.index import Extent
+from ..tensors.index import Extent
 
 # Device kernels want 16-byte aligned rows; 256 is what the allocators of PyTorch and CUDA give.
 ALIGNMENT = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..index import TensorInfo
+from ...tensors.index import TensorInfo
 from . import baichuan, chatglm, internlm, internlm2, qwen
 from .family import ATTENTION, Family
 

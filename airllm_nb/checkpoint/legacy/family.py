@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, UnsupportedModelError
-from ..index import TensorInfo
+from ...tensors.index import TensorInfo
 
 Config = Mapping[str, Any]
 ATTENTION = "airllm_attention"

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
+from ...store.jobs import DTYPE_NAMES
+from ...store.shard import Chunk, Item, ShardJob, plain
+from ...store.writer import Store, StoreMeta, write_store
+from ...tensors.files import Unchanged
+from ...tensors.index import TensorInfo
+from ...tensors.rows import RowWorkers
 from ...trace import ProgressCallback
-from ..convert import DTYPE_NAMES
-from ..files import Unchanged
-from ..index import TensorInfo
-from ..rows import RowWorkers
-from ..shard import Chunk, Item, ShardJob, plain
-from ..store import Store, StoreMeta, write_store
 
 if TYPE_CHECKING:
     import torch

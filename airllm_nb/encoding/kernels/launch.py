@@ -1,0 +1,226 @@
+"""Kernels of our own, where Triton is there (PyTorch for CUDA brings it on Linux) and the GPU is not too old.
+
+One unpacks a matrix, with no memory beside it; one multiplies the packed bytes with a single vector, the next token's,
+which then reads nothing else. PyTorch alone can do the same (:meth:`.Packing.unpack`) in some ten launches and with
+memory for what is between them, which on a fast link takes longer than the copy. The first use of a kernel compiles it,
+for a second; Triton keeps what it compiled on disk.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..packing import Packing, Parts
+
+log = logging.getLogger(__name__)
+
+OLDEST_GPU = (7, 0)  # compute capability; for older ones a compiler may end the process instead of raising an error
+_TILE = 1024  # values
+_ROWS, _COLUMNS = 16, 128  # of a tile of values that are packed in words
+# Of a product with words, which are summed in shares: enough of them to keep a large GPU busy.
+_PROGRAMS = 1024
+_Key = tuple[str, str, torch.device]
+_usable: set[torch.device] = set()
+_failed: collections.Counter[_Key] = collections.Counter()
+
+
+def unpack(packing: Packing, parts: Parts, out: torch.Tensor) -> bool:
+    """What :meth:`.Packing.unpack` does, if there is a kernel for it; whether there was."""
+    if not out.numel() or not unpacks(packing, out.device):
+        return False
+    return _launch(_key("unpack", packing, out.device), lambda: _UNPACK[packing.kernel](packing, parts, out))
+
+
+def unpacks(packing: Packing, device: torch.device) -> bool:
+    """Whether :func:`unpack` is to be expected to work."""
+    return packing.kernel in _UNPACK and usable(device) and _failed[_key("unpack", packing, device)] < 2
+
+
+def multiply(
+    packing: Packing, x: torch.Tensor, parts: Parts, rows: int, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``x @ weight.T + bias`` for one vector, if there is a kernel for it.
+
+    It is given in float32 precision: weights are not rounded to the dtype of ``x``.
+    """
+    has_gradient = torch.is_grad_enabled() and x.requires_grad  # which no kernel here passes on
+    # With inputs in an order, unpacking is not slower.
+    if packing.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
+        return None
+    if not usable(x.device) or _failed[key := _key("multiply", packing, x.device)] > 1:
+        return None
+    out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
+    vector = x.contiguous().view(-1)
+    return out if _launch(key, lambda: MULTIPLY[packing.kernel](packing, vector, parts, bias, out)) else None
+
+
+def usable(device: torch.device) -> bool:
+    """Whether kernels can be compiled and run on ``device``: known after one was."""
+    if device in _usable:
+        return True
+    key = "try", "one block", device
+    if device.type != "cuda" or _failed[key] > 1 or torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        return False
+    if _launch(key, lambda: _try(device)):
+        _usable.add(device)
+    return device in _usable
+
+
+def _try(device: torch.device) -> None:
+    halves = torch.tensor([[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2], dtype=torch.uint8, device=device)
+    scale, power = torch.zeros(1, 1, dtype=torch.uint8, device=device), torch.ones(1, device=device)
+    out = torch.empty(1, 32, dtype=torch.float16, device=device)
+    _run_mxfp4(halves, scale, power, out)
+    if out[0].tolist() != [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12] * 2:
+        raise RuntimeError("a kernel gives wrong values on this GPU")
+
+
+def _key(what: str, packing: Packing, device: torch.device) -> _Key:
+    return what, f"{type(packing).__name__}: {packing.name}", device
+
+
+def _launch(key: _Key, launch: Callable[[], None]) -> bool:
+    """Whether it went well. What failed is tried once more: Ctrl-C ends a compiler as well."""
+    try:
+        launch()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, no headers: Triton has a class of error for each
+        _failed[key] += 1
+        reason = next(iter(str(error).strip().splitlines()), "")
+        level = logging.INFO if isinstance(error, ImportError) else logging.WARNING  # there is none but for Linux
+        log.log(level, "PyTorch does it, as Triton's kernel failed (%s %s): %s: %s", *key[:2],
+                type(error).__name__, reason)  # fmt: skip
+        return False
+    return True
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def _unpack_blocks(blocks: Any, parts: Parts, out: torch.Tensor) -> None:
+    from . import triton_blocks
+
+    packed, (rows, columns) = parts["weight"], out.shape
+    table, constants = _of_blocks(blocks, packed, columns)
+    _run(triton_blocks.unpack_blocks, (rows, _tiles(columns)), out, packed, table, out, columns, packed.stride(0),
+         *out.stride(), **constants)  # fmt: skip
+
+
+def _multiply_blocks(blocks: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    from . import triton_blocks
+
+    packed = parts["weight"]
+    table, constants = _of_blocks(blocks, packed, len(x))
+    _run(triton_blocks.multiply_blocks, (out.shape[-1],), out, x, packed, table, x if bias is None else bias, out,
+         len(x), packed.stride(0), HAS_BIAS=bias is not None, **constants)  # fmt: skip
+
+
+def _of_blocks(blocks: Any, packed: torch.Tensor, columns: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The table of the type, or anything, and constants."""
+    table = blocks.table(packed.device)
+    constants = {"KIND": blocks.name, "VALUES": blocks.values, "NBYTES": blocks.nbytes, "GROUP": blocks.group}
+    return packed if table is None else table, {**constants, "GROUPS": _tile(columns) // blocks.group}
+
+
+def _unpack_fp8(packing: Any, parts: Parts, out: torch.Tensor) -> None:
+    from . import triton_fp8
+
+    rows, columns = out.shape
+    weight, arguments, constants = _of_fp8(packing, parts, rows, columns)
+    _run(triton_fp8.unpack_fp8, (rows, _tiles(columns)), out, weight, parts["scale"], out, *arguments, *out.stride(),
+         **constants)  # fmt: skip
+
+
+def _multiply_fp8(packing: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    from . import triton_fp8
+
+    rows = out.shape[-1]
+    weight, arguments, constants = _of_fp8(packing, parts, rows, len(x))
+    _run(triton_fp8.multiply_fp8, (rows,), out, x, weight, parts["scale"], x if bias is None else bias, out,
+         *arguments, HAS_BIAS=bias is not None, **constants)  # fmt: skip
+
+
+def _of_fp8(
+    packing: Any, parts: Parts, rows: int, columns: int
+) -> tuple[torch.Tensor, tuple[int, ...], dict[str, Any]]:
+    """The bytes; columns, strides and the block; constants."""
+    weight, (height, width) = parts["weight"].view(rows, columns), packing.block
+    height, width = height or rows, width or columns
+    arguments = columns, weight.stride(0), -(-columns // width), height, width
+    constants = {"IS_E5M2": weight.dtype == torch.float8_e5m2, "IS_EXPONENT": packing.is_exponent}
+    return weight.view(torch.uint8), arguments, {**constants, "BLOCK": _tile(columns)}
+
+
+def _unpack_words(packing: Any, parts: Parts, out: torch.Tensor) -> None:
+    from . import triton_words
+
+    (rows, columns), (tensors, strides, constants) = out.shape, _of_words(packing, parts)
+    grid = -(-rows // _ROWS), -(-columns // _COLUMNS)
+    _run(triton_words.unpack_words, grid, out, *tensors, out, rows, columns, *strides, *out.stride(), packing.group,
+         **constants)  # fmt: skip
+
+
+def _multiply_words(packing: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    from . import triton_words
+
+    columns, (tensors, strides, constants) = out.shape[-1], _of_words(packing, parts)
+    wide, tiles = -(-columns // _COLUMNS), -(-len(x) // _ROWS)
+    share = -(-tiles // max(_PROGRAMS // wide, 1)) * _ROWS
+    sums = torch.empty(-(-len(x) // share), columns, dtype=torch.float32, device=x.device)
+    _run(triton_words.multiply_words, (len(sums), wide), out, x, *tensors, sums, len(x), columns, *strides,
+         packing.group, share, **constants)  # fmt: skip
+    product = sums.sum(0)
+    out.view(-1).copy_(product if bias is None else product.add_(bias))
+
+
+def _of_words(packing: Any, parts: Parts) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, Any]]:
+    words, zeros, scale, groups = parts["weight"], parts["zeros"], parts["scale"], parts.get("group_index")
+    order = "listed" if groups is not None else "tiles" if packing.group % _ROWS == 0 else "runs"
+    constants = {"BITS": packing.bits, "OFFSET": packing.offset, "IS_AWQ": packing.is_interleaved, "ORDER": order}
+    strides = words.stride(0), zeros.stride(0), scale.stride(0)
+    tensors = words, zeros, scale, words if groups is None else groups
+    return tensors, strides, {**constants, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
+
+
+def _unpack_mxfp4(packing: Any, parts: Parts, out: torch.Tensor) -> None:
+    _run_mxfp4(parts["weight"].view(len(out), -1), parts["scale"].view(len(out), -1), packing.powers(out.device), out)
+
+
+def _run_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, out: torch.Tensor) -> None:
+    """``powers`` has half the power of two that each scale stands for, in float32."""
+    from . import triton_words
+
+    rows, columns = out.shape
+    _run(triton_words.unpack_mxfp4, (rows, _tiles(columns)), out, blocks, scales, powers, out, columns, *out.stride(),
+         BLOCK=_tile(columns))  # fmt: skip
+
+
+def _tile(columns: int) -> int:
+    """Columns that are computed at once: a power of two."""
+    return min(_TILE, max(1 << (columns - 1).bit_length(), 32))
+
+
+def _tiles(columns: int) -> int:
+    return -(-columns // _tile(columns))
+
+
+def _run(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **constants: Any) -> None:
+    """On the current stream of the device of ``out``."""
+    with torch.cuda.device_of(out):
+        kernel[grid](*arguments, **constants)
+
+
+_UNPACK: dict[str, Callable[..., None]] = {
+    "blocks": _unpack_blocks, "fp8": _unpack_fp8, "words": _unpack_words, "mxfp4": _unpack_mxfp4,
+}  # fmt: skip
+# By :attr:`.Packing.kernel`.
+MULTIPLY: dict[str, Callable[..., None]] = {
+    "blocks": _multiply_blocks, "fp8": _multiply_fp8, "words": _multiply_words,
+}  # fmt: skip

@@ -1,0 +1,170 @@
+"""What of a store is written from which weight file: decided from headers, before a weight is downloaded.
+
+There is one stage for every file of the checkpoint, in order, and a stage reads no other file of it. A layer whose
+tensors lie in several files becomes several shards of the store. What a file holds of a *parameter* that goes on in a
+later one (merged experts) is copied, as it is, into a shard of its own that stays until then: a carried one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..disk import open_file, status
+from ..store.shard import Item, ShardJob, plain
+from ..tensors.index import Extent, TensorInfo
+
+COPY_BYTES = 4 << 20
+
+Jobs = Callable[[Mapping[str, TensorInfo]], list[ShardJob]]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint.
+
+    Attributes
+    ----------
+    named
+        Where the tensors say that it is.
+    path
+        Where it is, or will be.
+    nbytes
+        Its size, also while it is not here.
+    goes
+        Whether it is deleted once it was read.
+    """
+
+    named: Path
+    path: Path
+    nbytes: int
+    goes: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is written while ``file`` is here.
+
+    Attributes
+    ----------
+    jobs
+        Shards of the store.
+    carried
+        Shards that hold what later stages need of the file.
+    used
+        Shards carried by earlier stages that nothing needs after this one.
+    """
+
+    file: WeightFile
+    jobs: tuple[ShardJob, ...]
+    carried: tuple[ShardJob, ...]
+    used: tuple[ShardJob, ...]
+
+    @property
+    def writes(self) -> tuple[ShardJob, ...]:
+        return self.jobs + self.carried
+
+
+def plan_stages(
+    tensors: Mapping[str, TensorInfo], files: Sequence[WeightFile], folder: Path, jobs_of: Jobs
+) -> list[Stage]:
+    """One stage a file.
+
+    Parameters
+    ----------
+    tensors
+        Parameter name → bytes, in any of the files.
+    folder
+        The store's, where carried shards lie.
+    jobs_of
+        Makes the shards of tensors: one a layer, or however they are to be grouped.
+    """
+    number = {file.named: at for at, file in enumerate(files)}
+    spans = {name: sorted({number[extent.path] for extent in info.extents}) for name, info in tensors.items()}
+    carried: dict[tuple[int, int], ShardJob] = {}
+    moved: dict[tuple[str, int], Iterator[Extent]] = {}
+    for first, last in sorted({(at, span[-1]) for span in spans.values() for at in span[:-1]}):
+        straddling = [name for name, span in spans.items() if first in span and span[-1] == last]
+        parts = {name: _within(tensors[name], files[first]) for name in straddling}
+        items = tuple(_copied(name, extents) for name, extents in parts.items())
+        job = carried[first, last] = ShardJob(f"carried-{first + 1:05d}-{last + 1:05d}", items, concurrent=True)
+        moved |= {(name, first): iter(found) for name, found in _places(folder / job.file, job, parts)}
+
+    def placed(name: str) -> TensorInfo:
+        keys = [(extent, number[extent.path]) for extent in tensors[name].extents]
+        return replace(tensors[name], extents=tuple(
+            next(moved[name, at]) if (name, at) in moved else replace(extent, path=files[at].path)
+            for extent, at in keys
+        ))  # fmt: skip
+
+    jobs: list[list[ShardJob]] = [[] for _ in files]
+    for job in jobs_of({name: placed(name) for name in tensors}):
+        by_stage: dict[int, list[Item]] = {}
+        for item in job.items:
+            by_stage.setdefault((spans[item.name] or [0])[-1], []).append(item)
+        for at, some in by_stage.items():
+            name = job.name if len(by_stage) == 1 else f"{job.name}-{at + 1:05d}"
+            jobs[at].append(replace(job, name=name, items=tuple(some)))
+    return [
+        Stage(
+            file,
+            tuple(jobs[at]),
+            tuple(job for (first, _), job in carried.items() if first == at),
+            tuple(job for (_, last), job in carried.items() if last == at),
+        )
+        for at, file in enumerate(files)
+    ]
+
+
+def bytes_needed(stages: Sequence[Stage], folder: Path, is_done: Callable[[ShardJob], bool]) -> int:
+    """How much fuller than now the disk of ``folder`` becomes: the store, what is carried, one downloaded file.
+
+    Parameters
+    ----------
+    is_done
+        Whether a shard is written, or needed by nothing any more.
+    """
+    now = most = 0
+    ahead: set[str] = set()
+    for stage in stages:
+        todo = [job for job in stage.writes if not is_done(job)]
+        ahead |= {job.file for job in todo}
+        now += sum(job.nbytes for job in todo)
+        most = max(most, now + (stage.file.nbytes if todo and not stage.file.path.is_file() else 0))
+        now -= sum(job.nbytes if job.file in ahead else _freed(folder / job.file, folder) for job in stage.used)
+        now -= _freed(stage.file.path, folder) if stage.file.goes else 0
+    return most
+
+
+def _freed(path: Path, folder: Path) -> int:
+    """What deleting a file gives back to the disk of ``folder``."""
+    return status(path).st_size if path.is_file() and status(path).st_dev == status(folder).st_dev else 0
+
+
+def _within(info: TensorInfo, file: WeightFile) -> list[Extent]:
+    return [replace(extent, path=file.path) for extent in info.extents if extent.path == file.named]
+
+
+def _copied(name: str, extents: list[Extent]) -> Item:
+    def read() -> Iterator[bytes]:
+        with open_file(extents[0].path) as file:
+            for extent in extents:
+                for done in range(0, extent.nbytes, COPY_BYTES):
+                    file.seek(extent.offset + done)
+                    yield file.read(min(COPY_BYTES, extent.nbytes - done))
+
+    return plain(name, "U8", (sum(extent.nbytes for extent in extents),), read)
+
+
+def _places(path: Path, job: ShardJob, parts: Mapping[str, list[Extent]]) -> Iterator[tuple[str, list[Extent]]]:
+    """Where a carried shard has the extents of each parameter, in their order."""
+    cursor = len(job.header())
+    for entry in job.entries():
+        if entry.name in parts:
+            found, at = [], cursor
+            for extent in parts[entry.name]:
+                found.append(Extent(path, at, extent.nbytes))
+                at += extent.nbytes
+            yield entry.name, found
+        cursor += entry.nbytes

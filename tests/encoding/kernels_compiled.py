@@ -1,0 +1,63 @@
+"""Run by test_kernels.py in a process of its own: every kernel compiles for the GPUs of people, which takes none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import triton
+from test_ggml import Kind, every_type
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from airllm_nb.encoding.ggml import packing_of
+from airllm_nb.encoding.kernels import triton_blocks, triton_fp8, triton_words
+
+# Compute capability, and what models are computed in there. What unpacks is compiled for one, products for the other.
+T4, H100 = (75, "*fp16"), (90, "*bf16")
+
+
+def compile_for(gpu: tuple[int, str], kernel: Any, constants: dict[str, Any], **types: str) -> None:
+    """Each argument that has neither a constant nor a type is an int; ``"float"`` is the type of the GPU's models."""
+    types = {name: gpu[1] if kind == "float" else kind for name, kind in types.items()}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", gpu[0], 32)).asm["cubin"]
+
+
+@every_type
+def test_blocks(kind: Kind) -> None:
+    found = packing_of(int(kind))
+    assert found is not None
+    table = "*i8" if kind.name.startswith("IQ") else "*fp32"
+    constants = {"KIND": kind.name, "VALUES": found.values, "NBYTES": found.nbytes, "GROUP": found.group,
+                 "GROUPS": 1024 // found.group}  # fmt: skip
+    types = {"packed": "*u8", "table": table, "out": "float"}
+    compile_for(T4, triton_blocks.unpack_blocks, constants, **types)
+    constants["HAS_BIAS"] = True
+    compile_for(H100, triton_blocks.multiply_blocks, constants, **types, x="float", bias="float")
+
+
+@pytest.mark.parametrize(("bits", "is_awq"), [(2, False), (3, False), (4, False), (8, False), (4, True)])
+@pytest.mark.parametrize("order", ["listed", "runs", "tiles"])
+def test_words(bits: int, is_awq: bool, order: str) -> None:
+    constants = {"BITS": bits, "OFFSET": 1, "IS_AWQ": is_awq, "ORDER": order, "ROWS": 16, "COLUMNS": 128}
+    types = {"words": "*i32", "zeros": "*i32", "scale": "*fp16", "groups": "*i32"}
+    compile_for(T4, triton_words.unpack_words, constants, **types, out="float")
+    compile_for(H100, triton_words.multiply_words, constants, **types, x="float", out="*fp32")
+
+
+@pytest.mark.parametrize("scale", ["*fp32", "*bf16", "*u8"])
+@pytest.mark.parametrize("is_e5m2", [False, True])
+def test_fp8(scale: str, is_e5m2: bool) -> None:
+    constants = {"IS_E5M2": is_e5m2, "IS_EXPONENT": scale == "*u8", "BLOCK": 1024}
+    types = {"weight": "*u8", "scale": scale, "out": "float"}
+    compile_for(T4, triton_fp8.unpack_fp8, constants, **types)
+    constants["HAS_BIAS"] = True
+    compile_for(H100, triton_fp8.multiply_fp8, constants, **types, x="float", bias="float")
+
+
+@pytest.mark.parametrize("gpu", [T4, H100])
+def test_mxfp4(gpu: tuple[int, str]) -> None:
+    types = {"blocks": "*u8", "scales": "*u8", "powers": "*fp32", "out": "float"}
+    compile_for(gpu, triton_words.unpack_mxfp4, {"BLOCK": 1024}, **types)

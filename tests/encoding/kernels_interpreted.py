@@ -1,0 +1,100 @@
+"""Run by test_kernels.py in a process of its own: what the kernels compute, by Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from kernel_cases import (
+    COLUMNS,
+    PACKINGS,
+    ROWS,
+    WITH_PRODUCT,
+    Parts,
+    by_kernel,
+    by_product,
+    by_pytorch,
+    empty,
+    parts_of,
+)
+from test_ggml import Kind, every_type, random_rows, reference
+
+from airllm_nb.encoding.awq import AWQ
+from airllm_nb.encoding.fp8 import FP8
+from airllm_nb.encoding.ggml import packing_of
+from airllm_nb.encoding.gptq import GPTQ
+from airllm_nb.encoding.kernels import launch
+from airllm_nb.encoding.mxfp4 import MXFP4
+from airllm_nb.encoding.packing import Packing
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+
+
+@every_type
+@pytest.mark.parametrize(("start", "transposed"), [(0, False), (1, True)])
+def test_blocks(kind: Kind, start: int, transposed: bool) -> None:
+    """Wherever they begin, and however many columns there are."""
+    weight = random_rows(kind, rows=3, columns=1280)
+    moved = torch.zeros(weight.numel() + start, dtype=torch.uint8)[start:].view_as(weight).copy_(weight)
+    found = packing_of(int(kind))
+    assert found is not None
+    out = by_kernel(found, {"weight": moved}, empty(3, 1280, transposed))
+    assert torch.allclose(out, reference(kind, weight), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("found", PACKINGS, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_words(found: Packing, transposed: bool) -> None:
+    parts = parts_of(found)
+    wanted = by_pytorch(found, parts, empty(ROWS, COLUMNS))
+    assert torch.equal(by_kernel(found, parts, empty(ROWS, COLUMNS, transposed)), wanted)
+
+
+# A tile is a part of them, and the last one is not full; shares of a product are of several tiles.
+ENDS = [
+    (AWQ(8), 40, 168), (GPTQ(4, 32, 1), 40, 136), (GPTQ(3, 128, 1), 416, 160), (FP8((2, 128)), 3, 1312),
+    (FP8((1, None)), 3, 160), (MXFP4(), 3, 160),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("found", "rows", "columns"), ENDS, ids=str)
+def test_ends(found: Packing, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_TILE", 64)
+    monkeypatch.setattr(launch, "_PROGRAMS", 6)
+    parts = parts_of(found, rows, columns)
+    wanted = by_pytorch(found, parts, empty(rows, columns))
+    assert torch.equal(by_kernel(found, parts, empty(rows, columns)), wanted)
+    if found.kernel in launch.MULTIPLY:
+        assert_product(found, parts, wanted.t() if found.transposed else wanted)
+
+
+@every_type
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_with_blocks(kind: Kind, has_bias: bool) -> None:
+    weight, found = random_rows(kind, rows=3, columns=1280), packing_of(int(kind))
+    assert found is not None
+    x, bias = torch.randn(1, 1, 1280), torch.randn(3) if has_bias else None
+    wanted = torch.nn.functional.linear(x, reference(kind, weight), bias)
+    for vector in (x, torch.stack([x, x * 2], -1)[..., 0]):  # its values lie apart
+        out = by_product(found, {"weight": weight}, vector, 3, bias)
+        assert out.shape == (1, 1, 3) and torch.allclose(out, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("found", WITH_PRODUCT, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products(found: Packing, has_bias: bool) -> None:
+    parts = parts_of(found)
+    weight = by_pytorch(found, parts, empty(ROWS, COLUMNS))
+    assert_product(found, parts, weight.t() if found.transposed else weight, has_bias)
+
+
+def assert_product(found: Packing, parts: Parts, weight: torch.Tensor, has_bias: bool = False) -> None:
+    x, bias = torch.randn(1, weight.shape[1]), torch.randn(weight.shape[0]) if has_bias else None
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    for vector in (x, torch.stack([x, x * 2], -1)[..., 0]):  # its values lie apart
+        out = by_product(found, parts, vector, len(weight), bias)
+        assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
