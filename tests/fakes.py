@@ -23,6 +23,7 @@ from airllm_nb.stream import prefetcher as prefetcher_module
 from airllm_nb.stream.copier import Copied
 from airllm_nb.stream.prefetcher import Prefetcher, Stop
 from airllm_nb.stream.ring import align, place
+from airllm_nb.stream.schedule import Schedule
 from airllm_nb.stream.unit import Piece, Unit
 from airllm_nb.tensors.index import Extent
 
@@ -73,7 +74,7 @@ def disk_bytes(extent: Extent) -> torch.Tensor:
 def make_stops(
     sizes: Sequence[int], keep: Sequence[bool] | None = None, ring: int | None = None, arena: int | None = None
 ) -> list[Stop]:
-    """A schedule as the executor lays it out; ``arena=None`` computes in place, ``ring=None`` makes a ring for all."""
+    """Units as the executor lays them out; ``arena=None`` computes in place, ``ring=None`` makes a ring for all."""
     keep = list(keep or [False] * len(sizes))
     in_ring = [index for index, kept in enumerate(keep) if not kept]
     ring_bytes = sum(map(align, sizes)) if ring is None else ring
@@ -303,8 +304,11 @@ class FakeDevice:
 class Simulation:
     """A prefetcher on one thread: where it would wait, something random happens instead; nothing left is a deadlock."""
 
-    def __init__(self, stops: Sequence[Stop], depth: int | None = None, seed: int = 0):
+    def __init__(
+        self, stops: Sequence[Stop], depth: int | None = None, seed: int = 0, schedule: Schedule | None = None
+    ):
         self.stops, self.random = list(stops), random.Random(seed)
+        self.visits = list(range(len(self.stops))) if schedule is None else list(schedule.visits)
         self.reader, self.device, self.clock = FakeReader(), FakeDevice(), FakeClock()
         self.cancelled, self.cancel_next = False, False
         self.in_place = self.stops[0].device is None
@@ -314,7 +318,7 @@ class Simulation:
                 prefetcher_module, "threading", SimpleNamespace(RLock=lambda: now, Condition=lambda lock: lock)
             )
             self.prefetcher = Prefetcher(
-                self.stops, self.reader, self.device, depth, self.clock, cancelled=lambda: self.cancelled
+                self.stops, self.reader, self.device, depth, self.clock, lambda: self.cancelled, schedule
             )
 
     def happen(self, times: int = 1) -> bool:
@@ -350,7 +354,7 @@ class Simulation:
 
     def sweep(self, times: int = 1) -> None:
         for _ in range(times):
-            for index in range(len(self.stops)):
+            for index in self.visits:
                 self.compute(index)
                 self.happen(self.random.randrange(4))
 

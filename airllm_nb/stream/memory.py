@@ -1,4 +1,4 @@
-"""The host and device memory that streamed units live in and pass through, and the stops of their schedule.
+"""The host and device memory that streamed units live in and pass through.
 
 A RAM unit lies in host memory in one of three ways, best first:
 
@@ -37,7 +37,7 @@ class StreamMemory:
     Parameters
     ----------
     units, in_ram
-        In the order of the schedule, and which of them stay in RAM between sweeps.
+        In the order of use, and which of them stay in RAM between sweeps.
     device
         Where compute runs.
     arena_bytes
@@ -52,7 +52,7 @@ class StreamMemory:
     Attributes
     ----------
     stops
-        The schedule of one sweep.
+        Where each unit is, in the order of ``units``.
     reader
         Fills the stops.
     """

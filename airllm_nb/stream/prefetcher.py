@@ -1,16 +1,17 @@
-"""The cyclic schedule ahead of compute: ``take(unit)`` … ``release(unit)``, for ever round the same units.
+"""The schedule ahead of compute: ``take(unit)`` … ``release(unit)``, visit by visit, round and round.
 
 A unit goes *source → (read) → host memory → (copy) → device memory → compute*. Where the device is the CPU itself
 there is no copy and compute runs on host memory. Whatever became possible is started by :meth:`Prefetcher._advance`,
 which every change calls: a release on the computing thread, a finished read on its reading thread. So there is no
 thread that moves things, and a test can run all of it with a fake reader and a fake copier.
 
-Steps count for ever; step ``s`` is unit ``order[s % len(order)]``.
+Steps count for ever; step ``s`` visits unit ``schedule.unit(s)``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ class Prefetcher:
     Parameters
     ----------
     stops
-        The schedule of one sweep.
+        Where each unit is on its way to compute.
     reader
         Fills host memory.
     copier
@@ -59,6 +60,8 @@ class Prefetcher:
         Monotonic seconds.
     cancelled
         Looked at while waiting; ``True`` ends the wait with :class:`~airllm_nb.errors.GenerationStopped`.
+    schedule
+        In which order units are visited; ``None``: as they stand in ``stops``.
     """
 
     def __init__(
@@ -69,9 +72,15 @@ class Prefetcher:
         depth: int | None,
         clock: Callable[[], float],
         cancelled: Callable[[], bool] = lambda: False,
+        schedule: Schedule | None = None,
     ):
-        self._stops, self._reader, self._copier = Schedule(stops), reader, copier
-        self._depth = len(self._stops) if depth is None else min(depth, len(self._stops))
+        self._stops, self._reader, self._copier = list(stops), reader, copier
+        self._schedule = schedule or Schedule.of(range(len(self._stops)))
+        # How far back the visit is whose bytes a visit overwrites, in host memory and in device memory.
+        self._host_distances = self._schedule.distances([stop.host_place for stop in self._stops])
+        self._device_distances = self._schedule.distances([stop.device_place for stop in self._stops])
+        count = len(self._schedule)
+        self._depth = count if depth is None else min(depth, count)
         self._clock, self._cancelled = clock, cancelled
         # The lock itself is taken, never by way of the condition: that is Python code, and an interrupt within it would
         # leave the lock held for ever.
@@ -81,14 +90,14 @@ class Prefetcher:
         self._closed, self._epoch, self._reading, self._last_read_end = False, 0, 0, 0.0
         self._held: int | None = None
         self._broken = False
-        self.moved: deque[Moved] = deque(maxlen=4 * len(self._stops) + 64)
+        self.moved: deque[Moved] = deque(maxlen=4 * count + 64)
         self.resets = 0
         self._begin(0)
 
     # --- what the executor calls
 
-    def take(self, index: int) -> tuple[torch.Tensor, float]:
-        """Wait until stop ``index`` is ready for compute; returns its memory and the seconds waited.
+    def take(self, unit: int) -> tuple[torch.Tensor, float]:
+        """Wait until ``unit`` is ready for compute on its next visit; returns its memory and the seconds waited.
 
         Raises
         ------
@@ -99,25 +108,25 @@ class Prefetcher:
         """
         with self._lock, self._sound():
             self._check()
-            if self._broken or self._held is not None or self._done % len(self._stops) != index:
-                self._restart(index)
+            if self._broken or self._held is not None or self._schedule.unit(self._done) != unit:
+                self._restart(unit)
             self._held = step = self._wanted = self._done
             self._advance()
             waited = 0.0 if self._ready(step) else self._wait(step)
-            stop = self._stops[index]
+            stop = self._stops[unit]
             if stop.device is None:
                 assert stop.host is not None, "compute runs on host memory"
                 return stop.host, waited
-            self._copier.wait(self._copied[index].end)
+            self._copier.wait(self._copied[self._visit(step)].end)
             return stop.device, waited
 
-    def release(self, index: int, mark: Mark | None = None) -> None:
-        """Compute on stop ``index`` is queued, up to ``mark`` (now); its memory may be used again after that."""
+    def release(self, unit: int, mark: Mark | None = None) -> None:
+        """Compute on ``unit`` is queued, up to ``mark`` (now); its memory may be used again after that."""
         with self._lock, self._sound():
-            if self._held is None or self._held % len(self._stops) != index:
+            if self._held is None or self._schedule.unit(self._held) != unit:
                 return
             step, self._held = self._held, None
-            self._computed[index] = self._copier.mark() if mark is None else mark
+            self._computed[self._visit(step)] = self._copier.mark() if mark is None else mark
             self._read.discard(step)
             self._done = step + 1
             self._advance()
@@ -125,7 +134,7 @@ class Prefetcher:
     @property
     def bytes_ahead(self) -> int:
         """Device memory that holds or receives units now; looked at without the lock, so it may be a unit off."""
-        return sum(self._stops[step].unit.nbytes for step in range(self._done, self._next_copy))
+        return sum(self._stop(step).unit.nbytes for step in range(self._done, self._next_copy))
 
     def close(self) -> None:
         """Refuse further use and wake whoever waits; the reader and the memory have their own owners."""
@@ -136,6 +145,12 @@ class Prefetcher:
         self._copier.synchronize()
 
     # --- the state machine; the lock is held in everything below
+
+    def _visit(self, step: int) -> int:
+        return step % len(self._schedule)
+
+    def _stop(self, step: int) -> Stop:
+        return self._stops[self._schedule.unit(step)]
 
     @contextlib.contextmanager
     def _sound(self) -> Iterator[None]:
@@ -150,24 +165,24 @@ class Prefetcher:
         self._epoch += 1
         self._first = self._done = self._wanted = self._next_read = self._next_copy = step
         self._held, self._broken = None, False
-        self._loading: set[int] = set()
-        self._read: set[int] = set()
-        # The latest copy of, and compute on, each stop; a copy may still be under way when its step is released.
+        self._loading: set[int] = set()  # units that are read once
+        self._read: set[int] = set()  # steps
+        # The latest copy of, and compute on, each visit; a copy may still be under way when its step is released.
         self._copied: dict[int, Copied] = {}
         self._computed: dict[int, Mark] = {}
 
-    def _restart(self, index: int) -> None:
-        """Compute left the schedule (a stopped forward, another order): start again at ``index``."""
-        count = len(self._stops)
+    def _restart(self, unit: int) -> None:
+        """Compute left the schedule (a stopped forward, another order): start again at the next visit of ``unit``."""
+        step = self._schedule.next_visit(unit, self._done)
         if not (self._held is None and self._done == self._first):
             self.resets += 1
         barrier = self._copier.mark()
         self._epoch += 1  # reads under way report to nobody
         self._drain()
         self._copier.synchronize()
-        self._begin((self._done // count + 1) * count + index)
+        self._begin(step)
         # What was computed before may still read the device's memory.
-        self._computed = dict.fromkeys(range(count), barrier)
+        self._computed = dict.fromkeys(range(len(self._schedule)), barrier)
 
     def _drain(self) -> None:
         while self._reading:
@@ -181,7 +196,7 @@ class Prefetcher:
             raise error
 
     def _ready(self, step: int) -> bool:
-        stop = self._stops[step]
+        stop = self._stop(step)
         if stop.device is not None:
             return step < self._next_copy
         return stop.loaded or step in self._read
@@ -203,18 +218,18 @@ class Prefetcher:
         step = self._next_read
         if step > self._wanted + self._depth:
             return False
-        stop, before = self._stops[step], None
-        if stop.loaded or step % len(self._stops) in self._loading:
+        stop, before = self._stop(step), None
+        if stop.loaded or self._schedule.unit(step) in self._loading:
             self._next_read += 1
             return True
         if self._reading >= READS_AT_ONCE:
             return False
-        owner = self._stops.host_owner(step)
-        if owner is not None and owner >= self._first:
+        distance = self._host_distances[self._visit(step)]
+        if distance is not None and (owner := step - distance) >= self._first:
             if owner >= (self._done if stop.device is None else self._next_copy):
                 return False
-            if copied := self._copied.get(owner % len(self._stops)):
-                before = _waiter(self._copier, copied.end)
+            if copied := self._copied.get(self._visit(owner)):
+                before = functools.partial(self._copier.host_wait, copied.end)
         self._next_read += 1
         self._submit(step, stop, before)
         return True
@@ -229,8 +244,11 @@ class Prefetcher:
             started = self._clock()  # waiting for room is not reading
 
         def done(error: BaseException | None) -> None:
-            if error is None and stop.keep:
-                error = _lock(stop)
+            if error is None and stop.lock is not None:
+                try:
+                    stop.lock()  # which takes milliseconds: without the lock of the schedule
+                except BaseException as caught:  # this is a reading thread; the caller must hear of it
+                    error = caught
             with self._lock:
                 self._reading -= 1
                 self._finish_read(step, stop, epoch, started, error)
@@ -238,7 +256,7 @@ class Prefetcher:
 
         self._reading += 1
         if stop.keep:
-            self._loading.add(step % len(self._stops))
+            self._loading.add(self._schedule.unit(step))
         try:
             self._reader.submit(stop.unit.pieces, stop.into, done, begin if before else None)
         except BaseException:
@@ -254,39 +272,26 @@ class Prefetcher:
             stop.loaded = True
         if epoch != self._epoch:
             return
-        self._loading.discard(step % len(self._stops))
+        self._loading.discard(self._schedule.unit(step))
         if error is None:
             self._read.add(step)
             try:
                 self._advance()
-            except BaseException as caught:  # this is a reading thread; the caller must hear of it
+            except BaseException as caught:  # likewise
                 error = caught
         self._error = self._error or error
 
     def _start_copy(self) -> bool:
         step = self._next_copy
-        index, stop, owner = step % len(self._stops), self._stops[step], self._stops.device_owner(step)
-        if stop.device is None or owner is None or step > self._wanted + self._depth:
+        stop, distance = self._stop(step), self._device_distances[self._visit(step)]
+        if stop.device is None or distance is None or step > self._wanted + self._depth:
             return False
+        owner = step - distance
         if not (stop.loaded or step in self._read) or owner >= max(self._done, self._first):
             return False
         # Nothing ahead means nothing beside: without prefetching a copy waits for all compute before it.
-        after = self._computed.get(owner % len(self._stops)) if self._depth else self._copier.mark()
-        self._copied[index] = copied = self._copier.copy(stop.sources, stop.targets, after)
+        after = self._computed.get(self._visit(owner)) if self._depth else self._copier.mark()
+        copied = self._copied[self._visit(step)] = self._copier.copy(stop.sources, stop.targets, after)
         self.moved.append(Moved("copy", stop.unit, copied.start, copied.end))
         self._next_copy += 1
         return True
-
-
-def _waiter(copier: Copier, mark: Mark) -> Callable[[], None]:
-    return lambda: copier.host_wait(mark)
-
-
-def _lock(stop: Stop) -> BaseException | None:
-    """Lock a kept unit's memory, on its reading thread and without the lock of the schedule: it takes milliseconds."""
-    try:
-        if stop.lock is not None:
-            stop.lock()
-    except BaseException as error:  # the caller must hear of it
-        return error
-    return None

@@ -1,8 +1,7 @@
 """Where streamed units lie in a fixed memory that they pass through: a pure placement.
 
-A sweep visits the same units in the same order for ever, so every unit gets one fixed place in the arena, the same in
-each sweep. What may be overwritten when is then known beforehand: a unit waits for the last unit before it, counted
-cyclically, that shares bytes with it.
+Every unit has one fixed place, the same in each sweep. What may be overwritten when then follows from the order of
+their visits alone: see :meth:`~airllm_nb.stream.schedule.Schedule.distances`.
 """
 
 from __future__ import annotations
@@ -19,20 +18,14 @@ PAGE_CACHE, LOCKED, PAGEABLE = "page cache", "locked", "pageable"
 
 @dataclass(frozen=True)
 class Place:
-    """A unit's bytes in the arena.
-
-    Attributes
-    ----------
-    offset, nbytes
-        Where it lies.
-    distance
-        How many steps before, in the cyclic schedule, the latest unit was that shares bytes with this one; that step
-        must be over before this one is overwritten. It is the length of the schedule when only the unit itself does.
-    """
+    """A unit's bytes in the arena: ``nbytes`` from ``offset`` on."""
 
     offset: int
     nbytes: int
-    distance: int
+
+    def shares(self, other: Place) -> bool:
+        """Whether some byte is in both."""
+        return self.offset < other.offset + other.nbytes and other.offset < self.offset + self.nbytes
 
 
 def align(size: int, to: int = PAGE) -> int:
@@ -46,7 +39,7 @@ def host_room(nbytes: int) -> int:
 
 
 def place(sizes: Sequence[int], capacity: int, leads: Sequence[int] = ()) -> list[Place]:
-    """Lay out a cyclic schedule of units in ``capacity`` bytes, one after the other, wrapping at the end.
+    """Lay out units in ``capacity`` bytes, one after the other, wrapping at the end.
 
     ``leads`` says how far into a cache line each begins.
 
@@ -55,7 +48,7 @@ def place(sizes: Sequence[int], capacity: int, leads: Sequence[int] = ()) -> lis
     ValueError
         If a unit alone is larger than the arena.
     """
-    offsets, cursor = [], 0
+    places, cursor = [], 0
     for index, (size, lead) in enumerate(zip(sizes, leads or [0] * len(sizes), strict=True)):
         room = align(size)
         if lead + room > capacity:
@@ -63,18 +56,6 @@ def place(sizes: Sequence[int], capacity: int, leads: Sequence[int] = ()) -> lis
         cursor += (lead - cursor) % CACHE_LINE
         if cursor + room > capacity:
             cursor = lead
-        offsets.append(cursor)
+        places.append(Place(cursor, size))
         cursor += room
-    return [
-        Place(offset, size, _distance(index, offsets, sizes))
-        for index, (offset, size) in enumerate(zip(offsets, sizes, strict=True))
-    ]
-
-
-def _distance(index: int, offsets: Sequence[int], sizes: Sequence[int]) -> int:
-    begin, end, count = offsets[index], offsets[index] + sizes[index], len(sizes)
-    for distance in range(1, count):
-        other = (index - distance) % count
-        if offsets[other] < end and begin < offsets[other] + sizes[other]:
-            return distance
-    return count
+    return places

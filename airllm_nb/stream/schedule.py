@@ -1,8 +1,8 @@
-"""The stops of one sweep, and what follows from their order alone: which step overwrites which."""
+"""In which order units are visited, as a value; what follows from that order alone; and where each unit stops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .unit import Unit
 
 @dataclass
 class Stop:
-    """One stop of the schedule: a unit, where it is in host memory and where it is computed.
+    """Where a unit stops on its way to compute: its places in host memory and in device memory.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class Stop:
     device
         Its place in device memory, uint8 ``[unit.nbytes]``, ``None`` where compute runs on ``host``.
     host_place, device_place
-        Distances to the stop whose bytes are overwritten; ``host_place`` is ``None`` for a unit of its own memory.
+        What they are of the ring and of the arena that others pass through too; ``None`` for memory of its own.
     keep
         The unit stays in ``host`` between sweeps: it is read once.
     loaded
@@ -68,31 +68,62 @@ class Moved:
     end: Any
 
 
+@dataclass(frozen=True)
 class Schedule:
-    """The same stops round and round; step ``s`` is stop ``s % len(self)``."""
+    """Visits of units, round and round: step ``s`` is visit ``s % len(schedule)``, for ever.
 
-    def __init__(self, stops: Sequence[Stop]):
-        self.stops = list(stops)
-        self._ring = [index for index, stop in enumerate(self.stops) if stop.host_place is not None]
-        self._rank = {index: rank for rank, index in enumerate(self._ring)}
+    Attributes
+    ----------
+    visits
+        Indices of units: any part of them, in any order, each as often as is wanted. All of them forwards is a sweep of
+        decoding; forwards and then backwards, one with gradients.
+    """
+
+    visits: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.visits:
+            raise ValueError("a schedule visits one unit at least")
+
+    @classmethod
+    def of(cls, visits: Iterable[int]) -> Schedule:
+        """The schedule of these visits: ``Schedule.of(range(n))`` is a sweep over ``n`` units."""
+        return cls(tuple(visits))
 
     def __len__(self) -> int:
-        return len(self.stops)
+        return len(self.visits)
 
-    def __getitem__(self, step: int) -> Stop:
-        return self.stops[step % len(self.stops)]
+    def unit(self, step: int) -> int:
+        """The unit that ``step`` visits."""
+        return self.visits[step % len(self.visits)]
 
-    def host_owner(self, step: int) -> int | None:
-        """The step whose host bytes the read of ``step`` overwrites; ``None`` where it has memory of its own."""
-        place, count = self[step].host_place, len(self.stops)
+    def next_visit(self, unit: int, step: int) -> int:
+        """The first step from ``step`` on that visits ``unit``.
+
+        Raises
+        ------
+        ValueError
+            If none does.
+        """
+        for ahead in range(step, step + len(self.visits)):
+            if self.unit(ahead) == unit:
+                return ahead
+        raise ValueError(f"unit {unit} is not visited by this schedule")
+
+    def distances(self, places: Sequence[Place | None]) -> tuple[int | None, ...]:
+        """For each visit, how many steps before it the latest visit was whose unit shares bytes with its own.
+
+        That step must be over before this one is overwritten. It is at most the length of the schedule: a round ago
+        the same unit was visited. ``None`` for units without a place, whose memory is their own.
+        """
+        return tuple(self._distance(at, places) for at in range(len(self.visits)))
+
+    def _distance(self, at: int, places: Sequence[Place | None]) -> int | None:
+        place = places[self.unit(at)]
         if place is None:
             return None
-        # Distances count the stops that use the ring, not all of them.
-        rank = self._rank[step % count] - place.distance
-        sweep = step // count if rank >= 0 else step // count - 1
-        return sweep * count + self._ring[rank % len(self._ring)]
-
-    def device_owner(self, step: int) -> int | None:
-        """The step whose device bytes the copy of ``step`` overwrites; ``None`` where nothing is copied."""
-        place = self[step].device_place
-        return None if place is None else step - place.distance
+        for distance in range(1, len(self.visits)):
+            other = places[self.unit(at - distance)]
+            if other is not None and place.shares(other):
+                return distance
+        return len(self.visits)

@@ -26,6 +26,7 @@ from airllm_nb.errors import CheckpointError, ClosedError, GenerationStopped
 from airllm_nb.stream.copier import MemoryCopier
 from airllm_nb.stream.prefetcher import READS_AT_ONCE, Prefetcher
 from airllm_nb.stream.ring import PAGE, align
+from airllm_nb.stream.schedule import Schedule
 
 DEPTHS = [0, 1, 2, 3, 4, None]
 
@@ -305,6 +306,39 @@ def test_another_order_costs_time_but_no_byte(stops: list, order: list[int]) -> 
         simulation.check()
 
 
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize(
+    "visits", [[0, 1, 2, 3, 4, 4, 3, 2, 1, 0], [4, 3, 2, 1, 0], [1, 3], [2, 2], [0, 2, 4, 2, 1, 3], [3]], ids=str
+)
+def test_a_schedule_may_visit_units_in_any_order_and_is_then_never_left(
+    stops: list, depth: int | None, visits: list[int]
+) -> None:
+    for seed in range(4):
+        simulation = Simulation(stops, depth, seed, Schedule.of(visits))
+        simulation.sweep(3)
+        simulation.check()
+        assert simulation.prefetcher.resets == 0
+
+
+def test_backwards_reads_go_ahead_in_that_order() -> None:
+    stops = make_stops([PAGE] * 3, arena=3 * PAGE)
+    prefetcher, reader, _ = make(stops, depth=2, at_once=True, schedule=Schedule.of([0, 1, 2, 2, 1, 0]))
+    for unit in (0, 1, 2, 2):
+        prefetcher.take(unit)
+        prefetcher.release(unit)
+    assert reader.submitted == names(0, 1, 2, 2, 1, 0)
+    assert prefetcher.resets == 0
+
+
+def test_a_unit_that_the_schedule_does_not_visit_is_refused_and_the_others_go_on(stops: list) -> None:
+    simulation = Simulation(stops, schedule=Schedule.of([0, 2]))
+    simulation.sweep()
+    with pytest.raises(ValueError, match="unit 1 is not visited"):
+        simulation.compute(1)
+    simulation.sweep(2)
+    simulation.check()
+
+
 def test_the_usual_order_never_resets(stops: list) -> None:
     simulation = Simulation(stops)
     simulation.sweep(5)
@@ -394,6 +428,14 @@ def test_a_release_after_close_is_quiet(stops: list) -> None:
 
 # ---- anything at all -------------------------------------------------------------------------------------------------
 
+
+def orders(count: int) -> st.SearchStrategy[Schedule]:
+    """Forwards as in decoding, forwards and backwards, or anything."""
+    forwards = list(range(count))
+    anything = st.lists(st.integers(0, count - 1), min_size=1, max_size=2 * count + 2)
+    return (st.just(forwards) | st.just([*forwards, *reversed(forwards)]) | anything).map(Schedule.of)
+
+
 SIZES = st.integers(1, 3 * PAGE) | st.sampled_from([1, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE, 3 * PAGE])
 
 
@@ -410,45 +452,48 @@ def schedules(draw: st.DrawFn) -> tuple[list, int | None]:
 
 
 @settings(max_examples=300, deadline=None)
-@given(schedules(), st.integers(0, 2**32))
-def test_every_take_sees_its_own_bytes_whatever_finishes_first(schedule: tuple[list, int | None], seed: int) -> None:
+@given(schedules(), st.integers(0, 2**32), st.data())
+def test_every_take_sees_its_own_bytes_whatever_finishes_first(
+    schedule: tuple[list, int | None], seed: int, data: st.DataObject
+) -> None:
     stops, depth = schedule
-    simulation = Simulation(stops, depth, seed)
+    simulation = Simulation(stops, depth, seed, data.draw(orders(len(stops))))
     simulation.sweep(4)
     simulation.check()
     assert simulation.prefetcher.resets == 0
 
 
 @settings(max_examples=400, deadline=None)
-@given(schedules(), st.integers(0, 2**32), st.lists(st.sampled_from("csrjexa"), min_size=2, max_size=12))
+@given(schedules(), st.integers(0, 2**32), st.lists(st.sampled_from("csrjexa"), min_size=2, max_size=12), st.data())
 def test_nothing_that_goes_wrong_leaves_a_wrong_byte_or_a_hang(
-    schedule: tuple[list, int | None], seed: int, actions: list[str]
+    schedule: tuple[list, int | None], seed: int, actions: list[str], data: st.DataObject
 ) -> None:
     stops, depth = schedule
-    simulation = Simulation(stops, depth, seed)
-    prefetcher, chance, at = simulation.prefetcher, simulation.random, 0
+    simulation = Simulation(stops, depth, seed, data.draw(orders(len(stops))))
+    prefetcher, chance, visits, at = simulation.prefetcher, simulation.random, simulation.visits, 0
     for action in actions:
-        index = chance.randrange(len(stops))
+        other = chance.randrange(len(visits))
+        index = visits[other]
         try:
             if action == "c":  # go on
-                simulation.compute(at)
-                at = (at + 1) % len(stops)
+                simulation.compute(visits[at])
+                at = (at + 1) % len(visits)
             elif action == "s":  # a whole forward
                 simulation.sweep()
                 at = 0
             elif action == "r":  # a forward aborted between take and release
-                memory, _ = prefetcher.take(at)
-                simulation.work(stops[at].unit, memory)
+                memory, _ = prefetcher.take(visits[at])
+                simulation.work(stops[visits[at]].unit, memory)
                 at = 0
             elif action == "j":  # another order
                 simulation.compute(index)
-                at = (index + 1) % len(stops)
+                at = (other + 1) % len(visits)
             elif action == "e":  # the disk fails some time
                 simulation.reader.fail[stops[index].unit.name] = CheckpointError("bad sector")
             elif action == "x":  # the user stops it in its next wait
                 simulation.cancel_next = True
-                simulation.compute(at)
-                at = (at + 1) % len(stops)
+                simulation.compute(visits[at])
+                at = (at + 1) % len(visits)
             else:  # time passes
                 simulation.happen(20)
         except (CheckpointError, GenerationStopped):
