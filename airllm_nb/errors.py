@@ -29,10 +29,18 @@ class AirLLMError(Exception):
     """Base of every error that this package raises on purpose; its text is one line with the remedy in it.
 
     Names that a file gives are a part of it: line breaks and control characters in them are escaped.
+
+    Attributes
+    ----------
+    note
+        What whoever passes it on has to add, in parentheses behind the text.
     """
 
+    note = ""
+
     def __str__(self) -> str:
-        return _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
+        text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], super().__str__())
+        return f"{text} ({self.note})" if self.note else text
 
 
 class OptionError(AirLLMError, ValueError):
@@ -64,7 +72,17 @@ class StoreError(AirLLMError, OSError):
 
 
 class BudgetError(AirLLMError, MemoryError):
-    """A memory budget is too small; the message says the smallest one that works."""
+    """A memory budget is too small; the message says the smallest one that works.
+
+    Attributes
+    ----------
+    option
+        ``"vram_budget"`` or ``"ram_budget"``; ``None`` where no budget is to blame.
+    """
+
+    def __init__(self, message: str, option: str | None = None):
+        super().__init__(message)
+        self.option = option
 
 
 class PromptError(AirLLMError, ValueError):

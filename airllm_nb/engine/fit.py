@@ -119,8 +119,9 @@ class Fit:
                 "why": self.why, "disk_speed": self.disk_speed, "chosen": self.chosen,
                 "compression": self.compression}  # fmt: skip
 
-    def lines(self) -> list[str]:
-        """A label and what is known, a line each."""
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """A label and what is known, for people."""
         said = {True: "yes", False: "no", None: "not known"}[self.disk]
         verdicts = [f"disk {said if self.spaces else 'yes, all is here'}"]
         verdicts.append("RAM yes" if self.ram else
@@ -129,16 +130,17 @@ class Fit:
             verdicts.append("VRAM yes" if self.vram else
                             f"VRAM in part: {format_bytes(self.in_vram)} of {format_bytes(self.weights)} stay "
                             "there, the rest streams")  # fmt: skip
-        rows = [f"chosen    {self.chosen}"] if self.chosen else []
-        label = "encoded" if self.compression in ("4bit", "8bit") else "packed"
-        rows += [f"{label:<10}{self.compression}"] if self.compression else []
-        rows += [*(f"disk      {space}" for space in self.spaces), f"fits      {' | '.join(verdicts)}"]
+        rows = [("chosen", self.chosen)] if self.chosen else []
+        if self.compression:
+            rows.append(("encoded" if self.compression in ("4bit", "8bit") else "packed", self.compression))
+        rows += [*(("disk", str(space)) for space in self.spaces), ("fits", " | ".join(verdicts))]
         if self.sizes_from == "headers":
-            rows.append("sizes     from the headers of the weight files on the Hub; no weights were downloaded")
+            rows.append(("sizes", "from the headers of the weight files on the Hub; no weights were downloaded"))
         elif self.sizes_from == "config" and self.why:
-            rows.append(f"sizes     from the config alone: {self.why}")
+            rows.append(("sizes", f"from the config alone: {self.why}"))
         if self.disk_speed is not None and self.from_disk:
-            rows.append(f"assumed   a disk of {format_bytes(self.disk_speed)}/s: no file is here to measure it with")
+            speed = format_bytes(self.disk_speed)
+            rows.append(("assumed", f"a disk of {speed}/s: no file is here to measure it with"))
         return rows
 
 
@@ -152,9 +154,11 @@ class FittedPlan(ResidencyPlan):
         """Everything as plain values."""
         return super().as_dict() | {"fit": self.fit.as_dict()}
 
-    def __str__(self) -> str:
-        *where, predicted = super().__str__().splitlines()
-        return "\n".join([*where, *self.fit.lines(), predicted])
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """A label and what is planned and known, for people; the prediction is the last."""
+        *where, predicted = super().rows
+        return [*where, *self.fit.rows, predicted]
 
 
 def spaces(prepared: Prepared) -> tuple[Space, ...]:

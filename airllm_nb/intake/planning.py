@@ -190,7 +190,7 @@ def plan(prepared: Prepared, machine: Machine, work: Work, wished: Needs | None 
     except BudgetError as error:
         if not work.remedy:
             raise
-        raise BudgetError(f"{error}; {work.remedy}") from None
+        raise BudgetError(f"{error}; {work.remedy}", error.option) from None
 
 
 def _arenas(units: Sequence[UnitSize]) -> tuple[int, int]:

@@ -73,14 +73,14 @@ def model_card(name: str, model: StreamedModel) -> Card:
         *([("adapter", status["adapter"])] if status["adapter"] else []),
         *([("left on disk", status["left_on_disk"])] if status["left_on_disk"] else []),
         *([("unpacked", f"{format_bytes(kept)} of RAM keep the packed matrices unpacked")] if kept else []),
-        *_plan_rows(str(plan)),
+        *plan.rows,
     ]
     return Card(f"{status['name']} is loaded as {name!r}", rows, _units(plan))
 
 
 def plan_card(model: str, plan: Any) -> Card:
     """What would go where, and whether there is room for it."""
-    return Card(f"{model}: the plan", _plan_rows(in_flags(str(plan))), _units(plan))
+    return Card(f"{model}: the plan", [(label, in_flags(text)) for label, text in plan.rows], _units(plan))
 
 
 def _units(plan: Any) -> tuple[str, str]:
@@ -96,10 +96,6 @@ def status_card(entries: Sequence[Entry]) -> Card:
         state = "generating" if status["busy"] else "ready"
         rows.append((entry.name, f"{', '.join(what)}: {state}\n{entry.model.plan}\n{_last(status['last'])}"))
     return Card(f"{len(rows)} model{'s' * (len(rows) != 1)} loaded; the last is the default", rows)
-
-
-def _plan_rows(plan: str) -> list[tuple[str, str]]:
-    return [(label, rest.strip()) for label, _, rest in (line.partition(" ") for line in plan.splitlines())]
 
 
 def _last(summary: dict[str, Any]) -> str:

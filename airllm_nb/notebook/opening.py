@@ -34,7 +34,7 @@ def open_into(models: Registry, name: str, model: str, wanted: LoadOptions, dash
                           "nothing is loaded, and what was downloaded or converted is kept")) from None  # fmt: skip
     except AirLLMError as error:
         if closed and name not in models:
-            raise type(error)(f"{error} (the model that was {name!r} is closed already)") from None
+            error.note = f"the model that was {name!r} is closed already"
         raise
     entry = Entry(name, opened, dashboard)
     models.add(entry)
@@ -60,5 +60,5 @@ def _check(model: str, wanted: LoadOptions, bar: ProgressLine) -> None:
         Loading(lambda report: plan(model, wanted, report)).result(bar)
     except BudgetError as error:
         # A budget that was not given is what the old model leaves free: the new one will have more.
-        if getattr(wanted, str(error).partition("=")[0], None) is not None:
+        if error.option and getattr(wanted, error.option) is not None:
             raise

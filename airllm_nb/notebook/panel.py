@@ -124,16 +124,8 @@ class Panel:
             plan = self._plan()
             picture = plan_picture(plan)
             self._picture.value = image_html(picture.png(), picture.alt)
-            lines = str(plan).splitlines()
-            self._say(
-                " · ".join(
-                    [
-                        *(" ".join(line.split()) for line in lines if line.startswith("fits")),
-                        lines[-1],
-                        f"budgets: {_FREE}",
-                    ]
-                )
-            )
+            said = [f"{label} {text}" for label, text in plan.rows if label in ("fits", "predicted")]
+            self._say(" · ".join([*said, f"budgets: {_FREE}"]))
 
     def _plan(self) -> Any:
         picked = (self._model.value, self._compression.value)

@@ -174,21 +174,26 @@ class ResidencyPlan:
         ]
         return "\n".join(rows)
 
-    def __str__(self) -> str:
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        """A label and what is planned, for people; the prediction is the last."""
         parts = [f"{tier} {format_bytes(self.tier_bytes(tier))} ({self.tiers.count(tier)} units)"
                  for tier in ("gpu", "ram", "disk") if tier in self.tiers]  # fmt: skip
-        lines = ["weights   " + " | ".join(parts)]
+        rows = [("weights", " | ".join(parts))]
         if self.machine.has_device:
-            lines.append(
-                f"VRAM      {format_bytes(self.device_bytes)} of {format_bytes(self.vram_budget)}: "
+            rows.append((
+                "VRAM",
+                f"{format_bytes(self.device_bytes)} of {format_bytes(self.vram_budget)}: "
                 f"KV cache {format_bytes(self.needs.kv_cache)}, "
                 f"activations {format_bytes(self.needs.activations)}, "
-                f"scratch {format_bytes(self.needs.scratch)}, arena {format_bytes(self.arena_bytes)}"
-            )
+                f"scratch {format_bytes(self.needs.scratch)}, arena {format_bytes(self.arena_bytes)}",
+            ))  # fmt: skip
         host = self.tier_bytes("ram") + self.ring_bytes
-        lines.append(f"RAM       {format_bytes(host)} of {format_bytes(self.ram_budget)}")
-        lines.append(f"predicted {format_seconds(self.sweep_seconds)} a token ({self.bound_by}-bound)")
-        return "\n".join(lines)
+        rows.append(("RAM", f"{format_bytes(host)} of {format_bytes(self.ram_budget)}"))
+        return [*rows, ("predicted", f"{format_seconds(self.sweep_seconds)} a token ({self.bound_by}-bound)")]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{label:<10}{text}" for label, text in self.rows)
 
 
 def make_plan(
@@ -228,7 +233,7 @@ def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tu
         raise BudgetError(f"vram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
                           f"{size_option(smallest)} ({format_bytes(needs.total)} for KV cache, activations, scratch "
                           f"and norms, {format_bytes(largest)} for the largest unit); shorten max_seq_len or "
-                          "raise the budget")  # fmt: skip
+                          "raise the budget", "vram_budget")  # fmt: skip
     # The head is the largest unit of many models: once it is resident, it needs no room in the arena.
     heads = [index for index in order if units[index].kind == "head"]
     blocks = window([sizes[index] for index in sorted(order) if index not in heads])
@@ -259,7 +264,8 @@ def _place_in_host(units: Sequence[UnitSize], tiers: list[str], budget: int, cop
     largest = max(host_room(sizes[index]) for index in rest)
     if largest > budget:
         raise BudgetError(f"ram_budget={format_bytes(budget)} is too small for this model; the smallest that works is "
-                          f"{size_option(largest)}, for the largest unit that passes through it")  # fmt: skip
+                          f"{size_option(largest)}, for the largest unit that passes through it",
+                          "ram_budget")  # fmt: skip
     for index in _prefix(rest, sizes, budget - most):
         tiers[index] = "ram"
     return min(most, budget)
