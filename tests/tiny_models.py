@@ -13,6 +13,7 @@ import torch
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import StreamedModel
 from airllm_nb.intake import planning, prepare
+from airllm_nb.model.device import Budgets
 from airllm_nb.plan.residency import Machine, window
 from airllm_nb.stream.ring import align, host_room
 
@@ -255,11 +256,11 @@ def streamed(folder: Path, **options: Any) -> StreamedModel:
     prepared = prepare.prepare(folder, LoadOptions.create(**{"dtype": "float32", **ample, **options}))
     units = [unit.nbytes for unit in prepared.sizes if unit.kind != "embedding"]
     needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
-    prepared.vram_budget = needs + window([align(size) for size in units])
+    vram = needs + window([align(size) for size in units])
     all_but_one = sum(map(align, units)) - 1
     ring = window([host_room(size) for size in units])
-    prepared.ram_budget = max(min(ring + max(units), all_but_one), max(map(host_room, units)))
-    model = StreamedModel(prepared, MACHINE)
+    ram = max(min(ring + max(units), all_but_one), max(map(host_room, units)))
+    model = StreamedModel(prepared, MACHINE, Budgets(vram, ram))
     assert "disk" in model.plan.tiers or len(units) <= 3
     assert model.plan.streamed_bytes or len(units) <= 3
     return model

@@ -16,6 +16,7 @@ from ..decode.settings import for_answer
 from ..decode.tokenizer import load_tokenizer
 from ..disk import told
 from ..intake import planning, prepare
+from ..model.device import Budgets, budgets_of
 from ..plan.residency import ResidencyPlan
 from ..trace import ProgressCallback, Trace, silent
 from .fit import FittedPlan
@@ -40,11 +41,13 @@ def open_model(
     progress
         Called during downloads, conversion and set-up.
     """
+    options = options or LoadOptions()
     with told():
-        prepared = prepare.prepare(model, options or LoadOptions(), progress=progress)
+        free = budgets_of(options)
+        prepared = prepare.prepare(model, options, free, progress=progress)
     try:
         with told():
-            return StreamedModel(prepared, measure(prepared))
+            return StreamedModel(prepared, measure(prepared), free)
     except BaseException:
         prepared.held.close()  # at once: whoever keeps the exception keeps what it refers to
         raise
@@ -74,8 +77,8 @@ class StreamedModel(Running):
     between forwards. All that the native class does works, or says in one line why it does not.
     """
 
-    def __init__(self, prepared: planning.Prepared, machine: Any):
-        super().__init__(prepared, machine)
+    def __init__(self, prepared: planning.Prepared, machine: Any, budgets: Budgets | None = None):
+        super().__init__(prepared, machine, budgets)
         self.folder = prepared.folder
 
     @property

@@ -10,7 +10,7 @@ import torch
 from ..disk import status
 from ..intake.planning import Prepared
 from ..intake.prepare import NOWHERE
-from ..model.device import available_ram, has_memory
+from ..model.device import available_ram, has_memory, vram_budget
 from ..model.packed import PackedLinear
 from ..plan.residency import Machine
 from ..stream.probe import FALLBACK, best_seconds, disk_bandwidth, link_bandwidth
@@ -53,8 +53,8 @@ def _reads_directly(prepared: Prepared, file: Path) -> bool:
 def _compute_bandwidth(prepared: Prepared) -> float:
     """Bytes of weights a second that one token's matrix product reads, as they are encoded here, on this device."""
     device, kind = prepared.device, prepared.device.type
-    side = _PROBE_SIDE[kind]
-    while kind != "cpu" and side > 2048 and 16 * side**2 > prepared.vram_budget:  # far inside the budget that it serves
+    side, room = _PROBE_SIDE[kind], vram_budget(prepared.options, device)
+    while kind != "cpu" and side > 2048 and 16 * side**2 > room:  # far inside the budget that it serves
         side //= 2
     packed = _typical([each for each in prepared.skeleton.modules() if isinstance(each, PackedLinear)])
     if packed is not None and not packed.keeps:

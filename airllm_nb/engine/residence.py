@@ -15,7 +15,7 @@ from ..config import format_bytes
 from ..decode.prefill import Work
 from ..errors import BudgetError, GenerationStopped
 from ..intake import planning
-from ..model.device import VRAM_MARGIN
+from ..model.device import VRAM_MARGIN, Budgets
 from ..model.executor import Executor
 from ..model.placing import drop_unpacked
 from ..model.turn import Turn
@@ -34,9 +34,11 @@ class Residence:
     Parameters
     ----------
     prepared
-        The model; its VRAM budget shrinks where other programs take the memory.
+        The model.
     machine
         What its plans are made from.
+    budgets
+        What it may take; that of VRAM shrinks where other programs take the memory.
     turn
         Whose turn it is to run it.
 
@@ -55,12 +57,12 @@ class Residence:
         If the model does not fit.
     """
 
-    def __init__(self, prepared: planning.Prepared, machine: Machine, turn: Turn):
-        self._prepared, self._machine, self._turn = prepared, machine, turn
+    def __init__(self, prepared: planning.Prepared, machine: Machine, budgets: Budgets, turn: Turn):
+        self._prepared, self._machine, self.budgets, self._turn = prepared, machine, budgets, turn
         self._admitted = prepared.planned
         self.executor: Executor | None = None
         self.trace, self.shrunk_from = Trace(), None  # type: Trace, int | None
-        self.plan: ResidencyPlan = planning.plan(prepared, machine, prepared.planned)[0]
+        self.plan: ResidencyPlan = planning.plan(prepared, machine, budgets, prepared.planned)[0]
         self._wished = self.plan.needs
         self._surviving(prepared.planned, lambda: self.make_room(prepared.planned))
 
@@ -131,7 +133,7 @@ class Residence:
         if tokens is None:
             log.info("planning again for %d tokens x %d sequences", work.length, work.batch)
             before = self.plan
-            self.plan, tokens = planning.plan(self._prepared, self._machine, work, self._wished)
+            self.plan, tokens = planning.plan(self._prepared, self._machine, self.budgets, work, self._wished)
             if self.executor is not None and self.plan.tiers == before.tiers and not self.plan.streamed_bytes:
                 self.executor.plan = self.plan  # all stays where it is
                 return tokens
@@ -225,12 +227,12 @@ class Residence:
                     "device memory ran out half-way, and what was given (a cache, processors, criteria) is changed by "
                     f"now; {_REMEDY}; then generate again with new ones"
                 )
-        budget = format_bytes(self._prepared.vram_budget)
+        budget = format_bytes(self.budgets.vram)
         raise BudgetError(f"device memory ran out again under vram_budget={budget}; {_REMEDY}")
 
     def _shrink(self, work: Work) -> None:
         """Free everything, and plan for what is there, an eighth less than before at least."""
-        prepared, before = self._prepared, self._prepared.vram_budget
+        prepared, before = self._prepared, self.budgets
         _let_go(prepared.device)  # to look at weights takes some memory
         try:
             self._refuse_to_lose()
@@ -240,26 +242,26 @@ class Residence:
             raise BudgetError(f"device memory ran out, and there is none to see what was changed; {_REMEDY}") from None
         self.close()
         _let_go(prepared.device)
-        budgets = [before - before // 8]
+        vram = before.vram - before.vram // 8
         if prepared.device.type == "cuda":
-            budgets.append(available(prepared.device))
-        prepared.vram_budget = min(budgets)
+            vram = min(vram, available(prepared.device))
+        self.budgets = before._replace(vram=vram)
         try:
             self.plan = self._planned(work)
         except BudgetError as error:
-            prepared.vram_budget = before
+            self.budgets = before
             raise BudgetError(
                 f"device memory ran out, and there is no room in what is left; {_REMEDY} ({error})"
             ) from None
-        self._wished, self.shrunk_from = self.plan.needs, self.shrunk_from or before
+        self._wished, self.shrunk_from = self.plan.needs, self.shrunk_from or before.vram
         log.warning("device memory ran out: vram_budget is %s instead of %s from now on",
-                    format_bytes(prepared.vram_budget), format_bytes(before))  # fmt: skip
+                    format_bytes(vram), format_bytes(before.vram))  # fmt: skip
 
     def _planned(self, work: Work) -> ResidencyPlan:
         try:
-            return planning.plan(self._prepared, self._machine, self._prepared.planned)[0]
+            return planning.plan(self._prepared, self._machine, self.budgets, self._prepared.planned)[0]
         except BudgetError:
-            return planning.plan(self._prepared, self._machine, work)[0]
+            return planning.plan(self._prepared, self._machine, self.budgets, work)[0]
 
 
 def available(device: torch.device) -> int:

@@ -20,6 +20,7 @@ from ..decode.prompt import check_length
 from ..decode.replay import Replay
 from ..errors import OptionError
 from ..intake import planning
+from ..model.device import Budgets, budgets_of
 from ..model.hooks import NO_TRAINING, Guard
 from ..model.native import FixedWeights, fix_parts
 from ..model.turn import Turn
@@ -47,7 +48,7 @@ class Running(FixedWeights):
             model.__class__ = _running(cls, type(model))  # type: ignore[arg-type]
         return model
 
-    def __init__(self, prepared: planning.Prepared, machine: Any):
+    def __init__(self, prepared: planning.Prepared, machine: Any, budgets: Budgets | None = None):
         from transformers import PreTrainedModel
 
         self._prepared, self.options, self.name = prepared, prepared.options, prepared.source.name
@@ -58,7 +59,7 @@ class Running(FixedWeights):
         self._refusals: list[Any] = []
         weights = [binding.weight for unit in prepared.units for binding in unit.bindings] + prepared.small
         self._weight_names = {(id(module), name): each.name for each in weights for module, name in each.owners}
-        self._residence = Residence(prepared, machine, self._turn)
+        self._residence = Residence(prepared, machine, budgets or budgets_of(prepared.options), self._turn)
         self.generation_config = planning.generation_config(prepared)
         fix_parts(self)
         for part in self.modules():  # type: ignore[attr-defined]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,17 @@ from ..decode.prefill import Work, choose_chunk
 from ..decode.settings import checkpoint_defaults
 from ..encoding.ours import Codec, Scratch
 from ..errors import BudgetError
+from ..model import adapter as lora
 from ..model.attention import ALIBI, NTK
-from ..model.device import total_ram
-from ..model.placing import temporary_bytes
-from ..model.skeleton import ModelUnit, Weight, is_tied
+from ..model.device import Budgets, has_memory, total_ram
+from ..model.placing import keep_unpacked, temporary_bytes
+from ..model.skeleton import ModelUnit, Weight, collect_weights, cut_units, is_tied
+from ..model.slices import slice_limit, slice_linears
 from ..plan.needs import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length, returned_bytes
 from ..plan.residency import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from ..store.locks import Hold, hold
 from ..stream.ring import align
+from ..tensors.index import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +38,15 @@ _WORKSPACE = {"cpu": 0, "cuda": 64 << 20}
 class Prepared:
     """A model that is found, understood and cut into units, but holds no memory yet.
 
+    It knows no budget: what plans is given one, and :func:`cut` cuts anew where it asks for other units.
+
     Attributes
     ----------
+    tensors
+        Where its parameters lie, by the names that the skeleton has for them.
+    units, small, sizes, fixed_needs
+        What :func:`cut` makes of it: what is streamed, what always stays; the units as the plan knows them, of which a
+        table that is also the head takes no bytes of its own; device memory that every run needs alike.
     sizes_from
         ``"files"`` that are here, ``"headers"`` on the Hub, or the ``"config"`` alone; ``why_config`` may say why.
     written_once
@@ -63,11 +72,8 @@ class Prepared:
     codec: Codec
     scratch: Scratch
     skeleton: Any
-    units: list[ModelUnit]
-    small: list[Weight]
+    tensors: Mapping[str, TensorInfo]
     folder: Path
-    vram_budget: int
-    ram_budget: int
     sizes_from: str = "files"
     why_config: str = ""
     written_once: int = 0
@@ -76,6 +82,12 @@ class Prepared:
     adapter: Adapter | None = None
     kept_bytes: int = 0
     held: Hold = field(default_factory=hold)
+    units: list[ModelUnit] = field(default_factory=list)
+    small: list[Weight] = field(default_factory=list)
+    sizes: list[UnitSize] = field(default_factory=list)
+    fixed_needs: Needs = field(default_factory=Needs)
+    _limit: int | None = None
+    _deltas: list[Weight] | None = None
 
     @property
     def context(self) -> int | None:
@@ -93,23 +105,30 @@ class Prepared:
         """How the weights are encoded, for people; ``None`` where they are plain."""
         return (self.codec.name if self.codec.name != "none" else self.packed_as) or None
 
-    @functools.cached_property
-    def fixed_needs(self) -> Needs:
-        """Device memory that every run needs alike."""
-        casts = max((unit.cast_bytes for unit in self.units), default=0)
-        dequantised = max((getattr(module, "scratch_bytes", 0) for module in self.skeleton.modules()), default=0)
-        return Needs(
-            small=sum(weight.elements * weight.dtype.itemsize for weight in self.small),
-            scratch=casts + dequantised + temporary_bytes(self.skeleton, self.device) + _WORKSPACE[self.device.type],
-        )
-
-    @functools.cached_property
-    def sizes(self) -> list[UnitSize]:
-        """The units as the plan knows them; a table that is also the head takes no bytes of its own."""
-        return [
+    def cut(self, budgets: Budgets) -> None:
+        """Cut the model into units that pass through ``budgets``; nothing is done where it is cut so already."""
+        has_room = has_memory(self.options, self.device)
+        if (limit := slice_limit(*budgets, has_room)) == self._limit:
+            return
+        self._limit, skeleton = limit, self.skeleton
+        tensors = slice_linears(skeleton, self.tensors, limit)
+        self.units, self.small = cut_units(skeleton, collect_weights(skeleton, tensors, self.dtype))
+        if self._deltas is None:  # what is cut anew is not run
+            self._deltas = lora.attach(skeleton, self.adapter, self.dtype)
+        self.small += self._deltas
+        self.sizes = [
             UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
             for unit in self.units
         ]
+        casts = max((unit.cast_bytes for unit in self.units), default=0)
+        dequantised = max((getattr(module, "scratch_bytes", 0) for module in skeleton.modules()), default=0)
+        self.fixed_needs = Needs(
+            small=sum(weight.elements * weight.dtype.itemsize for weight in self.small),
+            scratch=casts + dequantised + temporary_bytes(skeleton, self.device) + _WORKSPACE[self.device.type],
+        )
+        if self.packed_as and not has_room:
+            beside = needs(self, self.planned, self.planned.sizes[0]).total
+            self.kept_bytes = keep_unpacked(skeleton, budgets.ram - sum(unit.nbytes for unit in self.sizes) - beside)
 
 
 def needs(prepared: Prepared, work: Work, tokens: int) -> Needs:
@@ -160,7 +179,9 @@ def check_ram(prepared: Prepared, work: Work) -> None:
                           "beams")  # fmt: skip
 
 
-def plan(prepared: Prepared, machine: Machine, work: Work, wished: Needs | None = None) -> tuple[ResidencyPlan, int]:
+def plan(
+    prepared: Prepared, machine: Machine, budgets: Budgets, work: Work, wished: Needs | None = None
+) -> tuple[ResidencyPlan, int]:
     """Where the units go on this machine, and how many tokens of a prompt go through them at a time.
 
     Parameters
@@ -175,17 +196,16 @@ def plan(prepared: Prepared, machine: Machine, work: Work, wished: Needs | None 
     BudgetError
         If nothing fits; the message says the smallest budget that does.
     """
-    budgets = prepared.vram_budget, prepared.ram_budget
     if not machine.has_device:
         return make_plan(prepared.sizes, needs(prepared, work, work.sizes[0]), machine, *budgets), work.sizes[0]
     arenas = _arenas(prepared.sizes)
-    tokens = tokens_at_once(prepared, work, prepared.vram_budget, arenas) or work.sizes[-1]
+    tokens = tokens_at_once(prepared, work, budgets.vram, arenas) or work.sizes[-1]
     least = needs(prepared, work, tokens)
     both = least if wished is None else replace(
         least, kv_cache=max(least.kv_cache, wished.kv_cache), activations=max(least.activations, wished.activations)
     )  # fmt: skip
     try:
-        fits = both.total + arenas[0] <= prepared.vram_budget
+        fits = both.total + arenas[0] <= budgets.vram
         return make_plan(prepared.sizes, both if fits else least, machine, *budgets), tokens
     except BudgetError as error:
         if not work.remedy:

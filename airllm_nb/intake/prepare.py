@@ -23,10 +23,9 @@ from ..errors import OptionError, UnsupportedModelError
 from ..model import adapter as lora
 from ..model.architecture import check_supported, native_config
 from ..model.calls import mark_taken
-from ..model.device import choose_device, choose_dtype, has_memory, ram_budget, vram_budget
-from ..model.placing import keep_unpacked, place
-from ..model.skeleton import build, collect_weights, cut_units
-from ..model.slices import slice_limit, slice_linears
+from ..model.device import Budgets, budgets_of, choose_device, choose_dtype, has_memory
+from ..model.placing import place
+from ..model.skeleton import build, collect_weights
 from ..model.tying import untie
 from ..plan.needs import check_positions
 from ..store.locks import hold
@@ -36,7 +35,7 @@ from ..tensors.index import Extent, TensorInfo
 from ..trace import Progress, ProgressCallback, silent
 from . import in_place as at_rest
 from . import pointer, written
-from .planning import Prepared, needs
+from .planning import Prepared
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +48,15 @@ NOWHERE = Path("(not downloaded)")
 
 
 def prepare(
-    model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent, weights: bool = True
-) -> Prepared:
+    model: str | Path, options: LoadOptions, free: Budgets | None = None, *, progress: ProgressCallback = silent,
+    weights: bool = True,
+) -> Prepared:  # fmt: skip
     """Find a model, download or convert what is missing, and cut it into units.
 
     Parameters
     ----------
+    free
+        By which a file of several is chosen and matrices are sliced; else those of ``options``.
     weights
         ``False`` stops before weights are downloaded or converted: sizes then come from the headers of the files, also
         of those that are on the Hub only, or from the config alone.
@@ -64,15 +66,14 @@ def prepare(
     store = pointer.opened_store(model, options, finish=weights)
     codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)
-    # Once: what is free later is less by what this model itself takes.
-    vram, ram = vram_budget(options, device), ram_budget(options)
-    room = Room(ram=ram, vram=vram if has_memory(options, device) else 0)
+    free = free or budgets_of(options)
+    room = Room(ram=free.ram, vram=free.vram if has_memory(options, device) else 0)
     source = _of_store(store) if store else _resolve(model, options, progress, room, weights=False)
     headers = Headers(source, options, progress)
     holds = functools.cache(lambda: at_rest.holds(source, headers, store))
     config = native_config(read_config(source), options.trust_remote_code, holds)
-    is_said = options.dtype or getattr(config, "dtype", None)
-    dtype = choose_dtype(options, config, None if is_said else at_rest.stored_dtype(source, headers), device)
+    stored = None if options.dtype or getattr(config, "dtype", None) else at_rest.stored_dtype(source, headers)
+    dtype = choose_dtype(options, config, stored, device)
     progress(Progress("build", 0, 1, "models", source.name))
     skeleton, scratch = build(config, dtype, device, options.attn_implementation, holds), Scratch()
     check_positions(skeleton, options.max_seq_len)
@@ -82,24 +83,26 @@ def prepare(
     adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
     packed_as = at_rest.packed_as(source, headers) if codec.name == "none" or store is None else ""
     _check_codec(codec, source, skeleton, packed_as, options)
+    resolved = functools.partial(_resolve, model, options, progress, room, weights=True)
     if store:
         source, found, known, once, piecewise = _Found(source, at_rest.Weights(store.folder, store.index))
     else:
-        resolved = functools.partial(_resolve, model, options, progress, room, weights=True)
         source, found, known, once, piecewise = _find(
-            source, skeleton, codec, dtype, headers, options, progress, resolved, weights
-        )
+            source, skeleton, codec, dtype, headers, options, progress, resolved, weights)  # fmt: skip
     if there := found or known:
         untie(skeleton, there.tensors, there.packed, whole=weights)
     compress(skeleton, codec, dtype, scratch)
     origin = "config" if known is None or codec.name != "none" else "files" if source.files else "headers"
     read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)
     held = hold(*found.folders, *([adapter.file.parent] if adapter else [])) if found else hold()
-    made = Prepared(source, options, config, device, dtype, codec, scratch, skeleton, [], [], read.folder, vram, ram,
-                    origin, headers.why_not, once, piecewise, _as_packed(packed_as, read), adapter,
-                    held=held)  # fmt: skip
     try:
-        _cut(made, read)
+        placed = place(skeleton, read.packed, dtype, scratch)
+        tensors = lora.replace_weights(skeleton, adapter, {**read.tensors, **placed})
+        made = Prepared(
+            source, options, config, device, dtype, codec, scratch, skeleton, tensors, read.folder, origin,
+            headers.why_not, once, piecewise, _as_packed(packed_as, read), adapter, held=held,
+        )  # fmt: skip
+        made.cut(free)
     except BaseException:
         held.close()  # at once: whoever keeps the exception keeps what it refers to
         raise
@@ -118,19 +121,6 @@ def _check_codec(codec: Codec, source: Source, skeleton: Any, packed_as: str, op
     if codec.name != "none" and not compressible(skeleton):
         raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
                                     "are); load it without compression")  # fmt: skip
-
-
-def _cut(made: Prepared, read: at_rest.Weights) -> None:
-    """Pair the model with the bytes of its weights, and cut it into units."""
-    skeleton, has_room = made.skeleton, has_memory(made.options, made.device)
-    bound = {**read.tensors, **place(skeleton, read.packed, made.dtype, made.scratch)}
-    bound = lora.replace_weights(skeleton, made.adapter, bound)
-    tensors = slice_linears(skeleton, bound, slice_limit(made.vram_budget, made.ram_budget, has_room))
-    made.units, made.small = cut_units(skeleton, collect_weights(skeleton, tensors, made.dtype))
-    made.small += lora.attach(skeleton, made.adapter, made.dtype)
-    if read.packed and not has_room:
-        taken = sum(unit.nbytes for unit in made.sizes) + _beside(made)
-        made.kept_bytes = keep_unpacked(skeleton, made.ram_budget - taken)
 
 
 class _Found(NamedTuple):
@@ -153,11 +143,6 @@ class _Found(NamedTuple):
     known: at_rest.Weights | None = None
     once: int = 0
     piecewise: int | None = None
-
-
-def _beside(prepared: Prepared) -> int:
-    """RAM for what a run needs beside its streamed weights, where compute is in RAM."""
-    return needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
 
 
 def _find(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,6 +67,21 @@ def choose_dtype(options: LoadOptions, config: Any, stored: torch.dtype | None, 
 def has_memory(options: LoadOptions, device: torch.device) -> bool:
     """Whether weights are copied to a memory of the device; a ``vram_budget`` on a CPU rehearses one."""
     return device.type != "cpu" or options.vram_budget is not None
+
+
+class Budgets(NamedTuple):
+    """Bytes that a model may take of device memory, and of host memory for its weights."""
+
+    vram: int
+    ram: int
+
+
+def budgets_of(options: LoadOptions) -> Budgets:
+    """Those that are named, else what is free now.
+
+    Ask once for a model: what is free later is less by what it takes itself.
+    """
+    return Budgets(vram_budget(options, choose_device(options)), ram_budget(options))
 
 
 def vram_budget(options: LoadOptions, device: torch.device) -> int:

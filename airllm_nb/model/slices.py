@@ -53,6 +53,7 @@ class SlicedLinear(nn.Module):
         self.in_features, self.out_features, self.is_tied = linear.in_features, linear.out_features, is_tied
         # Past nn.Module's own bookkeeping: the parameters are those of the slices.
         self.__dict__.update(weight=linear._parameters["weight"], bias=linear.bias, tied=linear._parameters["weight"])
+        self.__dict__["_whole"] = linear
         if isinstance(linear, EncodedLinear):  # what others see of it is not what is stored
             shape = linear.out_features, linear.in_features
             self.__dict__["weight"] = torch.empty(shape, dtype=linear.compute_dtype, device="meta")
@@ -71,6 +72,14 @@ class SlicedLinear(nn.Module):
         assert output is not None
         return output
 
+    def whole(self) -> nn.Module:
+        """What it was made of, tied to what it is tied to now."""
+        linear: nn.Module = self.__dict__["_whole"]
+        if self.is_tied:
+            tied = self.tied if isinstance(linear, EncodedLinear) else self.weight
+            linear._parameters["weight"] = tied  # type: ignore[assignment]
+        return linear
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
@@ -88,8 +97,9 @@ def slice_limit(vram_budget: int, ram_budget: int, has_device: bool) -> int:
 def slice_linears(skeleton: Any, tensors: Mapping[str, TensorInfo], limit: int) -> Mapping[str, TensorInfo]:
     """Replace each linear layer of ``skeleton`` larger than ``limit`` by a :class:`SlicedLinear`.
 
-    Left whole are layers that something may use other than by calling them: those of modules that take weights, shared
-    ones, and those tied to anything but an embedding whose rows are gathered.
+    What was sliced before, under another limit, is whole again first. Left whole are layers that something may use
+    other than by calling them: those of modules that take weights, shared ones, and those tied to anything but an
+    embedding whose rows are gathered.
 
     Parameters
     ----------
@@ -105,6 +115,9 @@ def slice_linears(skeleton: Any, tensors: Mapping[str, TensorInfo], limit: int) 
     Mapping
         ``tensors`` and those of the slices, named as ``lm_head.slices.0.weight``.
     """
+    for name, module in list(skeleton.named_modules()):
+        if isinstance(module, SlicedLinear):
+            skeleton.set_submodule(name, module.whole())
     owners = _owners(skeleton)
     places = Counter(id(child) for module in skeleton.modules() for child in module.children())
     added: dict[str, TensorInfo] = {}

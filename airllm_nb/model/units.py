@@ -132,6 +132,8 @@ def cut_units(
 
 
 def _stand_in(weight: Weight, device: torch.device) -> None:
+    if isinstance(weight.meta, AbsentWeight):  # of a model that is cut anew
+        return
     weight.meta = AbsentWeight(weight.meta, weight.info, weight.stored_dtype, device, weight.dtype)
     for module, attribute in weight.owners:
         if isinstance(module, SlicedLinear):

@@ -622,8 +622,10 @@ def test_where_nothing_smaller_works_the_budget_stays(folder: Path, resident: An
     expected = resident.generate(ids(), max_new_tokens=6, do_sample=False)
     with opened(folder) as model:
         before = model.plan
-        model._prepared.vram_budget = before.needs.total + max(unit.nbytes for unit in before.units)
-        model._residence.plan = planning.plan(model._prepared, model._residence._machine, model._prepared.planned)[0]
+        vram = before.needs.total + max(unit.nbytes for unit in before.units)
+        lives, prepared = model._residence, model._prepared
+        lives.budgets = lives.budgets._replace(vram=vram)
+        lives.plan = planning.plan(prepared, lives._machine, lives.budgets, prepared.planned)[0]
         short_of_memory(model, 0)
         with pytest.raises(BudgetError, match="no room in what is left; close the other programs") as failure:
             model.generate(ids(150), max_new_tokens=6)

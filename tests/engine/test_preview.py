@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,10 @@ from airllm_nb.cli import main
 from airllm_nb.config import LoadOptions, format_bytes
 from airllm_nb.engine.facade import plan_model
 from airllm_nb.engine.fit import Fit, FittedPlan, Space
+from airllm_nb.engine.preview import Preview
+from airllm_nb.intake import prepare
+from airllm_nb.model import slices
+from airllm_nb.model import units as units_module
 from airllm_nb.notebook.cards import plan_card
 from airllm_nb.tensors.index import read_index
 
@@ -327,6 +332,27 @@ def test_the_plan_says_what_memory_holds(
     assert isinstance(plan, FittedPlan)
     assert (plan.fit.vram, plan.fit.ram) == verdict and said in str(plan)
     assert plan.fit.disk is True and json.loads(json.dumps(plan.as_dict()))["fit"]["ram"] is verdict[1]
+
+
+@pytest.mark.parametrize(("tied", "compression"), [(False, None), (True, None), (True, "4bit")])
+def test_another_budget_builds_nothing_twice(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tied: bool, compression: str | None
+) -> None:
+    """Large matrices are sliced by the budget: the same model is cut anew, there and back."""
+    monkeypatch.setattr(slices, "UNIT_BYTES", 4096)
+    monkeypatch.setattr(units_module.cut_units, "__defaults__", (4096,))
+    folder, budgets = tiny_llama(tied=tied, hidden_size=256, intermediate_size=640), [8 << 20, 2 << 20, 8 << 20]
+    options = LoadOptions.create(device="cpu", vram_budget=8 << 20, max_seq_len=16, compression=compression)
+    fresh = [
+        Preview(folder, dataclasses.replace(options, vram_budget=budget, ram_budget=budget)).plan()
+        for budget in budgets[:2]
+    ]
+    preview = Preview(folder, options)
+    monkeypatch.setattr(prepare, "build", None)
+    again = [preview.plan(budget, budget) for budget in budgets]
+    units = [[(unit.name, unit.nbytes) for unit in plan.units] for plan in [*fresh, *again]]
+    assert units[0] == units[2] == units[4] != units[1] == units[3]
+    assert again[1].needs == fresh[1].needs
 
 
 def test_a_store_must_fit_its_disk(

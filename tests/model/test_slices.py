@@ -20,7 +20,7 @@ from airllm_nb.encoding.linear import EncodedLinear, Scratch
 from airllm_nb.encoding.ours import get_codec
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.errors import BudgetError, CheckpointError
-from airllm_nb.intake import prepare
+from airllm_nb.intake import planning, prepare
 from airllm_nb.model import skeleton as skeleton_module
 from airllm_nb.model.skeleton import build, collect_weights, cut_units, is_tied
 from airllm_nb.model.slices import ROW_STEP, UNIT_BYTES, SlicedLinear, row_counts, slice_limit, slice_linears
@@ -56,7 +56,7 @@ def slicing(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         def collect(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Any:
             return collect_weights(model, slice_linears(model, rearrange(tensors), limit), dtype)
 
-        monkeypatch.setattr(prepare, "collect_weights", collect)
+        monkeypatch.setattr(planning, "collect_weights", collect)
         monkeypatch.setattr(skeleton_module.cut_units, "__defaults__", (limit,))
 
     return switch_on
@@ -107,7 +107,7 @@ def budgets_of(folder: Path, **options: Any) -> Iterator[dict[str, Any]]:
 def open_plain(folder: Path) -> StreamedModel:
     """The same model with nothing sliced, whatever is patched."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "collect_weights", collect_weights)
+        patch.setattr(planning, "collect_weights", collect_weights)
         patch.setattr(skeleton_module.cut_units, "__defaults__", (UNIT_BYTES,))
         return open_model(folder, LoadOptions.create())
 

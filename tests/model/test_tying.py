@@ -147,7 +147,7 @@ def test_pickles_that_hold_both(tmp_path: Path, shared: bool) -> None:
 
 
 def test_a_head_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("airllm_nb.intake.prepare.slice_limit", lambda *_: 40_000)
+    monkeypatch.setattr("airllm_nb.intake.planning.slice_limit", lambda *_: 40_000)
     ties = tied("llama", tmp_path)
     right = check(own_heads(tmp_path, ties), {})
     assert right.lm_head.weight.nbytes > 40_000

@@ -21,6 +21,7 @@ from airllm_nb.engine import facade
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.errors import BudgetError
 from airllm_nb.intake import planning
+from airllm_nb.model.device import Budgets
 from airllm_nb.plan.residency import Machine, ResidencyPlan
 from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE, host_room
 
@@ -55,8 +56,7 @@ def budgets_for(folder: Path, mix: str, *, ram: str | None = None, **options: An
         for vram, host in itertools.product(range(0, 33) if has_device else [0], range(0, 48)):
             budgets = {"vram_budget": least + (span + total) * vram // 32, "ram_budget": total * host // 32}
             try:
-                prepared.vram_budget, prepared.ram_budget = budgets.values()
-                tiers = placed(planning.plan(prepared, machine, prepared.planned)[0])
+                tiers = placed(planning.plan(prepared, machine, Budgets(*budgets.values()), prepared.planned)[0])
             except BudgetError:
                 continue
             if set(tiers) == wanted(mix) and min(tiers.values()) > best[0]:

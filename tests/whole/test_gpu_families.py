@@ -15,6 +15,7 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import StreamedModel
 from airllm_nb.engine.machine import measure
 from airllm_nb.intake import planning, prepare
+from airllm_nb.model.device import Budgets
 from airllm_nb.plan.residency import window
 from airllm_nb.stream.ring import align, host_room
 
@@ -34,9 +35,9 @@ def streamed(folder: Path, dtype: str, **options: Any) -> StreamedModel:
     )
     units = [align(unit.nbytes) for unit in prepared.sizes if unit.kind != "embedding"]
     needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
-    prepared.vram_budget = needs + window(units)
-    prepared.ram_budget = window([host_room(size) for size in units]) + max(units)
-    return StreamedModel(prepared, measure(prepared))
+    vram = needs + window(units)
+    ram = window([host_room(size) for size in units]) + max(units)
+    return StreamedModel(prepared, measure(prepared), Budgets(vram, ram))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
