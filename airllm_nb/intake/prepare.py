@@ -66,8 +66,8 @@ def prepare(
     store = pointer.opened_store(model, options, finish=weights)
     codec = get_codec(store.meta.codec if store else options.compression)
     codec.require(device)
-    free = free or budgets_of(options)
-    room = Room(ram=free.ram, vram=free.vram if has_memory(options, device) else 0)
+    vram, ram = free = free or budgets_of(options)
+    room = Room(ram=ram, vram=vram if has_memory(options, device) else 0)
     source = _of_store(store) if store else _resolve(model, options, progress, room, weights=False)
     headers = Headers(source, options, progress)
     holds = functools.cache(lambda: at_rest.holds(source, headers, store))
@@ -84,11 +84,10 @@ def prepare(
     packed_as = at_rest.packed_as(source, headers) if codec.name == "none" or store is None else ""
     _check_codec(codec, source, skeleton, packed_as, options)
     resolved = functools.partial(_resolve, model, options, progress, room, weights=True)
-    if store:
-        source, found, known, once, piecewise = _Found(source, at_rest.Weights(store.folder, store.index))
-    else:
-        source, found, known, once, piecewise = _find(
-            source, skeleton, codec, dtype, headers, options, progress, resolved, weights)  # fmt: skip
+    source, found, known, once, piecewise = (
+        _Found(source, at_rest.Weights(store.folder, store.index)) if store else
+        _find(source, skeleton, codec, dtype, headers, options, progress, resolved, weights)
+    )  # fmt: skip
     if there := found or known:
         untie(skeleton, there.tensors, there.packed, whole=weights)
     compress(skeleton, codec, dtype, scratch)
