@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
 import difflib
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .disk import expanded
-from .errors import OptionError, PromptError
+from .errors import OptionError
 
-COMPRESSIONS = (None, "4bit", "8bit")
+COMPRESSIONS = ("4bit", "8bit")
 DTYPES = ("float32", "float16", "bfloat16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -77,27 +78,6 @@ def size_option(nbytes: int) -> str:
     return f"{-(-nbytes // MiB)}MiB"
 
 
-def check_text(text: Any, name: str = "the prompt") -> None:
-    """Refuse what is no text: bytes, and text that was bytes of another encoding.
-
-    Raises
-    ------
-    PromptError
-        Which says what it is and how it becomes text.
-    """
-    if isinstance(text, (bytes, bytearray, memoryview)):
-        raise PromptError(f'{name} is bytes, not text; decode it, as in data.decode("utf-8") or data.decode("latin-1")')
-    if not isinstance(text, str):
-        raise PromptError(f"{name} is {type(text).__name__}, not text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        what = f"{text[error.start]!a}, half of a character or a byte of another encoding"
-        raise PromptError(f"{name} is no text: its character {error.start + 1:,} is {what}; write it in UTF-8 "
-                          '(of a file in Latin-1: iconv -f latin1 -t utf8, or open(…, encoding="latin-1"))'
-                          ) from None  # fmt: skip
-
-
 def cache_dir() -> Path:
     """Where stores go when no folder is named: ``$AIRLLM_NB_CACHE``, else the user's cache folder."""
     if named := os.environ.get("AIRLLM_NB_CACHE"):
@@ -110,66 +90,177 @@ def cache_dir() -> Path:
         raise OptionError("this user has no home folder to keep anything in; set AIRLLM_NB_CACHE to a folder") from None
 
 
+# ---- the options of loading
+
+
+class Flag:
+    """An option as a shell and a cell write it; names and keywords are those of ``argparse``'s ``add_argument``.
+
+    ``session`` says that ``%config AirLLM`` sets its default.
+    """
+
+    def __init__(self, *names: str, session: bool = False, **how: Any):
+        self.names, self.session, self.how = names, session, how
+
+    def but(self, **how: Any) -> Flag:
+        """The same with other keywords."""
+        return Flag(*self.names, session=self.session, **self.how | how)
+
+    @property
+    def word(self) -> str:
+        """``"max_new_tokens"`` of ``--max-new-tokens``."""
+        return self.names[-1].lstrip("-").replace("-", "_")
+
+    @property
+    def dest(self) -> str:
+        """Where a parsed namespace has its value."""
+        return str(self.how.get("dest", self.word))
+
+
+def _option(
+    *names: str, default: Any = None, check: Callable[[Any, str], Any] | None = None, repr: bool = True, **how: Any
+) -> Any:
+    """A field of :class:`LoadOptions`, and its flag if it has names; ``check`` refuses a value or makes it normal."""
+    flag = Flag(*names, default=default, **how) if names else None
+    return field(default=default, repr=repr, metadata={"flag": flag, "check": check})
+
+
+def _known(value: Any, name: str, choices: tuple[str, ...], use: str = "") -> Any:
+    if value not in choices:
+        raise OptionError(f"{name}={value!r} is not known; use {use or 'one of ' + ', '.join(choices)}")
+    return value
+
+
+def _device(value: Any, name: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(value)):
+        raise OptionError(f"{name}={str(value)!r} is not known; use 'cuda', 'cuda:0' or 'cpu'")
+    return str(value)
+
+
+def _must(be: str, is_good: Callable[[Any], bool]) -> Callable[[Any, str], Any]:
+    def check(value: Any, name: str) -> Any:
+        if not is_good(value):
+            raise OptionError(f"{name}={value!r} must be {be}")
+        return value
+
+    return check
+
+
+_count = _must("a whole number of 1 or more", lambda n: isinstance(n, int) and not isinstance(n, bool) and n > 0)
+
+
+def _one_adapter(given: Any, _: str) -> str:
+    adapters = list(given) if isinstance(given, (list, tuple)) else [given]
+    if len(adapters) != 1:
+        raise OptionError(f"{len(adapters)} adapters were given, and one can be applied; join them first (peft: "
+                          "add_weighted_adapter, then save_pretrained)")  # fmt: skip
+    if not isinstance(adapters[0], (str, os.PathLike)) or not os.fspath(adapters[0]).strip():
+        raise OptionError(f"adapter={adapters[0]!r} names no adapter; give its folder or its Hub id")
+    return os.fspath(adapters[0])
+
+
 @dataclass(frozen=True)
 class LoadOptions:
     """How a model is loaded. Names and defaults are AirLLM's where AirLLM has the option.
+
+    This is the table that flags, ``--help``, completion and ``%config`` are made from too.
 
     Parameters
     ----------
     compression
         ``None``, ``"4bit"`` (nf4, blocks of 64) or ``"8bit"`` (block-wise int8).
-    profiling_mode
-        Log a table of time per stage after every generation.
+    vram_budget, ram_budget
+        Bytes or a size such as ``"4GiB"``; default what is free, less a margin.
     layer_shards_saving_path
         Folder for the store that compression writes; default :func:`cache_dir`.
-    hf_token
-        Token for gated or private repositories; default ``$HF_TOKEN`` or the saved login.
-    prefetching
-        ``False`` reads and copies each unit only when it is needed. An integer bounds how many units ahead.
-    delete_original
-        After the store is written **and verified**, delete the source weights (with compression only).
-    device
-        ``"cuda"``, ``"cuda:1"``, ``"cpu"``; default the first GPU, else the CPU.
+    adapter
+        A LoRA adapter in PEFT's format, applied unmerged: its folder, or its Hub id.
     dtype
         ``"bfloat16"``, ``"float16"``, ``"float32"`` or a torch dtype; default the checkpoint's, float16 where the
         GPU has no bfloat16.
     attn_implementation
         ``"eager"``, ``"sdpa"``, ``"flash_attention_2"`` … as in transformers, whose own choice is the default.
+    device
+        ``"cuda"``, ``"cuda:1"``, ``"cpu"``; default the first GPU, else the CPU.
     max_seq_len
         Longest prompt plus answer that the plan makes room for, in tokens; default what the budget allows. It may be
         more than the model was trained on, where positions are calculated and not looked up.
-    vram_budget, ram_budget
-        Bytes or a size such as ``"4GiB"``; default what is free, less a margin.
     batch_size
         Sequences that run at once (beams count), for the plan.
+    prefetching
+        ``False`` reads and copies each unit only when it is needed. An integer bounds how many units ahead.
     direct_io
         Read files past the system's page cache; default: when the model is larger than RAM and that is not slower.
-    adapter
-        A LoRA adapter in PEFT's format, applied unmerged: its folder, or its Hub id.
+    profiling_mode
+        Log a table of time per stage after every generation.
+    delete_original
+        After the store is written **and verified**, delete the source weights (with compression only).
+    hf_token
+        Token for gated or private repositories; default ``$HF_TOKEN`` or the saved login.
     revision, local_files_only
         As in ``huggingface_hub``.
     trust_remote_code
         Accepted for compatibility; code of a repository is never run, so ``True`` only changes the error message.
     """
 
-    compression: str | None = None
-    profiling_mode: bool = False
-    layer_shards_saving_path: Path | None = None
-    hf_token: str | None = dataclasses.field(default=None, repr=False)
-    prefetching: bool | int = True
-    delete_original: bool = False
-    device: str | None = None
-    dtype: str | None = None
-    attn_implementation: str | None = None
-    max_seq_len: int | None = None
-    vram_budget: int | None = None
-    ram_budget: int | None = None
-    batch_size: int = 1
-    direct_io: bool | None = None
-    adapter: str | Path | None = None
-    revision: str | None = None
-    local_files_only: bool = False
-    trust_remote_code: bool = False
+    compression: str | None = _option(
+        "--compression", choices=COMPRESSIONS, metavar="|".join(COMPRESSIONS),
+        help="write a compressed store once, and stream from it",
+        check=lambda value, name: _known(value, name, COMPRESSIONS, "None, '4bit' or '8bit'"),
+    )  # fmt: skip
+    vram_budget: int | None = _option(
+        "--vram", metavar="SIZE", session=True, check=parse_bytes,
+        help="memory budget on the GPU, such as 4GiB; default: what is free",
+    )  # fmt: skip
+    ram_budget: int | None = _option(
+        "--ram", metavar="SIZE", session=True, check=parse_bytes,
+        help="budget for weights in RAM, such as 8GiB; default: what is free",
+    )  # fmt: skip
+    layer_shards_saving_path: Path | None = _option(  # noqa: RUF009
+        "--shards", metavar="DIR", help="folder for the compressed store",
+        check=lambda value, _: expanded(value) if value else value,
+    )  # fmt: skip
+    adapter: str | Path | None = _option(  # noqa: RUF009
+        "--adapter", metavar="DIR", action="append", check=_one_adapter,
+        help="apply a LoRA adapter (PEFT format): its folder or its Hub id",
+    )  # fmt: skip
+    dtype: str | None = _option(
+        "--dtype", choices=DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; default: the model's",
+        check=lambda value, name: _known(str(value).removeprefix("torch."), name, DTYPES),
+    )  # fmt: skip
+    attn_implementation: str | None = _option(
+        "--attn", choices=ATTENTIONS, metavar="NAME", help="how attention is computed, as in transformers: %(choices)s",
+        check=lambda value, name: _known(value, name, ATTENTIONS),
+    )  # fmt: skip
+    device: str | None = _option(
+        "--device", metavar="DEVICE", check=_device, help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU"
+    )
+    max_seq_len: int | None = _option(
+        "--max-seq-len", type=int, metavar="N", check=_count, help="keep room for prompt and answer of this many tokens"
+    )
+    batch_size: int = _option(default=1, check=_count)
+    prefetching: bool | int = _option(
+        "--no-prefetch", default=True, action="store_false", help="read and copy weights only when they are needed",
+        check=_must("True, False or a number of units ahead", lambda n: isinstance(n, int) and n >= 0),
+    )  # fmt: skip
+    direct_io: bool | None = _option(
+        "--direct-io", action=argparse.BooleanOptionalAction, help="read past the page cache; default: what is faster",
+        check=_must("True, False or None", lambda given: given in (True, False)),
+    )  # fmt: skip
+    profiling_mode: bool = _option("--profile", default=False, action="store_true", help="time each stage and layer")
+    delete_original: bool = _option(
+        "--delete-original", default=False, action="store_true",
+        help="delete the source weights once the store is verified",
+    )  # fmt: skip
+    # As a flag, the variable of the environment that holds it.
+    hf_token: str | None = _option(
+        "--token-env", metavar="NAME", repr=False, help="environment variable with the Hub token; default: HF_TOKEN"
+    )
+    revision: str | None = _option("--revision", metavar="REV", help="branch, tag or commit on the Hub")
+    local_files_only: bool = _option(
+        "--offline", default=False, action="store_true", help="use only what is on this machine"
+    )
+    trust_remote_code: bool = _option(default=False)
 
     @classmethod
     def create(cls, **given: Any) -> LoadOptions:
@@ -180,7 +271,7 @@ class LoadOptions:
         OptionError
             For an unknown keyword (the nearest known one is named) or a value that cannot be used.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = [one.name for one in fields(cls)]
         for name in given:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -189,39 +280,10 @@ class LoadOptions:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        normal: dict[str, Any] = {
-            name: parse_bytes(getattr(self, name), name) for name in ("vram_budget", "ram_budget")
-        }
-        if self.layer_shards_saving_path:
-            normal["layer_shards_saving_path"] = expanded(self.layer_shards_saving_path)
-        if self.dtype is not None:
-            normal["dtype"] = str(self.dtype).removeprefix("torch.")
-        if self.device is not None:
-            normal["device"] = str(self.device)
-        if self.adapter is not None:
-            normal["adapter"] = _one_adapter(self.adapter)
-        for name, value in normal.items():
-            object.__setattr__(self, name, value)
-        self._check()
-
-    def _check(self) -> None:
-        if self.compression not in COMPRESSIONS:
-            raise OptionError(f"compression={self.compression!r} is not known; use None, '4bit' or '8bit'")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise OptionError(f"dtype={self.dtype!r} is not known; use one of {', '.join(DTYPES)}")
-        if self.attn_implementation not in (None, *ATTENTIONS):
-            raise OptionError(f"attn_implementation={self.attn_implementation!r} is not known; use one of "
-                              f"{', '.join(ATTENTIONS)}")  # fmt: skip
-        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
-            raise OptionError(f"device={self.device!r} is not known; use 'cuda', 'cuda:0' or 'cpu'")
-        for name in ("max_seq_len", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise OptionError(f"{name}={value!r} must be a whole number of 1 or more")
-        if not isinstance(self.prefetching, (bool, int)) or self.prefetching < 0:
-            raise OptionError(f"prefetching={self.prefetching!r} must be True, False or a number of units ahead")
-        if self.direct_io not in (None, True, False):
-            raise OptionError(f"direct_io={self.direct_io!r} must be True, False or None")
+        for option in fields(self):
+            value, check = getattr(self, option.name), option.metadata["check"]
+            if check is not None and not (value is None and option.default is None):
+                object.__setattr__(self, option.name, check(value, option.name))
         if self.delete_original and self.compression is None:
             raise OptionError("delete_original=True needs compression='4bit' or '8bit': uncompressed weights stream "
                               "from the original files")  # fmt: skip
@@ -234,35 +296,4 @@ class LoadOptions:
         return int(self.prefetching)
 
 
-def _one_adapter(given: Any) -> str:
-    adapters = list(given) if isinstance(given, (list, tuple)) else [given]
-    if len(adapters) != 1:
-        raise OptionError(f"{len(adapters)} adapters were given, and one can be applied; join them first (peft: "
-                          "add_weighted_adapter, then save_pretrained)")  # fmt: skip
-    if not isinstance(adapters[0], (str, os.PathLike)) or not os.fspath(adapters[0]).strip():
-        raise OptionError(f"adapter={adapters[0]!r} names no adapter; give its folder or its Hub id")
-    return os.fspath(adapters[0])
-
-
-def sampling(max_new_tokens: int, temperature: float, top_p: float | None, top_k: int | None) -> dict[str, Any]:
-    """What ``generate`` needs to sample, or not: greedy without a temperature. Messages name the flags.
-
-    Raises
-    ------
-    OptionError
-        If a value makes no sense, or chooses what to sample from while nothing is sampled.
-    """
-    limits = {"top_p": top_p, "top_k": top_k}
-    chosen = {name: value for name, value in limits.items() if value is not None}
-    if max_new_tokens < 1:
-        raise OptionError(f"-n {max_new_tokens}: ask for 1 token or more")
-    if temperature < 0:
-        raise OptionError(f"-t {temperature}: a temperature is 0 (greedy) or more, such as 0.7")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise OptionError(f"--top-p {top_p}: a probability is above 0 and at most 1")
-    if top_k is not None and top_k < 1:
-        raise OptionError(f"--top-k {top_k}: sample from 1 token or more")
-    if temperature == 0 and chosen:
-        raise OptionError("--top-p and --top-k choose what to sample from, but without -t nothing is sampled; "
-                          "add a temperature, such as -t 0.7")  # fmt: skip
-    return {"do_sample": True, "temperature": temperature, **chosen} if temperature else {"do_sample": False}
+LOADING = tuple(one.metadata["flag"].but(dest=one.name) for one in fields(LoadOptions) if one.metadata["flag"])

@@ -18,7 +18,7 @@ __all__ = [
     "SourceError",
     "StoreError",
     "UnsupportedModelError",
-    "in_flags",
+    "out_of_memory",
 ]
 
 
@@ -101,22 +101,7 @@ class GenerationStopped(AirLLMError):
     """Raised inside a forward when the caller asked to stop; never reaches the user."""
 
 
-# Messages name the options of Python; in a shell and in a cell they have other names.
-_FLAGS = {
-    "vram_budget": "--vram",
-    "ram_budget": "--ram",
-    "max_seq_len": "--max-seq-len",
-    "attn_implementation": "--attn",
-    "hf_token=...": "--token-env NAME",
-    "layer_shards_saving_path": "--shards",
-    "local_files_only=True": "--offline",
-    "delete_original=True": "--delete-original",
-}
-_PYTHON_NAMES = re.compile("|".join(rf"\b{re.escape(name)}" for name in _FLAGS))
-_COMPRESSION = re.compile(r"\bcompression='(\w+)'(?:( or )'(\w+)')?")
-
-
-def in_flags(message: str) -> str:
-    """A message with the flags' names of the options in it, for the shell and the magics."""
-    message = _COMPRESSION.sub(lambda match: f"--compression {''.join(filter(None, match.groups()))}", message)
-    return _PYTHON_NAMES.sub(lambda match: _FLAGS[match[0]], message)
+def out_of_memory(error: BaseException) -> str | None:
+    """What torch says of a GPU that is full; ``None`` of other errors. By name, so that nobody imports torch for it."""
+    full = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    return (str(error).splitlines() or [""])[0] if full else None

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from ..disk import told
-from ..errors import AirLLMError, OptionError, in_flags
+from ..errors import AirLLMError, OptionError, out_of_memory
+from ..flags import in_flags
 from . import bench, cache, commands, doctor
 from .arguments import make_parser
 
@@ -47,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return USER
     except Exception as error:
-        if not any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        if (reason := out_of_memory(error)) is None:
             raise
-        reason = str(error).splitlines()[0]
         return _fail(f"the GPU ran out of memory ({reason}); give a smaller --vram or --max-seq-len", USER)
 
 

@@ -8,7 +8,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
-from ..errors import AirLLMError, OptionError, in_flags
+from ..errors import AirLLMError, OptionError
+from ..flags import in_flags
 from .commands import write, write_json
 
 if TYPE_CHECKING:

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..config import format_bytes
 from ..disk import status
-from ..errors import OptionError, in_flags
+from ..errors import OptionError
+from ..flags import in_flags, sampling
 from ..trace import Progress, speed_line
-from .arguments import load_options, read_prompt, sampling
+from .arguments import load_options, read_prompt
 
 INTERRUPTED = 130
 
@@ -77,7 +78,7 @@ def generate(given: argparse.Namespace) -> int:
         write_json(_facts(given.model, status, result))
     else:
         sys.stderr.write(_summary(result) + "\n")
-        if given.profile:
+        if options.profiling_mode:
             sys.stderr.write(result.trace.table() + "\n")
     return INTERRUPTED if interrupted else 0
 

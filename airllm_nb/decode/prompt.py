@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..config import check_text
 from ..errors import PromptError
+from ..flags import check_text
 from .settings import as_whole
 from .template import render
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import check_text
 from ..disk import read_json
 from ..errors import OptionError
+from ..flags import check_text
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
-from ..errors import in_flags
+from ..flags import in_flags
 from ..timeline import last_sweep, verdict
 from ..trace import Trace, speed_line, stage_rows
 

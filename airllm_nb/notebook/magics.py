@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
-from traitlets import Enum, Float, Int, Unicode
 
+from .. import flags
 from ..disk import expanded
 from ..errors import OptionError
 from . import cards, opening, options, tracing
 from .environment import output_of
 from .generating import TextView, View, generate, summary_line
 from .loading import Loading
-from .mistakes import one_line
+from .options import one_line
 from .progress_line import ProgressLine, progress_line
 from .prompt_variables import expand, visible
 from .registry import DEFAULT_NAME, NOTHING, Entry, Registry, Run
@@ -33,11 +33,11 @@ DETACHED = "interrupted twice: no result is stored; the model stops by itself an
 class AirLLM(Magics):
     """The magics of one IPython; ``%config AirLLM`` shows and sets the defaults of their flags."""
 
-    max_new_tokens = Int(200, help="Longest answer in tokens (-n).").tag(config=True)
-    temperature = Float(0.0, help="Temperature; 0 is greedy (-t).").tag(config=True)
-    vram = Unicode("", help="Memory budget on the GPU (--vram); empty: what is free.").tag(config=True)
-    ram = Unicode("", help="Budget for weights in RAM (--ram); empty: what is free.").tag(config=True)
-    dashboard = Enum(options.DASHBOARDS, "full", help="How much to show while it works (--dashboard).").tag(config=True)
+    max_new_tokens = options.trait("max_new_tokens")
+    temperature = options.trait("temperature")
+    vram = options.trait("vram")
+    ram = options.trait("ram")
+    dashboard = options.trait("dashboard")
 
     def __init__(self, shell: Any):
         super().__init__(shell)
@@ -55,12 +55,11 @@ class AirLLM(Magics):
         given = self._parsed(self.airllm_load, line)
         if given is None:
             return
-        dashboard = given.dashboard or self.dashboard
-        wanted, bar = self._load_options(given), progress_line(self.shell, dashboard)
-        entry = opening.open_into(self.models, given.name or DEFAULT_NAME, given.model, wanted, dashboard, bar)
+        wanted, bar = self._load_options(given), progress_line(self.shell, given.dashboard)
+        entry = opening.open_into(self.models, given.name or DEFAULT_NAME, given.model, wanted, given.dashboard, bar)
         if given.output:
             self.shell.user_ns[given.output] = entry.model
-        self._show_plan(cards.model_card(entry.name, entry.model), entry.model.plan, bar, dashboard)
+        self._show_plan(cards.model_card(entry.name, entry.model), entry.model.plan, bar, given.dashboard)
 
     @no_var_expand
     @cell_magic
@@ -73,14 +72,13 @@ class AirLLM(Magics):
         if given is None:
             return
         entry = self.models.get(given.name)
-        given.max_new_tokens = self.max_new_tokens if given.max_new_tokens is None else given.max_new_tokens
-        given.temperature = self.temperature if given.temperature is None else given.temperature
-        how = options.sampling(given) | {"max_new_tokens": given.max_new_tokens, "stop": options.stop_texts(given)}
+        options.fill(given, self)
+        how = flags.sampling(given)
         text = cell.rstrip("\n") if given.raw else expand(cell.rstrip("\n"), variables)
         entry.settle()
         if given.seed is not None:
             _seed(given.seed)
-        generation = entry.model.stream(_prompt(given, text), **how)
+        generation = entry.model.stream(flags.prompt(given, text), **how)
         result = generate(entry, generation, self._view(entry, generation))
         if result is None:
             display(cards.Line(DETACHED))
@@ -224,8 +222,9 @@ class AirLLM(Magics):
         return given
 
     def _load_options(self, given: argparse.Namespace) -> LoadOptions:
-        given.vram, given.ram = given.vram or self.vram or None, given.ram or self.ram or None
-        return options.load_options(given)
+        options.fill(given, self)
+        name = given.hf_token
+        return flags.load_options(given, f"set it first, for example with %env {name}=…, or use HF_TOKEN")
 
     def _to_bench(self, given: argparse.Namespace) -> Entry:
         """The loaded model, which is measured as it is."""
@@ -245,13 +244,6 @@ def _bench(given: argparse.Namespace, wanted: LoadOptions, entry: Entry | None, 
     if entry is not None:
         return bench.bench_open(entry.model, **how)
     return bench.bench(given.model, given.synthetic, wanted, layers=given.layers, keep=given.keep, cap=given.cap, **how)
-
-
-def _prompt(given: argparse.Namespace, text: str) -> Any:
-    if not (given.chat or given.system) or not text.strip():
-        return text
-    system = [{"role": "system", "content": given.system}] if given.system else []
-    return [*system, {"role": "user", "content": text}]
 
 
 def _seed(seed: int) -> None:

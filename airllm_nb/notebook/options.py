@@ -1,140 +1,112 @@
-"""The flags of the magics: declared once, parsed with quotes, variables and the nearest known name."""
+"""The flags of the magics, parsed with quotes and variables; a user's mistake takes one line in the cell."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import os
+import functools
+import gc
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.utils.process import arg_split
+from traitlets import Enum, Float, Int, TraitType, Unicode
 
-from .. import config
-from ..config import ATTENTIONS, DTYPES, LoadOptions
-from ..errors import OptionError
+from ..config import DTYPES, LOADING, Flag
+from ..disk import told
+from ..errors import AirLLMError, out_of_memory
+from ..flags import GENERATING, MEASURING, MODEL, UNITS, in_flags, unknown
 
-DASHBOARDS = ("full", "bar", "none")
+T = TypeVar("T")
 
-_HELP = argument("-h", "--help", action="store_true", help="Show this and do nothing.")
-_NAME = argument("--name", help="The name of the model in this session; default: the last one loaded.")
+_HELP = Flag("-h", "--help", action="store_true", help="show this and do nothing")
+_NAME = Flag("--name", help="the name of the model in this session; default: the last one loaded")
+_OUTPUT = Flag("-o", "--output", metavar="VAR")
+_DASHBOARD = Flag(
+    "--dashboard", choices=("full", "bar", "none"), default="full", session=True, metavar="full|bar|none",
+    help="live pictures and a Stop button (default), one line of progress, or text alone",
+)  # fmt: skip
 
-_LOADING = (
-    argument("model", metavar="MODEL", help="Hub id, ORG/REPO:FILE.gguf, local folder or .gguf file."),
-    argument(
-        "--compression",
-        choices=("4bit", "8bit"),
-        metavar="4bit|8bit",
-        help="Write a compressed store once, and stream from it.",
-    ),
-    argument("--vram", metavar="SIZE", help="Memory budget on the GPU, such as 4GiB; default: what is free."),
-    argument("--ram", metavar="SIZE", help="Budget for weights in RAM, such as 8GiB; default: what is free."),
-    argument("--shards", metavar="DIR", help="Folder for the compressed store."),
-    argument(
-        "--adapter",
-        action="append",
-        metavar="DIR",
-        help="Apply a LoRA adapter (PEFT format): its folder or its Hub id.",
-    ),
-    argument("--dtype", choices=DTYPES, metavar="TYPE", help="float32, float16 or bfloat16; default: the model's."),
-    argument(
-        "--attn", choices=ATTENTIONS, metavar="NAME", help=f"Attention, as in transformers: {', '.join(ATTENTIONS)}."
-    ),
-    argument("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: the first GPU, else the CPU."),
-    argument("--max-seq-len", type=int, metavar="N", help="Keep room for prompt and answer of this many tokens."),
-    argument("--no-prefetch", action="store_true", help="Read and copy weights only when they are needed."),
-    argument(
-        "--direct-io",
-        action=argparse.BooleanOptionalAction,
-        help="Read past the page cache; default: what is faster.",
-    ),
-    argument("--profile", action="store_true", help="Show the time of each stage and layer after each generation."),
-    argument("--delete-original", action="store_true", help="Delete the source weights once the store is verified."),
-    argument("--token-env", metavar="VARIABLE", help="Environment variable with the Hub token; default: HF_TOKEN."),
-    argument("--revision", metavar="REV", help="Branch, tag or commit on the Hub."),
-    argument("--offline", action="store_true", help="Use only what is on this machine."),
-    _HELP,
-)
 LOAD = (
-    *_LOADING[:-1],
-    argument("--name", help="Keep several under names; a name that is taken is replaced. Default: model."),
-    argument("-o", "--output", metavar="VAR", help="Put the model object into this variable."),
-    argument(
-        "--dashboard",
-        choices=DASHBOARDS,
-        metavar="full|bar|none",
-        help="Live pictures and a Stop button (default), one line of progress, or text alone.",
-    ),
+    MODEL,
+    *LOADING,
+    _NAME.but(help="keep several under names; a name that is taken is replaced; default: model"),
+    _OUTPUT.but(help="put the model object into this variable"),
+    _DASHBOARD,
     _HELP,
 )
-PLAN = (
-    *_LOADING[:-1],
-    argument("--units", action="store_true", help="Show the place of every unit."),
-    argument("-o", "--output", metavar="VAR", help="Put the plan object into this variable."),
-    _HELP,
-)
+PLAN = (MODEL, *LOADING, UNITS, _OUTPUT.but(help="put the plan object into this variable"), _HELP)
 PANEL = (
-    argument("model", metavar="MODEL", nargs="?", help="Picked to begin with; default: choose in the panel."),
-    argument("--name", help="The name that Load gives it; default: model."),
+    MODEL.but(nargs="?", help="picked to begin with; default: choose in the panel"),
+    _NAME.but(help="the name that Load gives it; default: model"),
     _HELP,
 )
 BENCH = (
-    argument("model", metavar="MODEL", nargs="?", help="Hub id, local folder or .gguf file; default: a loaded model."),
-    argument(
-        "--synthetic", metavar="SHAPE", help="Instead of MODEL: random weights in this shape, deleted at the end."
-    ),
-    argument("--layers", type=int, metavar="N", help="Layers of the synthetic model; default: 4."),
-    argument("--keep", action="store_true", help="Keep the synthetic checkpoint for the next time."),
-    argument("--sweeps", type=int, default=5, metavar="N", help="Sweeps to measure, after the prompt's; default: 5."),
-    argument("--batch", type=int, default=1, metavar="N", help="Sequences at once; default: 1."),
-    argument("--cap", action="store_true", help="Enforce --vram: what this process allocates above it fails."),
-    *_LOADING[1:-1],
-    argument("--name", help="The loaded model to measure where no MODEL is given; default: the last one loaded."),
-    argument("-o", "--output", metavar="VAR", help="Put the result object into this variable."),
+    MODEL.but(nargs="?", help="Hub id, local folder or .gguf file; default: a loaded model"),
+    *MEASURING,
+    *LOADING,
+    _NAME.but(help="the loaded model to measure where no MODEL is given; default: the last one loaded"),
+    _OUTPUT.but(help="put the result object into this variable"),
     _HELP,
 )
 GENERATE = (
-    argument("-n", "--max-new-tokens", type=int, metavar="N", help="Longest answer in tokens; default: 200."),
-    argument("-t", "--temperature", type=float, metavar="T", help="Sample at this temperature; 0 (default): greedy."),
-    argument("--top-p", type=float, metavar="P", help="Sample from the most likely tokens of this total probability."),
-    argument("--top-k", type=int, metavar="K", help="Sample from this many most likely tokens."),
-    argument("--seed", type=int, metavar="N", help="Start the random numbers here, for sampling."),
-    argument("--stop", action="append", metavar="TEXT", help="End the answer before this text; may be repeated."),
-    argument("--chat", action="store_true", help="Put the prompt through the model's chat template."),
-    argument("--system", metavar="TEXT", help="System message; implies --chat."),
-    argument("-o", "--output", metavar="VAR", help="Store the result: .text, .token_ids, .trace, .stopped_by …"),
-    argument("--raw", action="store_true", help="Leave {names} in the prompt as they are."),
+    *GENERATING,
+    _OUTPUT.but(help="store the result: .text, .token_ids, .trace, .stopped_by …"),
+    Flag("--raw", action="store_true", help="leave {names} in the prompt as they are"),
     _NAME,
     _HELP,
 )
 STATUS = (_HELP,)
 TRACE = (
-    argument(
-        "file", metavar="FILE", nargs="?", help=".json for Perfetto (ui.perfetto.dev), .png or .svg: the picture."
-    ),
-    argument(
-        "--compare",
-        nargs="*",
-        metavar="VAR",
-        help="Two or more results stored with -o, one above the other; without names the last two generations.",
+    Flag("file", metavar="FILE", nargs="?", help=".json for Perfetto (ui.perfetto.dev), .png or .svg: the picture"),
+    Flag(
+        "--compare", nargs="*", metavar="VAR",
+        help="two or more results stored with -o, one above the other; without names the last two generations",
     ),
     _NAME,
     _HELP,
-)
-UNLOAD = (argument("name", metavar="NAME", nargs="?", help="One model; default: all."), _HELP)
+)  # fmt: skip
+UNLOAD = (Flag("name", metavar="NAME", nargs="?", help="one model; default: all"), _HELP)
+# By the names of %config AirLLM.
+SESSION = {flag.word: flag for flag in (*LOADING, *GENERATING, _DASHBOARD) if flag.session}
 
 
-def arguments(declared: Sequence[argument]) -> Callable[[Any], Any]:
-    """IPython's ``magic_arguments`` with these arguments, so that ``%magic?`` explains them."""
+def arguments(declared: Sequence[Flag]) -> Callable[[Any], Any]:
+    """IPython's ``magic_arguments`` with these flags, so that ``%magic?`` explains them."""
 
     def decorate(function: Any) -> Any:
-        for one in reversed(declared):
-            function = one(function)
+        for flag in reversed(declared):
+            default = {"default": None} if flag.session else {}
+            function = argument(*flag.names, **flag.how | default | {"help": _sentence(flag.how["help"])})(function)
         return magic_arguments()(function)
 
     return decorate
+
+
+def _sentence(text: str) -> str:
+    is_value = text.partition(" ")[0].rstrip(",") in ("cuda", *DTYPES)
+    return (text if is_value else text[:1].upper() + text[1:]) + ("" if text.endswith("…") else ".")
+
+
+def trait(name: str) -> Any:
+    """What ``%config AirLLM`` shows and sets: the default of a flag in this session."""
+    flag = SESSION[name]
+    text, default = _sentence(f"{flag.how['help']} ({flag.names[0]})"), flag.how.get("default")
+    made: TraitType[Any, Any]
+    if "choices" in flag.how:
+        made = Enum(flag.how["choices"], default, help=text)
+    else:
+        kinds: dict[Any, type[TraitType[Any, Any]]] = {int: Int, float: Float, None: Unicode}
+        made = kinds[flag.how.get("type")]("" if default is None else default, help=text)
+    return made.tag(config=True)
+
+
+def fill(given: argparse.Namespace, session: Any) -> None:
+    """Put the session's defaults where nothing was given."""
+    for name, flag in SESSION.items():
+        if getattr(given, flag.dest, "") is None and (value := getattr(session, name)) != "":
+            setattr(given, flag.dest, value)
 
 
 def flags(magic: Any) -> list[str]:
@@ -171,46 +143,17 @@ def parse(magic: Any, line: str, expand: Callable[[str], str] = str) -> argparse
         return None
     name = magic.parser.prog
     try:
-        given, unknown = magic.parser.parse_known_args(argv)
+        given, left = magic.parser.parse_known_args(argv)
     except UsageError as error:
         # argparse's own words, without the chain of causes.
         raise UsageError(f"{name}: {error} (%{name} --help explains)") from None
-    if unknown:
-        raise UsageError(f"{name}: {_unknown(unknown[0], flags(magic))}")
+    if left:
+        known = flags(magic)
+        raise UsageError(f"{name}: {unknown(left[0], known, '; known: ' + ', '.join(known))}")
     output = getattr(given, "output", None)
     if output is not None and not output.isidentifier():
         raise UsageError(f"{name}: -o {output!r} is no variable name; use letters, digits and _")
     return given
-
-
-def load_options(given: argparse.Namespace) -> LoadOptions:
-    """What :func:`~airllm_nb.engine.facade.open_model` needs."""
-    token = None
-    if given.token_env:
-        token = os.environ.get(given.token_env)
-        if not token:
-            raise OptionError(f"--token-env {given.token_env}: no such environment variable is set; set it first, for "
-                              f"example with %env {given.token_env}=…, or use HF_TOKEN")  # fmt: skip
-    return LoadOptions.create(
-        compression=given.compression, vram_budget=given.vram, ram_budget=given.ram, dtype=given.dtype,
-        layer_shards_saving_path=given.shards, device=given.device, max_seq_len=given.max_seq_len,
-        prefetching=not given.no_prefetch, profiling_mode=given.profile, delete_original=given.delete_original,
-        hf_token=token, revision=given.revision, local_files_only=given.offline, direct_io=given.direct_io,
-        adapter=given.adapter, attn_implementation=given.attn,
-    )  # fmt: skip
-
-
-def sampling(given: argparse.Namespace) -> dict[str, Any]:
-    """What ``generate`` needs: greedy without a temperature."""
-    return config.sampling(given.max_new_tokens, given.temperature, given.top_p, given.top_k)
-
-
-def stop_texts(given: argparse.Namespace) -> list[str]:
-    """The stop strings; ``\\n`` and ``\\t`` are written as in Python."""
-    texts = [text.replace("\\n", "\n").replace("\\t", "\t") for text in given.stop or []]
-    if "" in texts:
-        raise OptionError('--stop "" would end every answer at once; give the text that ends it')
-    return texts
 
 
 def _words(line: str) -> list[str]:
@@ -242,9 +185,33 @@ def _unquoted(word: str) -> str:
     return word[1:-1] if len(word) > 1 and word[0] == word[-1] and word[0] in "\"'" else word
 
 
-def _unknown(word: str, known: Sequence[str]) -> str:
-    if not word.startswith("-"):
-        return f"what is {word!r} for? (a value with blanks needs quotes)"
-    flag = word.partition("=")[0]
-    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-    return f"unknown option {flag}; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+# ---- mistakes
+
+
+def one_line(function: Callable[..., T]) -> Callable[..., T]:
+    """Show errors that a user can act on as one line: IPython prints a ``UsageError`` without a traceback.
+
+    The line is raised outside of the handler, as an error of its own: IPython keeps the last exception, whose chain of
+    frames would otherwise keep a model's tensors alive.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> T:
+        full = False
+        try:
+            with told():
+                return function(*args, **kwargs)
+        except AirLLMError as error:
+            message = in_flags(str(error))
+        except Exception as error:
+            if (reason := out_of_memory(error)) is None:
+                raise
+            message = (f"the GPU ran out of memory ({reason}); load again with a smaller --vram or --max-seq-len, or "
+                       "shorten the prompt")  # fmt: skip
+            full = True
+        if full:
+            # Only now, with the handler left, are the failed frames and their tensors garbage.
+            gc.collect()
+        raise UsageError(" ".join(message.splitlines()))
+
+    return call

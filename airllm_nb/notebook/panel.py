@@ -17,7 +17,8 @@ from IPython.display import display
 
 from ..config import GiB, LoadOptions, parse_bytes
 from ..engine.preview import Preview
-from ..errors import AirLLMError, in_flags
+from ..errors import AirLLMError
+from ..flags import in_flags
 from .cached import cached_models
 from .cards import Line
 from .dashboard import WIDTH, close, image_html, view_of

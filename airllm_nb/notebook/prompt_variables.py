@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ..config import check_text
 from ..errors import PromptError
+from ..flags import check_text
 
 # A name in doubled braces is matched to be passed over; {"key": {name}} ends in two braces and is not one.
 _NAME = re.compile(r"\{\{\w+\}\}|\{([^\W\d]\w*)\}")

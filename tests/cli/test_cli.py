@@ -22,7 +22,8 @@ from airllm_nb.cli import main
 from airllm_nb.cli.commands import ProgressLine
 from airllm_nb.cli.doctor import PACKAGES
 from airllm_nb.config import LoadOptions
-from airllm_nb.errors import SourceError, in_flags
+from airllm_nb.errors import SourceError
+from airllm_nb.flags import in_flags
 from airllm_nb.intake.pointer import meant
 from airllm_nb.notebook.progress_line import Meter
 from airllm_nb.trace import Progress

@@ -24,11 +24,12 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import airllm_nb.engine.facade
-from airllm_nb.errors import PromptError, SourceError, in_flags
+from airllm_nb.errors import PromptError, SourceError
+from airllm_nb.flags import in_flags
 from airllm_nb.notebook.cards import Card, bench_card, count
 from airllm_nb.notebook.generating import Waiting
 from airllm_nb.notebook.loading import Loading
-from airllm_nb.notebook.mistakes import one_line
+from airllm_nb.notebook.options import one_line
 from airllm_nb.notebook.progress_line import Meter, ProgressLine, clock_time
 from airllm_nb.notebook.prompt_variables import expand
 from airllm_nb.trace import Progress
