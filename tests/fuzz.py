@@ -32,7 +32,7 @@ from airllm_nb.checkpoint.bin.in_place import pickle_index
 from airllm_nb.checkpoint.bin.pickles import load_pickle
 from airllm_nb.checkpoint.gguf.header import read_gguf
 from airllm_nb.errors import AirLLMError
-from airllm_nb.store.writer import open_store
+from airllm_nb.store.manifest import open_store
 from airllm_nb.tensors.index import read_header, read_index
 
 SECONDS, MEMORY = 20, 512 << 20

@@ -23,7 +23,8 @@ from airllm_nb.engine.facade import StreamedModel
 from airllm_nb.intake import prepare
 from airllm_nb.plan.residency import Machine
 from airllm_nb.store.jobs import encode_jobs
-from airllm_nb.store.writer import StoreMeta, write_store
+from airllm_nb.store.manifest import StoreMeta
+from airllm_nb.store.writer import write_store
 from airllm_nb.tensors.index import read_index
 
 MACHINE = Machine(True, disk=1e9, link=1e10, memory=1e10)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from airllm_nb.checkpoint.local import fingerprint_of
 from airllm_nb.encoding.ours import get_codec
-from airllm_nb.store.jobs import encode_jobs, fingerprint
-from airllm_nb.store.writer import StoreMeta, write_store
+from airllm_nb.store.jobs import encode_jobs
+from airllm_nb.store.manifest import StoreMeta
+from airllm_nb.store.writer import write_store
 from airllm_nb.tensors.index import read_index
 from airllm_nb.trace import Progress
 
@@ -39,7 +41,7 @@ def convert(source: Path, target: Path, codec: str, pause: float = 0.0) -> int:
 
     compressed = [name for name in index if "_proj" in name]
     jobs = encode_jobs(index, encoder, compressed, torch.bfloat16)
-    write_store(target, jobs, StoreMeta(codec, "bfloat16", fingerprint(index.files)), progress=step)
+    write_store(target, jobs, StoreMeta(codec, "bfloat16", fingerprint_of(source, index.files)), progress=step)
     return peak - rest
 
 

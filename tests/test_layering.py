@@ -65,12 +65,11 @@ OPENS = {
     "cli.__init__": {"open"},  # /dev/null
     "store.locks": {"open", "scandir", "stat"},  # folders that are locked, and progress that may be a guess
     "store.listing": {"scandir", "stat"},  # sizes that may be a guess
-    "store.shard": {"open"},  # a folder that is synced
+    "store.jobs": {"mmap"},  # memory
     "engine.kept": {"scandir"},  # a folder of the Hub's cache
-    "store.leftovers": {"open"},  # a file that is made anew
+    "store.atomic": {"open"},  # a folder that is synced, and a file that is made anew
     "checkpoint.hub.sample": {"open"},  # a member of an archive
     "tensors.files": {"mmap"},  # memory
-    "tensors.rows": {"mmap"},  # memory
     "stream.arena": {"mmap"},  # memory
     "stream.mapped": {"mmap"},  # a file that was opened through the door
     "checkpoint.gguf.header": {"mmap", "memmap"},  # likewise

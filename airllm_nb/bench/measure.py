@@ -22,6 +22,7 @@ from ..errors import OptionError
 from ..model.device import choose_device
 from ..plan.needs import context_length
 from ..plan.residency import ResidencyPlan
+from ..store.names import SYNTHETIC
 from ..trace import Progress, ProgressCallback, silent
 from . import synthetic
 from .result import BenchResult
@@ -138,16 +139,13 @@ def synthetic_model(
         ``None``, or ``"4bit"`` or ``"8bit"`` for the finished store.
     """
     folder = _synthetic_folder(shape, layers, compression)
-    if compression is None:
-        synthetic.write(folder, shape, layers, progress=progress)
-    else:
-        synthetic.write_packed(folder, shape, layers, compression, progress=progress)
+    synthetic.write(folder, shape, layers, compression, progress=progress)
     return folder
 
 
 def _synthetic_folder(shape: str, layers: int, compression: str | None) -> Path:
     name = f"{shape}-{layers}-layer{'s' * (layers != 1)}" + (f"-{compression}" if compression else "")
-    return cache_dir() / "synthetic" / name
+    return cache_dir() / SYNTHETIC / name
 
 
 def check_cap(options: LoadOptions, cap: bool) -> None:

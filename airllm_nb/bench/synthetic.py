@@ -8,112 +8,76 @@ written into a folder beside the final one, which is renamed at the end: what is
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import format_bytes
-from ..disk import entries, open_file, read_json, status
+from ..disk import entries, read_json, status
 from ..encoding.linear import Part
 from ..encoding.ours import get_codec
 from ..errors import StoreError
-from ..store.journal import locked, write_atomically
-from ..store.writer import OVERHEAD, Item, ShardJob, StoreMeta, write_store
+from ..store.atomic import write_atomically
+from ..store.locks import locked
+from ..store.manifest import StoreMeta
+from ..store.names import SYNTHETIC_MARKER, partial
+from ..store.shard import Item, ShardJob, write_shards
+from ..store.space import OVERHEAD, check_space
+from ..store.writer import write_store
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import INDEX_FILE, ITEMSIZE
 from ..tensors.inside import inside
 from ..trace import Progress, ProgressCallback, silent
 from .shapes import SHAPES, Shape, shape_config, weights_by_file
 
-__all__ = ["SHAPES", "is_finished", "remove", "shape_config", "write", "write_packed"]
+__all__ = ["SHAPES", "is_finished", "remove", "shape_config", "write"]
 
-# Says what the folder is of and which files belong to it.
-MARKER = "synthetic.json"
 # Values in a random block, a prime: 32 MiB of bfloat16.
 BLOCK = 16_777_213
 # The least scale of a codec's part, for weights of about ±0.04: 8-bit values count up from their minimum.
 _SCALES = {"spread": 0.07, "minimum": -0.05}
 
 
-def write(folder: Path, shape: str, layers: int, *, progress: ProgressCallback = silent) -> int:
+def write(
+    folder: Path, shape: str, layers: int, compression: str | None = None, *, progress: ProgressCallback = silent
+) -> int:
     """Write a bfloat16 checkpoint of one file a layer and one for the rest, unless it is there; returns its bytes.
+
+    Parameters
+    ----------
+    compression
+        The finished store that this would make of the checkpoint is written instead.
 
     Raises
     ------
     StoreError
         If the disk has no room (both sizes are named), or something else lies in ``folder``.
     """
-    config = shape_config(shape, layers)
-    nbytes = sum(math.prod(size) * 2 for group in weights_by_file(config) for size in group.values())
-
-    def fill(where: Path) -> None:
-        _fill_plain(where, config, nbytes, progress)
-
-    return _write_whole(folder, _recipe(shape, layers, None), nbytes, config, fill, progress)
-
-
-def write_packed(
-    folder: Path, shape: str, layers: int, compression: str, *, progress: ProgressCallback = silent
-) -> int:
-    """Write the finished store that ``compression`` would make of the checkpoint; otherwise as :func:`write`."""
-    config = shape_config(shape, layers)
-    *blocks, rest = weights_by_file(config)
-    noise = _Noise()
-    jobs = [_job(f"layer-{number:05d}", group, compression, noise) for number, group in enumerate(blocks)]
-    jobs.append(_job("rest", rest, "none", noise))
-    nbytes = sum(job.nbytes for job in jobs)
-
-    def fill(where: Path) -> None:
-        meta = StoreMeta(compression, "bfloat16", "synthetic")
-        write_store(where, jobs, meta, progress=lambda done: progress(done._replace(stage="write")))
-
-    return _write_whole(folder, _recipe(shape, layers, compression), nbytes, config, fill, progress)
-
-
-def is_finished(folder: Path, shape: str, layers: int, compression: str | None = None) -> bool:
-    """Whether ``folder`` holds this checkpoint, all files in their sizes."""
-    found = _marker(folder)
-    return (found.get("recipe") == _recipe(shape, layers, compression)
-            and all(_size(inside(folder, name)) == size for name, size in found["files"].items()))  # fmt: skip
-
-
-def remove(folder: Path) -> None:
-    """Delete a checkpoint; one that is deleted in part has another name already."""
-    work = _work_folder(folder)
-    if folder.is_dir():
-        shutil.rmtree(work, ignore_errors=True)
-        folder.rename(work)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-# --- whole or not at all
-
-
-def _write_whole(
-    folder: Path, recipe: dict[str, Any], nbytes: int, config: dict[str, Any], fill: Callable[[Path], None],
-    progress: ProgressCallback,
-) -> int:  # fmt: skip
-    work = _work_folder(folder)
+    config, recipe = shape_config(shape, layers), _recipe(shape, layers, compression)
+    jobs = _jobs(config, compression)
+    nbytes = sum(entry.nbytes for job in jobs for entry in job.entries())
+    work = folder.with_name(partial(folder.name))
     try:
         work.mkdir(parents=True, exist_ok=True)
         try:
             # A second process waits here, and finds it done.
-            with locked(work, progress, lambda: False):
-                if is_finished(folder, *recipe.values()):
+            with locked(work, progress):
+                if is_finished(folder, shape, layers, compression):
                     return nbytes
                 _make_way(folder, recipe)
-                _check_space(folder, nbytes)
+                check_space(folder, nbytes + OVERHEAD, "the synthetic checkpoint", "",
+                            "ask for fewer layers, or name a folder on a larger disk with AIRLLM_NB_CACHE")  # fmt: skip
                 made = work / "made"
                 shutil.rmtree(made, ignore_errors=True)
                 made.mkdir(parents=True)
-                fill(made)
+                if compression is None:
+                    _write_plain(made, jobs, progress)
+                else:
+                    meta = StoreMeta(compression, "bfloat16", "synthetic")
+                    write_store(made, jobs, meta, progress=lambda done: progress(done._replace(stage="write")))
                 _write_companions(made, config, recipe)
                 made.rename(folder)
         finally:
@@ -127,8 +91,20 @@ def _write_whole(
     return nbytes
 
 
-def _work_folder(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
+def is_finished(folder: Path, shape: str, layers: int, compression: str | None = None) -> bool:
+    """Whether ``folder`` holds this checkpoint, all files in their sizes."""
+    found = _marker(folder)
+    return (found.get("recipe") == _recipe(shape, layers, compression)
+            and all(_size(inside(folder, name)) == size for name, size in found["files"].items()))  # fmt: skip
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; one that is deleted in part has another name already."""
+    work = folder.with_name(partial(folder.name))
+    if folder.is_dir():
+        shutil.rmtree(work, ignore_errors=True)
+        folder.rename(work)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _make_way(folder: Path, recipe: dict[str, Any]) -> None:
@@ -140,21 +116,13 @@ def _make_way(folder: Path, recipe: dict[str, Any]) -> None:
     raise StoreError(f"{folder} is there already and holds something else; name another folder, or delete it")
 
 
-def _check_space(folder: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    if nbytes + OVERHEAD > free:
-        raise StoreError(f"the synthetic checkpoint needs {format_bytes(nbytes + OVERHEAD)} but {folder.parent} has "
-                         f"{format_bytes(free)} free; ask for fewer layers, or name a folder on a larger disk with "
-                         "AIRLLM_NB_CACHE")  # fmt: skip
-
-
 def _recipe(shape: str, layers: int, compression: str | None) -> dict[str, Any]:
     return {"shape": shape, "layers": layers, "compression": compression}
 
 
 def _marker(folder: Path) -> dict[str, Any]:
     try:
-        found = read_json(folder / MARKER)
+        found = read_json(folder / SYNTHETIC_MARKER)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
@@ -183,7 +151,7 @@ def _write_companions(folder: Path, config: dict[str, Any], recipe: dict[str, An
     ).save_pretrained(folder)
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
     files = {path.name: status(path).st_size for path in sorted(entries(folder)) if path.is_file()}
-    write_atomically(folder / MARKER, json.dumps({"recipe": recipe, "files": files}, indent=1).encode())
+    write_atomically(folder / SYNTHETIC_MARKER, json.dumps({"recipe": recipe, "files": files}, indent=1).encode())
 
 
 # --- the weights
@@ -222,53 +190,41 @@ def _block(kind: str, dtype: torch.dtype) -> memoryview:
     return memoryview(values.view(torch.uint8).numpy())
 
 
-def _job(name: str, group: dict[str, Shape], compression: str, noise: _Noise) -> ShardJob:
-    def item(key: str, size: Shape) -> Item:
-        codec = get_codec(compression if len(size) == 2 else "none")
+def _jobs(config: dict[str, Any], compression: str | None) -> list[ShardJob]:
+    """One file a layer, and one for the rest, of which a store leaves the matrices as they are."""
+    groups, noise = weights_by_file(config), _Noise()
+    if compression is None:
+        names = [f"model-{number:05d}-of-{len(groups):05d}" for number in range(1, len(groups) + 1)]
+    else:
+        names = [*(f"layer-{number:05d}" for number in range(len(groups) - 1)), "rest"]
+
+    def item(key: str, size: Shape, codec_name: str | None) -> Item:
+        codec = get_codec(codec_name if len(size) == 2 else None)
         parts = codec.parts(size, "BF16") if len(size) == 2 else (Part(key.rpartition(".")[2], "BF16", size),)
         return Item(key, "BF16", size, parts, lambda: (chunk for part in parts for chunk in noise.chunks(key, part)))
 
-    return ShardJob(name, tuple(item(key, size) for key, size in group.items()))
+    return [
+        ShardJob(
+            name,
+            tuple(item(key, size, None if group is groups[-1] else compression) for key, size in group.items()),
+            concurrent=True,
+            is_padded=compression is not None,
+        )
+        for name, group in zip(names, groups, strict=True)
+    ]
 
 
-def _fill_plain(folder: Path, config: dict[str, Any], nbytes: int, progress: ProgressCallback) -> None:
-    groups, noise, done = weights_by_file(config), _Noise(), 0
-    weight_map: dict[str, str] = {}
-    pool, synced = ThreadPoolExecutor(1, "airllm-sync"), []
-    try:
-        for number, group in enumerate(groups, 1):
-            name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            weight_map.update(dict.fromkeys(group, name))
-            with (folder / name).open("wb") as file:
-                file.write(_header(group))
-                for key, size in group.items():
-                    for chunk in noise.chunks(key, Part(key.rpartition(".")[2], "BF16", size)):
-                        file.write(chunk)
-                        done += len(chunk)
-                        progress(Progress("write", done, nbytes, detail=name))
-            # Beside the writing of the next file: the disk is never idle.
-            synced.append(pool.submit(_sync, folder / name))
-        for each in synced:
-            each.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _write_plain(folder: Path, jobs: list[ShardJob], progress: ProgressCallback) -> None:
+    """Files as the reference library writes them, and their index."""
+    done, total = 0, sum(job.nbytes for job in jobs)
+
+    def wrote(file: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(Progress("write", done, total, detail=file))
+
+    write_shards(folder, jobs, wrote, lambda job, sha256: None)
+    weight_map = {item.name: job.file for job in jobs for item in job.items}
+    nbytes = sum(entry.nbytes for job in jobs for entry in job.entries())
     index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
     write_atomically(folder / INDEX_FILE, json.dumps(index, indent=2, sort_keys=True).encode())
-
-
-def _header(group: dict[str, Shape]) -> bytes:
-    """Length and JSON as safetensors writes them, the data on 8 bytes."""
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    cursor = 0
-    for name, size in group.items():
-        end = cursor + math.prod(size) * 2
-        table[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [cursor, end]}
-        cursor = end
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _sync(path: Path) -> None:
-    with open_file(path) as file:
-        os.fsync(file.fileno())

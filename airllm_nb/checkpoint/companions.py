@@ -13,8 +13,8 @@ from pathlib import Path
 from ..config import format_bytes
 from ..disk import MOST_BYTES, entries, read_bytes, status
 from ..errors import CheckpointError
-from ..store.journal import write_atomically
-from ..store.locks import MANIFEST, POINTER
+from ..store.atomic import write_atomically
+from ..store.names import MANIFEST, POINTER
 from ..tensors.inside import inside
 from .layout import Choice, companions
 from .originals import is_own

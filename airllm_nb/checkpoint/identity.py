@@ -11,6 +11,7 @@ from ..config import LoadOptions, cache_dir
 from ..disk import status
 from ..errors import AirLLMError, CheckpointError
 from ..store.listing import CachedStore, cached_stores
+from ..store.names import StoreName
 from ..tensors.index import SINGLE_FILE, shard_names
 from .hub.repository import cached_commit, cached_contents, repository_folder
 from .layout import choose
@@ -73,7 +74,7 @@ def stored(
         if (store.origin, store.codec, store.state) == (repo_id, options.compression, "finished")
         and options.dtype in (None, store.dtype)
         and (gguf is None or store.model == clean_name(Path(gguf).stem))
-        and store.name == f"{store.model}--{store.codec}--{store.dtype}--{store.source[:8]}"
+        and store.name == str(StoreName(store.model, store.codec, store.dtype, store.source[:8]))
         and (store.folder / "config.json").is_file()
     ]
     exact = [store for store in found if store.revision == commit or store.source == old]

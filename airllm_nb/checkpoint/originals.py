@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..disk import entries
-from ..store.writer import Store
+from ..store.manifest import Store
 from .layout import layouts
 from .picks import NOT_A_MODEL
 

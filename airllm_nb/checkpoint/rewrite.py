@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import StoreError
-from ..store.jobs import shard_name
 from ..store.locks import locked
+from ..store.manifest import StoreMeta, open_store
+from ..store.names import shard_name
 from ..store.shard import Chunk, Entry, Item, ShardJob, plain
-from ..store.writer import StoreMeta, open_store, write_store
+from ..store.writer import write_store
 from ..tensors.files import Unchanged
 from ..tensors.index import INDEX_FILE
 from ..trace import ProgressCallback

@@ -13,6 +13,7 @@ from ..config import LoadOptions, cache_dir
 from ..disk import expanded, status
 from ..errors import CheckpointError, SourceError
 from ..store.listing import cached_stores
+from ..store.names import StoreName
 from ..tensors.inside import inside
 from ..trace import ProgressCallback, silent
 from .foreign import refuse_foreign
@@ -128,7 +129,7 @@ def store_folder(source: Source, codec_name: str | None, dtype: str, options: Lo
     """Where the store of this source goes: one readable, unique name below the user's folder or the cache."""
     # Absolute: the working directory may be another when the weights are read.
     base = Path(options.layer_shards_saving_path or cache_dir()).absolute()
-    return base / f"{source.name}--{codec_name or 'none'}--{dtype}--{source.fingerprint[:8]}"
+    return base / str(StoreName(source.name, codec_name or "none", dtype, source.fingerprint[:8]))
 
 
 def _from_store(repo_id: str, gguf: str | None, options: LoadOptions, *weights: tuple[str, ...]) -> Source | None:

@@ -14,8 +14,8 @@ from ..checkpoint.identity import fingerprints_at
 from ..config import cache_dir
 from ..disk import expanded, free_disk, told
 from ..errors import SourceError, StoreError
-from ..store.listing import ADAPTER, BESIDE, CachedStore, cached_stores, remove_store
-from ..store.locks import POINTER
+from ..store.listing import CachedStore, cached_stores, remove_store
+from ..store.names import ADAPTER, BESIDE, POINTER
 
 __all__ = ["CachedStore", "Kept", "choose", "is_only_copy", "kept_stores", "remove_store", "source_is_here"]
 

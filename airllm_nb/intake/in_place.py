@@ -31,7 +31,7 @@ from ..tensors.index import CheckpointIndex, Extent, TensorInfo, read_header, re
 if TYPE_CHECKING:
     import torch
 
-    from ..store.writer import Store
+    from ..store.manifest import Store
 
 log = logging.getLogger(__name__)
 

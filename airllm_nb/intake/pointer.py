@@ -18,11 +18,11 @@ from ..checkpoint.originals import delete_original, is_own, weight_names
 from ..config import LoadOptions, cache_dir
 from ..disk import expanded, is_file
 from ..errors import FileError, OptionError, SourceError, StoreError
-from ..store.adapter_copies import ADAPTERS, COPY
-from ..store.leftovers import sweep
+from ..store.atomic import sweep
 from ..store.listing import named, written_beside
-from ..store.locks import POINTER, exclusively
-from ..store.writer import Store, open_store
+from ..store.locks import exclusively
+from ..store.manifest import Store, open_store
+from ..store.names import ADAPTERS, POINTER, StoreName
 from ..stream.trial import MACHINE
 from ..tensors.inside import inside
 from .replacements import (
@@ -70,7 +70,7 @@ def _sweep(shards: str | Path | None) -> None:
         sweep(cache_dir(), lambda name: name == MACHINE)
         sweep(cache_dir() / RECORDS, is_record)
     for base in _bases(shards):
-        sweep(base / ADAPTERS, COPY.fullmatch)
+        sweep(base / ADAPTERS, StoreName.parse_copy)
 
 
 def _bases(shards: str | Path | None) -> list[Path]:

@@ -29,7 +29,7 @@ from ..model.skeleton import build, collect_weights
 from ..model.tying import untie
 from ..plan.needs import check_positions
 from ..store.locks import hold
-from ..store.writer import Store
+from ..store.manifest import Store
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import Extent, TensorInfo
 from ..trace import Progress, ProgressCallback, silent

@@ -18,9 +18,9 @@ from ..checkpoint.local import digest
 from ..config import cache_dir
 from ..disk import read_json, status
 from ..errors import FileError
-from ..store.journal import write_atomically
+from ..store.atomic import write_atomically
 from ..store.listing import origin_of
-from ..store.locks import POINTER
+from ..store.names import POINTER
 from ..tensors.inside import inside
 
 log = logging.getLogger(__name__)

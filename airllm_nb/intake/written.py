@@ -28,20 +28,20 @@ from ..model.tying import untie
 from ..store.jobs import encode_jobs
 from ..store.listing import remove_store
 from ..store.locks import hold, locked
-from ..store.writer import MANIFEST, ShardJob, Store, StoreMeta, open_store, write_store
+from ..store.manifest import Store, StoreMeta, open_store
+from ..store.names import BESIDE, MANIFEST
+from ..store.shard import ShardJob
+from ..store.writer import write_store
 from ..tensors.files import Unchanged
 from ..tensors.index import TensorInfo, read_index
 from ..trace import ProgressCallback
 from .in_place import Weights, dtype_name, expected, gguf_in_place, index_in_place, mapped, normalised_names
-from .piecewise import Piecewise, begun
+from .piecewise import Piecewise, is_piecewise
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-# In the name of the folder where the weights are that are written once beside a checkpoint that is read in place.
-NORMALISED = "normalised"
 
 
 def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
@@ -56,7 +56,7 @@ def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, option
     if index is None or codec.name != "none":
         return None if index is None else Weights(folder, index)
     names = normalised_names(source)
-    extra = _whole(_folder(source, NORMALISED, dtype, options)) if names else None
+    extra = _whole(_folder(source, BESIDE, dtype, options)) if names else None
     if names and extra is None:
         return None
     tensors, packed = mapped(index, source, skeleton)
@@ -75,7 +75,7 @@ def alone(
     if in_place and source.format != "gguf" and not normalised_names(source):
         yield
         return
-    folder = _folder(source, NORMALISED if in_place else codec.name, dtype, options)
+    folder = _folder(source, BESIDE if in_place else codec.name, dtype, options)
     with locked(folder, progress):
         _keep_private(folder, source)
         yield
@@ -101,7 +101,7 @@ def to_write(
         done = _is_store(_folder(source, "none", dtype, options))
         return 0 if done else sum(tensor.numel() * tensor.element_size() for _, tensor in parameters)
     once = normalised_names(source)
-    if not once or _is_store(_folder(source, NORMALISED, dtype, options)):
+    if not once or _is_store(_folder(source, BESIDE, dtype, options)):
         return 0
     return sum(tensor.numel() * dtype.itemsize for name, tensor in parameters if name in once)
 
@@ -119,12 +119,12 @@ def _write(
 ) -> Weights:
     if source.gguf_file is not None and codec.name == "none":
         rest, name = gguf_in_place(source, dtype_name(dtype)).rest, dtype_name(dtype)
-        write_rest(source.gguf_file, rest, _folder(source, NORMALISED, dtype, options), name,
+        write_rest(source.gguf_file, rest, _folder(source, BESIDE, dtype, options), name,
                    _meta(source, codec, dtype), progress)  # fmt: skip
         written = _gguf(source, skeleton, dtype, options)
         assert written is not None
         return written
-    once = _folder(source, NORMALISED, dtype, options)
+    once = _folder(source, BESIDE, dtype, options)
     was_there, once_was_there = _is_store(_folder(source, "none", dtype, options)), _is_store(once)
     index, plain = index_in_place(source, dtype.itemsize), source.folder
     if index is None:
@@ -158,7 +158,7 @@ def write_piecewise(
     headers: Headers, known: Weights | None,
 ) -> Weights | None:  # fmt: skip
     """As :func:`write`, each file downloaded, encoded and deleted before the next; ``None`` where that is no better."""
-    if known is None and begun(_folder(source, codec.name, dtype, options)):
+    if known is None and is_piecewise(_folder(source, codec.name, dtype, options)):
         known = expected(source, skeleton, headers)
     pieces = piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
     if pieces is None or not pieces.is_better():
@@ -190,7 +190,7 @@ def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Codec, dtype:
 
 def _gguf(source: Source, skeleton: Any, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
     """A GGUF file and what was written once beside it; ``None`` if that is not done."""
-    folder = _folder(source, NORMALISED, dtype, options)
+    folder = _folder(source, BESIDE, dtype, options)
     if source.gguf_file is None or not is_complete(folder, _meta(source, get_codec(None), dtype)):
         return None
     found, extra = gguf_in_place(source, dtype_name(dtype)), read_index(folder)

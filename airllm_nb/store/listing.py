@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,26 +16,17 @@ from typing import Any, Literal
 
 from ..disk import entries, open_file, read_json, status, told
 from ..errors import StoreError
+from ..tensors.index import header_length
 from ..tensors.inside import inside
-from .adapter_copies import ADAPTERS, COPY, copied_from, copies, remove_copy
-from .locks import JOURNAL, LOCK, MANIFEST, in_use, vacated
+from . import names
+from .locks import exclusively, in_use, vacated
+from .names import ADAPTER, ADAPTERS, BESIDE, JOURNAL, LOCK, MANIFEST, SYNTHETIC, StoreName
 
-# Random checkpoints of known shapes, kept by a bench: their folder, and what marks one.
-SYNTHETIC, SYNTHETIC_MARKER = "synthetic", "synthetic.json"
-
-# The codec in the name of a folder that holds only what was written beside a checkpoint that is read in place.
-BESIDE = "normalised"
-# What such a file holds that is an adapter.
-ADAPTER = "adapter"
-# As the stores are named: model, codec, dtype, and the beginning of the source's fingerprint.
-_NAME = re.compile(r"(?P<model>.+)--(?P<codec>[a-z0-9]+)--(?P<dtype>b?float\d+)--[0-9a-f]{8}")
-# Renamed first, so that what is left of a removal that was cut short is never taken for a store.
-_REMOVED = re.compile(r".+\.[0-9a-f]{8}\.removing")
-# What a bench that was killed left of a synthetic checkpoint.
-_PARTIAL = re.compile(r"\..+\.partial")
 _MANIFEST_KEYS = {"codec", "dtype", "source", "format", "shards", "parameters"}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/[^/]+/(.+)")
+# Before all names in an adapter that peft saved.
+_PEFT = "base_model."
 
 State = Literal["finished", "unfinished", "converting", "damaged", "half removed"]
 
@@ -94,8 +84,9 @@ def cached_stores(base: Path, strict: bool = False) -> list[CachedStore]:
 
     Nor where it cannot be listed, unless ``strict``: then that is a ``FileError``.
     """
-    stores = [store for folder in _folders(base, strict) if (store := _look(folder, base)) is not None]
-    return stores + [copy for path in copies(base / ADAPTERS) if (copy := _copy(path, base)) is not None]
+    found = (_look(folder, base) for folder in _folders(base, strict))
+    copies = (_copy(path, base) for path in _files(base / ADAPTERS))
+    return [store for store in (*found, *copies) if store is not None]
 
 
 def written_beside(folder: Path) -> str | None:
@@ -103,8 +94,8 @@ def written_beside(folder: Path) -> str | None:
 
     ``None`` of any other folder.
     """
-    parts = _NAME.fullmatch(folder.resolve().name)
-    return origin_of(folder) if parts and parts["codec"] == BESIDE else None
+    name = StoreName.parse(folder.resolve().name)
+    return origin_of(folder) if name is not None and name.codec == BESIDE else None
 
 
 def origin_of(folder: Path) -> str | None:
@@ -130,8 +121,8 @@ def remove_store(folder: Path) -> int:
     """
     before = folder
     try:
-        if folder.is_file() and copied_from(folder) is not None:
-            return remove_copy(folder)
+        if folder.is_file() and _copied_from(folder) is not None:
+            return _remove_copy(folder)
         if folder.is_symlink() or not folder.is_dir():
             return 0
         with vacated(folder):
@@ -139,8 +130,8 @@ def remove_store(folder: Path) -> int:
             if not _is_ours(folder):
                 raise StoreError(f"{folder} is not a store any more; nothing of it was removed")
             nbytes = _contents(folder)[0]
-            if not _REMOVED.fullmatch(folder.name):
-                folder = folder.rename(folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.removing"))
+            if names.removed(folder.name) is None:
+                folder = folder.rename(folder.with_name(names.removing(folder.name)))
             _empty(folder)
             folder.rmdir()
             return nbytes
@@ -172,17 +163,23 @@ def _folders(base: Path, strict: bool) -> Iterator[Path]:
             yield from (path for path in found if _is_ours(path))
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        if not folder.is_symlink():
+            yield from (path for path in entries(folder) if path.is_file())
+
+
 def _is_ours(folder: Path) -> bool:
     """A manifest or a journal of ours; or our lock, in a folder that is named as only we name them."""
     if _is_manifest(_json(folder / MANIFEST)) or _is_journal(folder / JOURNAL):
         return True
-    if folder.parent.name == SYNTHETIC and "recipe" in _json(folder / SYNTHETIC_MARKER):
+    is_synthetic = folder.parent.name == SYNTHETIC
+    if is_synthetic and "recipe" in _json(folder / names.SYNTHETIC_MARKER):
         return True
-    if folder.parent.name == SYNTHETIC and _PARTIAL.fullmatch(folder.name):
-        return (folder / LOCK).is_file()
-    if _REMOVED.fullmatch(folder.name):
-        return (folder / LOCK).is_file() or not any(entries(folder))
-    return _NAME.fullmatch(folder.name) is not None and (folder / LOCK).is_file()
+    if names.removed(folder.name) is not None and not any(entries(folder)):
+        return True
+    is_named = names.removed(folder.name) is not None or StoreName.parse(folder.name) is not None
+    return (is_named or (is_synthetic and names.is_partial(folder.name))) and (folder / LOCK).is_file()
 
 
 def _is_manifest(found: dict[str, Any]) -> bool:
@@ -205,37 +202,59 @@ def _look(folder: Path, base: Path) -> CachedStore | None:
     except FileNotFoundError:
         return None
     name = folder.relative_to(base).as_posix()
-    before = folder.name.rsplit(".", 2)[0] if state == "half removed" else folder.name
-    parts = _NAME.fullmatch(before)
-    said = parts.groupdict() if parts else {"model": before, "codec": "", "dtype": ""}
-    codec, dtype = manifest.get("codec", said["codec"]), manifest.get("dtype", said["dtype"])
+    before = names.removed(folder.name) or folder.name
+    parts = StoreName.parse(before) or StoreName(before, "", "", "")
+    codec, dtype = manifest.get("codec", parts.codec), manifest.get("dtype", parts.dtype)
     # The codec of the name says more where the manifest's is none: what of the model it holds.
-    codec = said["codec"] if codec == "none" and said["codec"] else codec
+    codec = parts.codec if codec == "none" and parts.codec else codec
     where_from = (str(manifest.get(key, "")) for key in ("origin", "revision", "source"))
-    return CachedStore(name, folder, said["model"], str(codec), str(dtype), nbytes, state, used, use == "open",
+    return CachedStore(name, folder, parts.model, str(codec), str(dtype), nbytes, state, used, use == "open",
                        *where_from)  # fmt: skip
 
 
 def _copy(path: Path, base: Path) -> CachedStore | None:
-    origin, parts = copied_from(path), COPY.fullmatch(path.name)
-    if origin is None or parts is None:
+    origin, name = _copied_from(path), StoreName.parse_copy(path.name)
+    if origin is None or name is None:
         return None
     try:
         found, use = status(path), in_use(path.parent)
     except FileNotFoundError:
         return None
     used = max(found.st_atime, found.st_mtime)
-    return CachedStore(path.relative_to(base).as_posix(), path, parts["model"], ADAPTER, "", found.st_size,
-                       "finished", used, use == "open", origin)  # fmt: skip
+    return CachedStore(path.relative_to(base).as_posix(), path, name.model, ADAPTER, "", found.st_size, "finished",
+                       used, use == "open", origin)  # fmt: skip
+
+
+def _copied_from(path: Path) -> str | None:
+    """What an adapter's copy was made from, empty where it was not noted; ``None`` if the file is no such copy."""
+    if path.is_symlink() or path.parent.name != ADAPTERS or StoreName.parse_copy(path.name) is None:
+        return None
+    header: Any = None
+    with suppress(OSError, ValueError), open_file(path) as file:
+        header = json.loads(file.read(header_length(path, file.read(8), status(path).st_size)))
+    if not isinstance(header, dict):
+        return None
+    about = header.pop("__metadata__", None) or {}
+    is_ours = header and all(name.startswith(_PEFT) for name in header)
+    return str(about.get("origin", "")) if is_ours else None
+
+
+def _remove_copy(path: Path) -> int:
+    with exclusively(path.parent) as is_free:
+        if not is_free:
+            raise StoreError(f"{path} may be in use; unload the model, or end the process that has it open")
+        nbytes = status(path).st_size
+        path.unlink()
+        return nbytes
 
 
 def _state(folder: Path, manifest: dict[str, Any], use: str) -> State:
-    if _REMOVED.fullmatch(folder.name):
+    if names.removed(folder.name) is not None:
         return "half removed"
     if use == "converting":
         return "converting"
-    if (folder / SYNTHETIC_MARKER).is_file():
-        files = _json(folder / SYNTHETIC_MARKER).get("files", {})
+    if (folder / names.SYNTHETIC_MARKER).is_file():
+        files = _json(folder / names.SYNTHETIC_MARKER).get("files", {})
         return "finished" if _are_whole(folder, files) else "damaged"
     if not _is_manifest(manifest):
         return "damaged" if (folder / MANIFEST).is_file() else "unfinished"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import re
 import threading
 import time
 import weakref
@@ -21,7 +20,8 @@ from typing import IO, Literal
 from ..disk import entries, open_file, status
 from ..errors import StoreError
 from ..trace import Progress, ProgressCallback
-from .leftovers import is_left, sweep, sweep_shards
+from .atomic import sweep, unfinished_shards
+from .names import JOURNAL, LOCK
 from .space import explain
 
 try:
@@ -31,13 +31,7 @@ except ImportError:  # Windows: two conversions at once are then the user's to a
 
 log = logging.getLogger(__name__)
 
-MANIFEST, JOURNAL, LOCK = "manifest.json", "journal.jsonl", ".lock"
-# Left in a model's folder whose weights are deleted after compression; says where the stores are.
-POINTER = "airllm_nb_store.json"
 POLL_SECONDS = 0.2
-# Beside the weights in a store: what transformers calls a config, a tokenizer's file, a template or an index.
-_SMALL = re.compile(r"([\w.-]*(config|token|vocab|merges|template|processor|spiece|sentencepiece|\.index))[\w.-]*"
-                    r"\.(json|jinja|txt|model|tiktoken)")  # fmt: skip
 # Another process that looks at a lock has it for a moment: worth a few tries; one that removes a folder, for longer.
 _MOMENT, _TRIES, _MOMENTS = 0.01, 4, 200
 
@@ -160,21 +154,16 @@ def vacated(folder: Path) -> Iterator[None]:
 
 def tidy(folder: Path) -> None:
     """Remove what a process that was killed left in the folder of a finished store, unless somebody writes into it."""
-    sweep_small(folder)
-    if not (folder / JOURNAL).is_file() and not is_left(folder):
+    sweep(folder)
+    if not (folder / JOURNAL).is_file() and not unfinished_shards(folder):
         return
     with suppress(OSError), ExitStack() as stack:
         if folder.resolve() not in _mine.__dict__.get("folders", ()):
             file = stack.enter_context((folder / LOCK).open("ab"))
             if not _try_lock(file.fileno(), exclusive=True, tries=_TRIES):
                 return
-        sweep_shards(folder)
-        (folder / JOURNAL).unlink(missing_ok=True)
-
-
-def sweep_small(folder: Path) -> None:
-    """Remove what is left of the small files of a store that nobody is writing any more."""
-    sweep(folder, lambda name: name in (MANIFEST, JOURNAL) or _SMALL.fullmatch(name))
+        for path in (*unfinished_shards(folder), folder / JOURNAL):
+            path.unlink(missing_ok=True)
 
 
 def _lock_file(folder: Path, progress: ProgressCallback, should_stop: Callable[[], bool], total: int) -> IO[bytes]:

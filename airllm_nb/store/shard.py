@@ -25,6 +25,8 @@ from ..encoding.linear import Part
 from ..errors import StoreError
 from ..tensors.index import ITEMSIZE, PAD
 from ..tensors.libc import start_writing
+from .atomic import sync_folder
+from .names import unfinished
 
 if TYPE_CHECKING:
     import torch
@@ -99,11 +101,14 @@ class ShardJob:
         The file's without ``.safetensors``.
     concurrent
         Whether it may be produced in one thread while others are in other threads.
+    is_padded
+        Whether data begins on a page and every tensor on 256 bytes; else all is as the reference library writes it.
     """
 
     name: str
     items: tuple[Item, ...]
     concurrent: bool = False
+    is_padded: bool = True
 
     @property
     def file(self) -> str:
@@ -115,15 +120,19 @@ class ShardJob:
         cursor = pads = 0
         for item in self.items:
             for entry in item.entries:
-                if short := -cursor % ALIGNMENT:
+                if short := self.short(cursor):
                     found.append(Entry(f"{PAD}{self.name}.{pads}", "U8", (short,)))
                     pads, cursor = pads + 1, cursor + short
                 found.append(entry)
                 cursor += entry.nbytes
         return found
 
+    def short(self, cursor: int) -> int:
+        """How many bytes are to be filled before a tensor that would begin here."""
+        return -cursor % ALIGNMENT if self.is_padded else 0
+
     def header(self) -> bytes:
-        """The length field and the JSON, padded with spaces so that the data begins on a page."""
+        """The length field and the JSON, padded with spaces so that the data begins on a page, or on 8 bytes."""
         table: dict[str, object] = {"__metadata__": {"format": "pt"}}
         cursor = 0
         for entry in self.entries():
@@ -133,7 +142,7 @@ class ShardJob:
             table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [cursor, end]}
             cursor = end
         text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % PAGE)
+        text += b" " * (-(8 + len(text)) % (PAGE if self.is_padded else 8))
         return len(text).to_bytes(8, "little") + text
 
     @property
@@ -201,7 +210,7 @@ def write_shard(path: Path, job: ShardJob, wrote: Callable[[int], None]) -> str:
 
     ``wrote`` is told the bytes of every step and may raise to stop; then nothing is left behind.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(unfinished(path.name))
     try:
         with temporary.open("wb") as file, _Sink(file, wrote) as sink, closing(_stream(job)) as stream:
             sink.put(job.header())
@@ -216,16 +225,6 @@ def write_shard(path: Path, job: ShardJob, wrote: Callable[[int], None]) -> str:
             temporary.unlink()
         raise
     return sink.sha256
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable, where the platform can."""
-    with suppress(OSError, AttributeError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class _Sink:
@@ -265,10 +264,10 @@ def _stream(job: ShardJob) -> Generator[bytes | memoryview, None, None]:
         chunks = iter(item.produce())
         try:
             for entry in item.entries:
-                if short := -cursor % ALIGNMENT:
+                if short := job.short(cursor):
                     yield bytes(short)
                 yield from _exactly(entry, chunks, job.file)
-                cursor += -cursor % ALIGNMENT + entry.nbytes
+                cursor += short + entry.nbytes
             if any(len(_raw(chunk)) for chunk in chunks):
                 raise StoreError(f"{job.file}: {item.name} got more bytes than it should take; it may be of another "
                                  "model")  # fmt: skip

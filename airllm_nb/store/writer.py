@@ -1,148 +1,50 @@
-"""The store: a folder of safetensors shards and ``manifest.json``, written last. Resumable, atomic, checksummed.
+"""The one writer of stores. Whatever moment it is killed at, starting it again completes the store: the same bytes.
 
-Whatever moment a conversion is killed at, starting it again completes it, and the result is the same bytes.
+What is written is cut into stages. Where all source files are here, one stage writes everything; where they come one
+after the other, each has a stage of its own, and is deleted once what was written of it is verified.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+import logging
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..disk import open_file, read_json, status
-from ..encoding.linear import Part
-from ..errors import AirLLMError, FileError, StoreError
+from ..config import format_bytes
+from ..disk import open_file, status
+from ..errors import AirLLMError, CheckpointError, StoreError
 from ..tensors.files import Unchanged
-from ..tensors.index import CheckpointIndex, TensorInfo, read_header
 from ..tensors.inside import inside
 from ..trace import Progress, ProgressCallback, silent
-from .journal import Journal, write_atomically
-from .leftovers import refuse_damaged, sweep_shards
-from .locks import MANIFEST, locked, sweep_small, tidy
-from .meta import FORMAT, StoreMeta, job_key
-from .shard import PAD, Item, ShardJob, plain, write_shards
+from .atomic import sweep, unfinished_shards, write_atomically
+from .locks import locked
+from .manifest import FORMAT, Store, StoreMeta, damaged, finished_store, open_store, read_manifest
+from .names import JOURNAL, MANIFEST, is_shard
+from .shard import ShardJob, write_shards
 from .space import OVERHEAD, check_space, explain
+from .stages import Stage, WeightFile, bytes_needed
 
-__all__ = [
-    "MANIFEST", "OVERHEAD", "Item", "ShardJob", "Store", "StoreMeta", "open_store", "plain", "write_store",
-]  # fmt: skip
-
-_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors \d+ [0-9a-f]{64}")
+log = logging.getLogger(__name__)
 
 
-class Store:
-    """A finished store; holds no weights.
+def write_store(folder: Path, jobs: Iterable[ShardJob], meta: StoreMeta, **how: Any) -> Store:
+    """Write a store whose source files are all here, and open it; ``how`` are the other attributes of a Writer."""
+    return Writer(folder, meta, **how).write([Stage(tuple(jobs))])
+
+
+@dataclass
+class Writer:
+    """Writes one store, or what an earlier start left to write.
 
     Attributes
     ----------
     folder
-        Where it is.
-    meta
-        What it is of.
-    parts
-        Parameter name → the parts that it became.
-    """
-
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
-        self.folder = folder
-        self.meta = StoreMeta(manifest["codec"], manifest["dtype"], manifest["source"])
-        self.shards: list[dict[str, Any]] = manifest["shards"]
-        said = (f"{inside(folder, s['file']).relative_to(folder)} {s['bytes']!r} {s['sha256']}" for s in self.shards)
-        if not all(map(_SHARD.fullmatch, said)):
-            raise ValueError("a shard's entry makes no sense")
-        self.parts: dict[str, tuple[Part, ...]] = {
-            name: tuple(Part(p["attribute"], p["dtype"], tuple(p["shape"])) for p in parameter["parts"])
-            for name, parameter in manifest["parameters"].items()
-        }
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return tuple(self.folder / shard["file"] for shard in self.shards)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(shard["bytes"] for shard in self.shards)
-
-    @functools.cached_property
-    def index(self) -> CheckpointIndex:
-        """The stored tensors by name, the parts of encoded parameters included, padding left out."""
-        tensors: dict[str, TensorInfo] = {}
-        for file in self.files:
-            tensors |= {name: info for name, info in read_header(file).items() if not name.startswith(PAD)}
-        return CheckpointIndex(self.folder, tensors, self.files)
-
-    def verify(self, progress: ProgressCallback = silent) -> None:
-        """Read every byte and compare it with what was written.
-
-        Raises
-        ------
-        StoreError
-            If a shard is not what it was; the message names it.
-        """
-        self.check()
-        done = 0
-        for shard in self.shards:
-            path, digest = self.folder / shard["file"], hashlib.sha256()
-            with open_file(path) as file:
-                while block := file.read(8 << 20):
-                    digest.update(block)
-                    done += len(block)
-                    progress(Progress("verify", done, self.nbytes, detail=shard["file"]))
-            if digest.hexdigest() != shard["sha256"]:
-                raise StoreError(f"{path} is not what was written (its sha256 begins {digest.hexdigest()[:12]}, the "
-                                 f"manifest has {shard['sha256'][:12]}); delete it and convert again")  # fmt: skip
-
-    def check(self) -> None:
-        """Raise :class:`StoreError` if a shard is missing or has another size."""
-        for shard in self.shards:
-            path = self.folder / shard["file"]
-            size = status(path).st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
-                raise StoreError(f"{path} {found}; convert again, the other shards are kept")
-
-
-def open_store(folder: Path) -> Store | None:
-    """The finished store in ``folder``, or ``None`` when there is none; sizes are checked, sums are not.
-
-    Raises
-    ------
-    StoreError
-        If the manifest or a shard is damaged, or was written by a newer version.
-    """
-    store = read_manifest(folder)
-    if store is not None:
-        store.check()
-        tidy(folder)
-    return store
-
-
-def write_store(
-    folder: Path,
-    jobs: Iterable[ShardJob],
-    meta: StoreMeta,
-    *,
-    progress: ProgressCallback = silent,
-    should_stop: Callable[[], bool] | None = None,
-    beside: Callable[[Path], None] | None = None,
-    origin: str = "",
-    revision: str = "",
-    unchanged: Unchanged = Unchanged(()),  # noqa: B008 - of no files
-) -> Store:
-    """Write a store, or what an earlier start left to write, and open it.
-
-    Parameters
-    ----------
-    folder
         Made if it is not there. One process writes at a time; a second one waits and finds the store done.
-    jobs
-        The shards; their data is asked for in order, that of a few at once where they allow it.
     meta
         What the store is of. Shards of an unfinished store with another meta are discarded.
     should_stop
@@ -155,119 +57,198 @@ def write_store(
     revision
         Of a Hub id, the commit.
     unchanged
-        The files that the data comes from: what was made of one that changes meanwhile is not kept.
-
-    Raises
-    ------
-    StoreError
-        If the disk has no room (both sizes are named), the folder holds a finished store of something else, or
-        ``should_stop`` said so.
+        The files that the data comes from, where stages name none: what was made of one that changes meanwhile is not
+        kept.
+    bring, remove
+        Makes a stage's file be here, and deletes it.
     """
-    jobs, stop = list(jobs), should_stop or (lambda: False)
-    if (done := finished_store(folder, meta, jobs)) is not None:
-        return done
-    if not folder.exists():
-        check_space(folder, jobs, {})
-    try:
-        with locked(folder, progress, stop, sum(job.nbytes for job in jobs)):
-            if (done := finished_store(folder, meta, jobs)) is not None:
-                return done
-            writing = _Writing(folder, jobs, meta, progress, stop, unchanged)
-            return writing.run(beside, {"origin": origin, "revision": revision})
-    except AirLLMError:
-        raise
-    except OSError as error:
-        raise explain(error, folder) from error
 
+    folder: Path
+    meta: StoreMeta
+    progress: ProgressCallback = silent
+    should_stop: Callable[[], bool] = lambda: False
+    beside: Callable[[Path], None] | None = None
+    origin: str = ""
+    revision: str = ""
+    unchanged: Unchanged = Unchanged(())  # noqa: RUF009 - of no files
+    bring: Callable[[WeightFile], None] = lambda file: None
+    remove: Callable[[WeightFile], None] = lambda file: None
 
-class _Writing:
-    def __init__(
-        self, folder: Path, jobs: list[ShardJob], meta: StoreMeta, progress: ProgressCallback,
-        stop: Callable[[], bool], sources: Unchanged,
-    ):  # fmt: skip
-        self._folder, self._jobs, self._meta = folder, jobs, meta
-        self._progress, self._stop, self._sources = progress, stop, sources
-        self._total, self._done = sum(job.nbytes for job in jobs), 0
+    def write(self, stages: Sequence[Stage]) -> Store:
+        """Write what is missing, and open the store.
 
-    def run(self, beside: Callable[[Path], None] | None, where_from: Mapping[str, str]) -> Store:
-        sweep_small(self._folder)
-        sweep_shards(self._folder)
-        journal = Journal(self._folder, self._meta.key, self._known())
-        done = [job for job in self._jobs if journal.has(job.file, job_key(job, self._meta), job.nbytes)]
-        kept = {job.file: journal.records[job.file] for job in done}
-        check_space(self._folder, self._jobs, kept)
-        self._done = sum(record["bytes"] for record in kept.values())
+        Parameters
+        ----------
+        stages
+            Their shards' data is asked for in order, that of a few at once where they allow it.
 
-        def finished(job: ShardJob, sha256: str) -> None:
-            self._sources.check()  # at every step only what costs nothing
-            journal.add({"file": job.file, "key": job_key(job, self._meta), "bytes": job.nbytes, "sha256": sha256})
+        Raises
+        ------
+        StoreError
+            If the disk has no room (both sizes are named), a shard is damaged before its source is deleted, the folder
+            holds a finished store of something else, or ``should_stop`` said so.
+        """
+        jobs = [job for stage in stages for job in stage.jobs]
+        if (done := finished_store(self.folder, self.meta, jobs)) is not None:
+            return done
+        try:
+            with locked(self.folder, self.progress, self.should_stop, sum(job.nbytes for job in jobs)):
+                return finished_store(self.folder, self.meta, jobs) or self._write(stages, jobs)
+        except AirLLMError:
+            raise
+        except OSError as error:
+            raise explain(error, self.folder) from error
 
-        write_shards(self._folder, [job for job in self._jobs if job.file not in kept], self._wrote, finished)
-        if beside is not None:
-            beside(self._folder)
-        manifest = self._manifest(journal.records) | {key: said for key, said in where_from.items() if said}
-        write_atomically(self._folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    def _write(self, stages: Sequence[Stage], jobs: list[ShardJob]) -> Store:
+        sweep(self.folder)
+        # Shards with other names were cut in another way.
+        others = {path.name for path in self.folder.glob("*.safetensors") if is_shard(path.name)}
+        others -= {job.file for stage in stages for job in stage.writes}
+        for leftover in (*unfinished_shards(self.folder), *(self.folder / name for name in others)):
+            leftover.unlink(missing_ok=True)
+        journal = Journal(self.folder, self.meta.key, self._repaired())
+        done = self._done(stages, journal)
+        self._check_space(stages, done)
+        journal.start()
+        (self.folder / MANIFEST).unlink(missing_ok=True)  # of a damaged store: what is true in it, the journal has
+        self._total = sum(job.nbytes for stage in stages for job in stage.writes)
+        self._reached = sum(done.values())
+        for stage in stages:
+            self._run(stage, [job for job in stage.writes if job.file not in done], journal)
+        if self.beside is not None:
+            self.beside(self.folder)
+        write_atomically(self.folder / MANIFEST, self._manifest(jobs, journal.records))
         journal.remove()
-        store = open_store(self._folder)
+        store = open_store(self.folder)
         assert store is not None
         return store
 
-    def _wrote(self, file: str, nbytes: int) -> None:
-        self._done += nbytes
-        self._sources.check_pages()
-        self._progress(Progress("convert", self._done, self._total, detail=file))
-        if self._stop():
-            raise StoreError(f"the conversion into {self._folder} was stopped; start it again to go on from there")
-
-    def _known(self) -> dict[str, dict[str, Any]]:
+    def _repaired(self) -> dict[str, dict[str, Any]]:
+        """The shards of a store that was finished and damaged since."""
         with suppress(StoreError):
-            store = read_manifest(self._folder)
-            if store is not None and store.meta == self._meta:
+            store = read_manifest(self.folder)
+            if store is not None and store.meta == self.meta:
                 return {shard["file"]: shard for shard in store.shards}
         return {}
 
-    def _manifest(self, records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    def _done(self, stages: Sequence[Stage], journal: Journal) -> dict[str, int]:
+        """Bytes by file of the shards that are written, and of the carried ones that were used already."""
+        done: dict[str, int] = {}
+        for stage in reversed(stages):  # whether a carried shard is needed, later stages say
+            done |= {job.file: job.nbytes for job in stage.writes
+                     if journal.has(job.file, self.meta.key_of(job), job.nbytes)}  # fmt: skip
+            if all(job.file in done for job in stage.jobs):
+                done |= {job.file: job.nbytes for job in stage.used}
+        return done
+
+    def _check_space(self, stages: Sequence[Stage], done: Collection[str]) -> None:
+        who, more, remedy = f"the store in {self.folder}", " more", ""
+        if files := [stage.file.nbytes for stage in stages if stage.file is not None and stage.writes]:
+            store = sum(job.nbytes for stage in stages for job in stage.jobs if job.file not in done)
+            who, remedy = self.origin, "free some, or "
+            more = (" more on disk though its weight files are deleted one by one (the store "
+                    f"{format_bytes(store)}, the largest of them {format_bytes(max(files))})")  # fmt: skip
+        need = bytes_needed(stages, self.folder, lambda job: job.file in done) + OVERHEAD
+        remedy += "name a folder on a larger disk with layer_shards_saving_path=…"
+        check_space(self.folder, need, who, more, remedy)
+
+    def _run(self, stage: Stage, todo: list[ShardJob], journal: Journal) -> None:
+        file = stage.file
+        if todo and file is not None:
+            self.bring(file)
+        sources = self.unchanged if file is None else Unchanged([file.path])
+
+        def wrote(name: str, nbytes: int) -> None:
+            self._reached += nbytes
+            sources.check_pages()
+            self.progress(Progress("convert", self._reached, self._total, detail=name))
+            if self.should_stop():
+                raise StoreError(f"the conversion into {self.folder} was stopped; start it again to go on from there")
+
+        def finished(job: ShardJob, sha256: str) -> None:
+            sources.check()  # at every step only what costs nothing
+            key = self.meta.key_of(job)
+            journal.add({"file": job.file, "key": key, "bytes": job.nbytes, "sha256": sha256})
+
+        write_shards(self.folder, todo, wrote, finished)
+        if file is not None and file.goes and file.path.is_file():
+            records = [journal.records[job.file] for job in stage.writes if (self.folder / job.file).is_file()]
+            for path, *_ in damaged(self.folder, records, self.progress):
+                path.unlink()
+                raise StoreError(f"{path} was not what was written, and is deleted; check the disk, then start again: "
+                                 "what is finished is kept")  # fmt: skip
+            self.remove(file)
+        for job in stage.used:
+            (self.folder / job.file).unlink(missing_ok=True)
+
+    def _manifest(self, jobs: list[ShardJob], records: Mapping[str, dict[str, Any]]) -> bytes:
         parameters = {
             item.name: {"dtype": item.dtype, "shape": list(item.shape), "parts": [asdict(part) for part in item.parts]}
-            for job in self._jobs
+            for job in jobs
             for item in job.items
         }
-        shards = [records[job.file] for job in self._jobs]
-        return {**asdict(self._meta), "format": FORMAT, "shards": shards, "parameters": parameters}
+        said = {"origin": self.origin, "revision": self.revision}
+        manifest = {**asdict(self.meta), "format": FORMAT, "shards": [records[job.file] for job in jobs],
+                    "parameters": parameters, **{key: value for key, value in said.items() if value}}  # fmt: skip
+        return json.dumps(manifest, indent=1, sort_keys=True).encode()
 
 
-def finished_store(folder: Path, meta: StoreMeta, jobs: list[ShardJob]) -> Store | None:
-    """The finished store, if it is this one; ``None`` if there is work to do, damage to repair included."""
-    try:
-        store = open_store(folder)
-    except StoreError:
-        if _is_newer(folder):
-            raise
-        return None
-    if store is None:
-        return None
-    if store.meta != meta or [shard.get("key") for shard in store.shards] != [job_key(job, meta) for job in jobs]:
-        raise StoreError(f"{folder} holds a store of other weights or with other options ({store.meta.codec}, "
-                         f"{store.meta.dtype}); name another folder or delete this one")  # fmt: skip
-    return store
+class Journal:
+    """The finished shards of an unfinished store, one line each, synced before the next shard begins.
+
+    A line that a kill cut short is ignored, and so is a journal of another configuration, whose shards are removed.
+
+    Parameters
+    ----------
+    folder
+        The store's.
+    key
+        Identifies source, codec, dtype and format.
+    known
+        Records that are true already, from the manifest of a damaged store.
+    """
+
+    def __init__(self, folder: Path, key: str, known: Mapping[str, dict[str, Any]]):
+        self._path, self._key = folder / JOURNAL, key
+        self.records: dict[str, dict[str, Any]] = {**known, **self._read()}
+
+    def start(self) -> None:
+        """Write it anew, so that a line cut short is never continued."""
+        write_atomically(self._path, b"".join(_line(r) for r in [{"key": self._key}, *self.records.values()]))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Record a shard that is on the disk."""
+        with self._path.open("ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        self.records[record["file"]] = record
+
+    def has(self, file: str, key: str, nbytes: int) -> bool:
+        """Whether a shard is recorded so, and there."""
+        record, path = self.records.get(file), self._path.parent / file
+        return (record is not None and record["key"] == key
+                and path.is_file() and status(path).st_size == record["bytes"] == nbytes)  # fmt: skip
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        lines: list[dict[str, Any]] = []
+        with suppress(FileNotFoundError), open_file(self._path) as file:
+            for line in file:
+                with suppress(ValueError):
+                    value = json.loads(line)
+                    lines += [value] if isinstance(value, dict) else []
+        if lines and lines[0].get("key") != self._key:
+            log.warning("%s: the unfinished conversion there had another configuration; starting anew", self._path)
+            for name in (str(line.get("file", "")) for line in lines[1:]):
+                if name.endswith(".safetensors") and "/" not in name:
+                    with suppress(FileNotFoundError, CheckpointError):
+                        inside(self._path.parent, name).unlink()
+            return {}
+        return {line["file"]: line for line in lines[1:] if {"file", "key", "bytes", "sha256"} <= line.keys()}
 
 
-def read_manifest(folder: Path) -> Store | None:
-    """What a finished store says of itself, its files not looked at; ``None`` where there is none."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return None
-    if _is_newer(folder):
-        raise StoreError(f"{path} was written by a newer version of airllm_nb; update it, or delete {folder}")
-    try:
-        return Store(folder, read_json(path))
-    except FileError:
-        raise  # the disk's fault: the store may be whole
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return refuse_damaged(path, error)
-
-
-def _is_newer(folder: Path) -> bool:
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        return int(read_json(folder / MANIFEST).get("format", 0)) > FORMAT
-    return False
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True).encode() + b"\n"

@@ -20,7 +20,7 @@ import torch
 from ..config import cache_dir
 from ..disk import open_file, read_json, status
 from ..errors import OptionError
-from ..store.journal import write_atomically
+from ..store.atomic import write_atomically
 from ..tensors import libc
 from .probe import disk_bandwidth
 from .ring import LOCKED, PAGE_CACHE, PAGEABLE

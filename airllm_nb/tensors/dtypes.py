@@ -15,6 +15,9 @@ TORCH_DTYPES = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "C64": torch.complex64, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64,
 }  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+# Of floating point, and of more than a byte: what such a matrix may be cast from.
+CASTABLE = ("F64", "F32", "F16", "BF16")
 
 
 def torch_dtype(info: TensorInfo) -> torch.dtype:

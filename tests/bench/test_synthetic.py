@@ -14,10 +14,11 @@ import torch
 
 from airllm_nb.bench import synthetic, synthetic_model
 from airllm_nb.bench.shapes import SHAPES, shape_config, weights_by_file
-from airllm_nb.bench.synthetic import is_finished, remove, write, write_packed
+from airllm_nb.bench.synthetic import is_finished, remove, write
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import open_model
 from airllm_nb.errors import OptionError, StoreError
+from airllm_nb.store.names import SYNTHETIC_MARKER
 from airllm_nb.tensors.index import read_index
 from airllm_nb.trace import Progress
 
@@ -72,7 +73,7 @@ def test_no_two_rows_are_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["4bit", "8bit"])
 def test_a_packed_one_is_a_finished_store(tmp_path: Path, compression: str) -> None:
-    nbytes = write_packed(tmp_path / "made", "small-qwen", 2, compression)
+    nbytes = write(tmp_path / "made", "small-qwen", 2, compression)
     with open_model(tmp_path / "made", LoadOptions(compression=compression)) as model:
         logits = model(IDS).logits.float()
         assert model.folder == tmp_path / "made"
@@ -133,7 +134,7 @@ def test_what_a_kill_left_is_taken_for_nothing_and_cleared_away(tmp_path: Path) 
     (left / "model-00001-of-00002.safetensors").write_bytes(b"cut")
     write(tmp_path / "made", "small-qwen", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
-    (tmp_path / "made" / synthetic.MARKER).write_text("{")
+    (tmp_path / "made" / SYNTHETIC_MARKER).write_text("{")
     assert not is_finished(tmp_path / "made", "small-qwen", 1)
 
 
@@ -158,7 +159,7 @@ def test_a_full_disk_is_said_before_with_both_sizes(tmp_path: Path, monkeypatch:
     with pytest.raises(StoreError, match=r"needs 1\d+\.\d GiB but .* has 3\.0 MiB free"):
         write(tmp_path / "made", "llama-3-70b", 4)
     with pytest.raises(StoreError, match=r"needs \d+\.\d MiB but .* has 3\.0 MiB free"):
-        write_packed(tmp_path / "made", "small", 4, "4bit")
+        write(tmp_path / "made", "small", 4, "4bit")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,7 +170,7 @@ def test_a_disk_that_fills_meanwhile_is_one_line(tmp_path: Path, compression: st
 
     with pytest.raises(StoreError, match=r"No space left on device.*nothing of it is left"):
         if compression:
-            write_packed(tmp_path / "made", "small-qwen", 1, compression, progress=full)
+            write(tmp_path / "made", "small-qwen", 1, compression, progress=full)
         else:
             write(tmp_path / "made", "small-qwen", 1, progress=full)
     assert list(tmp_path.iterdir()) == []

@@ -21,8 +21,11 @@ from airllm_nb.checkpoint.identity import by_commit, by_contents, fingerprints_a
 from airllm_nb.cli import main
 from airllm_nb.errors import SourceError, StoreError
 from airllm_nb.intake.pointer import POINTER, meant
-from airllm_nb.store.locks import LOCK, MANIFEST, hold, locked
-from airllm_nb.store.writer import ShardJob, StoreMeta, plain, write_store
+from airllm_nb.store.locks import hold, locked
+from airllm_nb.store.manifest import StoreMeta
+from airllm_nb.store.names import LOCK, MANIFEST
+from airllm_nb.store.shard import ShardJob, plain
+from airllm_nb.store.writer import write_store
 from airllm_nb.trace import silent
 
 ROOT = Path(__file__).parents[2]

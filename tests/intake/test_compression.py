@@ -105,7 +105,7 @@ def test_a_finished_store_is_not_written_again(tiny_llama, tmp_path):
 
 def test_delete_original_deletes_after_verification_only(tiny_llama, tmp_path, monkeypatch):
     from airllm_nb.errors import StoreError
-    from airllm_nb.store.writer import Store
+    from airllm_nb.store.manifest import Store
 
     # A copy: the fixture's folders are shared.
     folder = Path(shutil.copytree(tiny_llama(), tmp_path / "model"))

@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 from airllm_nb import AutoModel
 from airllm_nb.checkpoint.hub import remote
 from airllm_nb.encoding.ours import get_codec
-from airllm_nb.intake.piecewise_plan import WeightFile, bytes_needed, plan_stages
 from airllm_nb.store.jobs import encode_jobs
-from airllm_nb.store.writer import open_store
+from airllm_nb.store.manifest import open_store
+from airllm_nb.store.stages import WeightFile, bytes_needed, plan_stages
 from airllm_nb.tensors.index import read_index
 
 BLOCK = 32 << 10

@@ -145,7 +145,7 @@ def test_what_the_disk_refused_is_deleted_when_it_is_asked_for_again(
         store = convert_model(source, options(tmp_path / "shards"))
     assert len(weights(source)) == 2
     with monkeypatch.context() as patch:
-        patch.setattr("airllm_nb.store.writer.Store.verify", lambda *_: pytest.fail("read as a whole"))
+        patch.setattr("airllm_nb.store.manifest.Store.verify", lambda *_: pytest.fail("read as a whole"))
         assert opened(source, PLAIN) == store
     assert len(weights(source)) == 2
     assert opened(source, options(tmp_path / "shards")) == store and weights(source) == []

@@ -16,7 +16,8 @@ from test_piecewise import Loader
 
 from airllm_nb import LoadOptions
 from airllm_nb.checkpoint.identity import by_commit, by_contents, stored
-from airllm_nb.store.writer import StoreMeta, write_store
+from airllm_nb.store.manifest import StoreMeta
+from airllm_nb.store.writer import write_store
 
 SHA = {"a": "a" * 64, "b": "b" * 64, "config.json": "c" * 40}
 LATER = "f" * 40

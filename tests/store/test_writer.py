@@ -21,15 +21,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from airllm_nb import AutoModel
+from airllm_nb.checkpoint.local import fingerprint_of
 from airllm_nb.checkpoint.originals import delete_original
 from airllm_nb.encoding.ours import get_codec
 from airllm_nb.errors import CheckpointError, StoreError
+from airllm_nb.store import jobs as rows
 from airllm_nb.store import shard as shards
 from airllm_nb.store import writer as stores
-from airllm_nb.store.jobs import encode_jobs, fingerprint, shard_name
-from airllm_nb.store.shard import ALIGNMENT, PAD, PAGE
-from airllm_nb.store.writer import ShardJob, StoreMeta, open_store, plain, write_store
-from airllm_nb.tensors import rows
+from airllm_nb.store.jobs import encode_jobs
+from airllm_nb.store.manifest import StoreMeta, open_store
+from airllm_nb.store.names import shard_name
+from airllm_nb.store.shard import ALIGNMENT, PAD, PAGE, ShardJob, plain
+from airllm_nb.store.writer import write_store
 from airllm_nb.tensors.index import Extent, TensorInfo, read_header, read_index
 
 WORKER = Path(__file__).parents[1].joinpath("store_worker.py")
@@ -54,7 +57,7 @@ def convert(source: Path, target: Path, codec: str = "8bit", **options):
     index = read_index(source)
     compressed = [name for name in index if "_proj" in name]
     jobs = encode_jobs(index, get_codec(codec), compressed, torch.bfloat16)
-    return write_store(target, jobs, StoreMeta(codec, "bfloat16", fingerprint(index.files)), **options)
+    return write_store(target, jobs, StoreMeta(codec, "bfloat16", fingerprint_of(source, index.files)), **options)
 
 
 def worker(*arguments: object) -> subprocess.Popen:
@@ -482,10 +485,10 @@ def test_a_newer_format_is_left_alone(tmp_path):
 def test_fingerprint_sees_content(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(bytes(1 << 20))
-    first = fingerprint([path])
-    assert fingerprint([path]) == first
+    first = fingerprint_of(tmp_path, [path])
+    assert fingerprint_of(tmp_path, [path]) == first
     path.write_bytes(bytes((1 << 20) - 1) + b"x")
-    assert fingerprint([path]) != first
+    assert fingerprint_of(tmp_path, [path]) != first
 
 
 # --- deleting the original

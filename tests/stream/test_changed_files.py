@@ -16,8 +16,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from airllm_nb import AutoModel
 from airllm_nb.errors import CheckpointError
+from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.shard import ShardJob, plain
-from airllm_nb.store.writer import StoreMeta, write_store
+from airllm_nb.store.writer import write_store
 from airllm_nb.tensors import files, pages
 
 IDS = torch.arange(2, 10)[None]

@@ -17,9 +17,9 @@ import airllm_nb
 from airllm_nb import LoadOptions
 from airllm_nb.checkpoint.hub.repository import Repository
 from airllm_nb.errors import CheckpointError, StoreError
-from airllm_nb.store.journal import Journal
 from airllm_nb.store.listing import cached_stores
-from airllm_nb.store.writer import StoreMeta, open_store, write_store
+from airllm_nb.store.manifest import StoreMeta, open_store
+from airllm_nb.store.writer import Journal, write_store
 from airllm_nb.tensors.inside import inside, is_inside
 
 OUTSIDE = ["..", "../x", "a/../../x", "a/..", "/etc/passwd", "//host/x", "C:x", "C:/x", "c:\\x", "..\\x", "a\\x",
@@ -78,25 +78,26 @@ def test_what_passes_stays_below(name: str) -> None:
 
 # module: what is joined to a folder there that is no constant, and why it may be
 JOINS = {
-    "checkpoint.inside": {"name"},  # the one place
-    "checkpoint.adapter_files": {"weights", "_choose({file.name for file in entries(folder)}, repo_id)",
-                                 "_choose({file.name for file in entries(path)}, path)"},  # one of two constants
     "checkpoint.companions": {"name"},  # a folder is made for what was found below another
-    "checkpoint.hub": {"choice.index", "gguf"},  # a constant; what the user named is looked for
+    "checkpoint.hub.repository": {"choice.index", "gguf"},  # a constant; what the user named is looked for
     "checkpoint.identity": {"choice.index"},  # a constant
-    "checkpoint.index": {"shard"},  # a key of a mapping, and in a message
     "checkpoint.local": {"choice.index", "name"},  # a constant; what the user named
-    "checkpoint.journal": {"file"},  # of a job: shards are named by numbers
-    "checkpoint.piecewise": {"job.file"},  # likewise
-    "checkpoint.piecewise_plan": {"job.file"},
-    "checkpoint.shard": {"job.file"},
-    "checkpoint.store": {"job.file", "shard['file']"},  # of a manifest that was checked
-    "checkpoint.replacements": {"key"},  # compared, not opened
+    "checkpoint.lora.files": {"weights", "_choose({file.name for file in entries(folder)}, repo_id)",
+                              "_choose({file.name for file in entries(path)}, path)",  # one of two constants
+                              "str(StoreName(file.parent.name, ADAPTER, '', key))"},  # a folder's own name
     "checkpoint.rewrite": {"path.relative_to(made)"},  # what we made
-    "checkpoint.synthetic": {"name"},  # what is written
+    # made of a cleaned name
+    "checkpoint.source": {"str(StoreName(source.name, codec_name or 'none', dtype, source.fingerprint[:8]))"},
     "cli.doctor": {"name", "old"},  # /sys
-    "replaced": {"key", "name"},  # keys are checked when they are read; what the user named
-    "weights": {"source.wanted[0]", "name", "file"},  # checked by whoever found the source; constants
+    "intake.in_place": {"source.wanted[0]", "name", "file"},  # checked by whoever found the source; constants
+    "intake.pointer": {"key", "name"},  # keys are checked when they are read; what the user named
+    "intake.replacements": {"key"},  # compared, not opened
+    "store.manifest": {"shard['file']"},  # of a manifest that was checked
+    "store.shard": {"job.file"},  # shards are named by numbers
+    "store.stages": {"job.file"},  # likewise
+    "store.writer": {"file", "job.file", "name"},  # likewise
+    "tensors.index": {"shard"},  # a key of a mapping, and in a message
+    "tensors.inside": {"name"},  # the one place
 }  # fmt: skip
 _FOLDER = re.compile(r"_?(folder|path|parent|root|base|where|target|snapshot|made|above|cache\w*|dir|Path)(\(.*\))?")
 
@@ -109,7 +110,7 @@ def joins(source: str) -> set[str]:
         if isinstance(node, ast.BinOp)
         and isinstance(node.op, ast.Div)
         and not isinstance(node.right, (ast.Constant, ast.JoinedStr))
-        and not ast.unparse(node.right).isupper()
+        and not ast.unparse(node.right).split(".")[-1].isupper()
         and _FOLDER.fullmatch(
             re.sub(r"\.(resolve|absolute|expanduser)\(\)$", "", ast.unparse(node.left)).split(".")[-1]
         )

@@ -21,7 +21,7 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.engine import facade, machine
 from airllm_nb.engine.kept import choose, kept_stores
 from airllm_nb.errors import AirLLMError
-from airllm_nb.store.locks import JOURNAL
+from airllm_nb.store.names import JOURNAL
 from airllm_nb.stream.probe import FALLBACK
 
 pytestmark = pytest.mark.usefixtures("one_thread")

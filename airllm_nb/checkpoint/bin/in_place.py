@@ -18,7 +18,7 @@ import torch
 
 from ...disk import open_file, status
 from ...errors import CheckpointError
-from ...store.jobs import CASTABLE, DTYPE_NAMES
+from ...tensors.dtypes import CASTABLE, DTYPE_NAMES
 from ...tensors.index import ITEMSIZE, CheckpointIndex, Extent, TensorInfo
 from .pickles import has_index, load_without_data, place, plain_runs
 

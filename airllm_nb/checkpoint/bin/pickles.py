@@ -18,10 +18,9 @@ import torch
 
 from ...disk import open_file, status
 from ...errors import CheckpointError
-from ...store.jobs import CASTABLE, DTYPE_NAMES
+from ...store.manifest import StoreMeta
 from ...store.shard import Entry
-from ...store.writer import StoreMeta
-from ...tensors.dtypes import TORCH_DTYPES
+from ...tensors.dtypes import CASTABLE, DTYPE_NAMES, TORCH_DTYPES
 from ...tensors.pages import watch
 from ...trace import ProgressCallback, silent
 from ..companions import copy_companions

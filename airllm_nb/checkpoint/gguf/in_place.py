@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ...config import GiB, format_bytes
 from ...encoding.ggml import packing_of
 from ...encoding.packing import Packed, Packing, Plain
-from ...store.writer import StoreMeta
+from ...store.manifest import StoreMeta
 from ...tensors.index import Extent, TensorInfo
 from ...trace import ProgressCallback, silent
 from ..rewrite import rewrite

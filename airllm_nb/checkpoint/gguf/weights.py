@@ -18,9 +18,9 @@ import torch
 
 from ...disk import status
 from ...errors import AirLLMError, CheckpointError, UnsupportedModelError
-from ...store.jobs import DTYPE_NAMES
+from ...store.manifest import StoreMeta
 from ...store.shard import Entry
-from ...store.writer import StoreMeta
+from ...tensors.dtypes import DTYPE_NAMES
 from ...trace import ProgressCallback, silent
 from ..rewrite import is_complete, rewrite
 from ..sizes import limited

@@ -19,7 +19,7 @@ from pathlib import Path
 from ...config import MiB, cache_dir
 from ...disk import status
 from ...errors import SourceError
-from ...store.journal import locked
+from ...store.locks import locked
 from ...trace import Progress, ProgressCallback, silent
 from .repository import answers
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
-from ...store.jobs import DTYPE_NAMES
+from ...store.jobs import RowWorkers
+from ...store.manifest import Store, StoreMeta
 from ...store.shard import Chunk, Item, ShardJob, plain
-from ...store.writer import Store, StoreMeta, write_store
+from ...store.writer import write_store
+from ...tensors.dtypes import DTYPE_NAMES
 from ...tensors.files import Unchanged
 from ...tensors.index import TensorInfo
-from ...tensors.rows import RowWorkers
 from ...trace import ProgressCallback
 
 if TYPE_CHECKING:

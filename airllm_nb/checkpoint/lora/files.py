@@ -10,7 +10,8 @@ from pathlib import Path
 from ...config import LoadOptions, cache_dir
 from ...disk import entries, expanded, status
 from ...errors import CheckpointError, SourceError, StoreError
-from ...store.journal import write_atomically
+from ...store.atomic import write_atomically
+from ...store.names import ADAPTER, ADAPTERS, StoreName
 from ...tensors.index import Extent, TensorInfo, read_header
 from ...trace import ProgressCallback
 from ..hub.errors import explained, unreachable
@@ -137,13 +138,13 @@ def _unpickled(file: Path, options: LoadOptions, weights: bool) -> Mapping[str, 
     """The tensors of a ``.bin`` file; with ``weights`` written once as safetensors, so that they lie at offsets."""
     from safetensors.torch import save
 
-    from ...store.jobs import DTYPE_NAMES
+    from ...tensors.dtypes import DTYPE_NAMES
     from ..bin.pickles import load_pickle
 
     state = status(file)
     key = hashlib.sha256(f"{file} {state.st_size} {state.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = Path(options.layer_shards_saving_path or cache_dir()) / "adapters"
-    copy = folder / f"{file.parent.name}--{key}.safetensors"
+    folder = Path(options.layer_shards_saving_path or cache_dir()) / ADAPTERS
+    copy = folder / str(StoreName(file.parent.name, ADAPTER, "", key))
     if copy.is_file():
         return read_header(copy)
     tensors = load_pickle(file)

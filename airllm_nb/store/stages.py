@@ -1,8 +1,8 @@
-"""What of a store is written from which weight file: decided from headers, before a weight is downloaded.
+"""What of a store is written from which source files: all at once in one stage, or a stage for each weight file.
 
-There is one stage for every file of the checkpoint, in order, and a stage reads no other file of it. A layer whose
-tensors lie in several files becomes several shards of the store. What a file holds of a *parameter* that goes on in a
-later one (merged experts) is copied, as it is, into a shard of its own that stays until then: a carried one.
+The latter is decided from headers, before a weight is downloaded. A stage reads no other file of the checkpoint. A
+layer whose tensors lie in several files becomes several shards of the store. What a file holds of a *parameter* that
+goes on in a later one (merged experts) is copied, as it is, into a shard of its own until then: a carried one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..disk import open_file, status
-from ..store.shard import Item, ShardJob, plain
+from ..disk import nearest, open_file, status
 from ..tensors.index import Extent, TensorInfo
+from .names import carried_name, part_name
+from .shard import Item, ShardJob, plain
 
 COPY_BYTES = 4 << 20
 
@@ -22,7 +23,7 @@ Jobs = Callable[[Mapping[str, TensorInfo]], list[ShardJob]]
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a checkpoint.
+    """One file of a checkpoint, which may come only when it is read, and go once it was.
 
     Attributes
     ----------
@@ -44,7 +45,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Stage:
-    """What is written while ``file`` is here.
+    """What is written while ``file`` is here; without one, while all source files are.
 
     Attributes
     ----------
@@ -56,10 +57,10 @@ class Stage:
         Shards carried by earlier stages that nothing needs after this one.
     """
 
-    file: WeightFile
     jobs: tuple[ShardJob, ...]
-    carried: tuple[ShardJob, ...]
-    used: tuple[ShardJob, ...]
+    carried: tuple[ShardJob, ...] = ()
+    used: tuple[ShardJob, ...] = ()
+    file: WeightFile | None = None
 
     @property
     def writes(self) -> tuple[ShardJob, ...]:
@@ -88,7 +89,7 @@ def plan_stages(
         straddling = [name for name, span in spans.items() if first in span and span[-1] == last]
         parts = {name: _within(tensors[name], files[first]) for name in straddling}
         items = tuple(_copied(name, extents) for name, extents in parts.items())
-        job = carried[first, last] = ShardJob(f"carried-{first + 1:05d}-{last + 1:05d}", items, concurrent=True)
+        job = carried[first, last] = ShardJob(carried_name(first, last), items, concurrent=True)
         moved |= {(name, first): iter(found) for name, found in _places(folder / job.file, job, parts)}
 
     def placed(name: str) -> TensorInfo:
@@ -104,14 +105,14 @@ def plan_stages(
         for item in job.items:
             by_stage.setdefault((spans[item.name] or [0])[-1], []).append(item)
         for at, some in by_stage.items():
-            name = job.name if len(by_stage) == 1 else f"{job.name}-{at + 1:05d}"
+            name = job.name if len(by_stage) == 1 else part_name(job.name, at)
             jobs[at].append(replace(job, name=name, items=tuple(some)))
     return [
         Stage(
-            file,
             tuple(jobs[at]),
             tuple(job for (first, _), job in carried.items() if first == at),
             tuple(job for (_, last), job in carried.items() if last == at),
+            file,
         )
         for at, file in enumerate(files)
     ]
@@ -125,21 +126,21 @@ def bytes_needed(stages: Sequence[Stage], folder: Path, is_done: Callable[[Shard
     is_done
         Whether a shard is written, or needed by nothing any more.
     """
-    now = most = 0
+    device, now, most = status(nearest(folder)).st_dev, 0, 0
     ahead: set[str] = set()
+
+    def freed(path: Path) -> int:
+        """What deleting a file gives back to this disk."""
+        return status(path).st_size if path.is_file() and status(path).st_dev == device else 0
+
     for stage in stages:
-        todo = [job for job in stage.writes if not is_done(job)]
+        todo, file = [job for job in stage.writes if not is_done(job)], stage.file
         ahead |= {job.file for job in todo}
         now += sum(job.nbytes for job in todo)
-        most = max(most, now + (stage.file.nbytes if todo and not stage.file.path.is_file() else 0))
-        now -= sum(job.nbytes if job.file in ahead else _freed(folder / job.file, folder) for job in stage.used)
-        now -= _freed(stage.file.path, folder) if stage.file.goes else 0
+        most = max(most, now + (file.nbytes if todo and file is not None and not file.path.is_file() else 0))
+        now -= sum(job.nbytes if job.file in ahead else freed(folder / job.file) for job in stage.used)
+        now -= freed(file.path) if file is not None and file.goes else 0
     return most
-
-
-def _freed(path: Path, folder: Path) -> int:
-    """What deleting a file gives back to the disk of ``folder``."""
-    return status(path).st_size if path.is_file() and status(path).st_dev == status(folder).st_dev else 0
 
 
 def _within(info: TensorInfo, file: WeightFile) -> list[Extent]:
