@@ -167,7 +167,7 @@ def test_the_scaling_of_the_original_model(tmp_path: Path, name: str, caplog: py
         found = frequencies(model.native)
         assert found.keys() == wanted.keys() or name == "like Llama 3, by other numbers"
         assert all(torch.allclose(found[key], wanted[key], rtol=1e-6, atol=0) for key in wanted)
-    assert not [record for record in caplog.records if record.name.endswith("gguf_rope")]
+    assert not [record for record in caplog.records if record.name == "airllm_nb.checkpoint.gguf.rope"]
 
 
 def test_llama_3_is_called_by_its_name(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_has_no_word_is_named(
     file = read_gguf(written(tmp_path / "tiny.gguf", case, made_from(case), **length))
     gguf_config(file)
     gguf_config(file)
-    lines = [record.getMessage() for record in caplog.records if record.name.endswith("gguf_rope")]
+    lines = [record.getMessage() for record in caplog.records if record.name == "airllm_nb.checkpoint.gguf.rope"]
     assert len(lines) == bool(said), "once"
     assert all(line.startswith("tiny.gguf: its RoPE scaling") and re.search(said, line) for line in lines)
 

@@ -251,13 +251,13 @@ def test_a_folder_of_several_files_is_chosen_from_too(tmp_path: Path, caplog: py
 
 CALLS = """
 import json, shutil, sys
-from airllm_nb.checkpoint import hub_gguf
+from airllm_nb.checkpoint.hub import gguf_header
 from airllm_nb.checkpoint.picks import Room
 from airllm_nb.checkpoint.source import read_config, resolve
 from airllm_nb.config import LoadOptions
 
 usage = shutil.disk_usage
-hub_gguf.FIRST = 1 << 14
+gguf_header.FIRST = 1 << 14
 
 def ask(name, weights=True, room=None, free=None, **options):
     shutil.disk_usage = usage if free is None else lambda _: type("Usage", (), {"free": free})

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not libc.is_supported(), reason="faults of mappe
 START = """
 import ctypes, faulthandler, mmap, os, signal, sys, threading
 from pathlib import Path
-from airllm_nb.checkpoint import pages
+from airllm_nb.tensors import pages
 from airllm_nb.tensors.files import Unchanged
 from airllm_nb.errors import CheckpointError
 path, PAGE = Path(sys.argv[1]), mmap.PAGESIZE

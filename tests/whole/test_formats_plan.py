@@ -30,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # it can use, with little VRAM, and with little RAM too. Bandwidths are given, as measured ones differ each time.
 PLANS = """
 import json, sys
-from airllm_nb import LoadOptions, preview
+from airllm_nb import LoadOptions
+from airllm_nb.engine import preview
 from airllm_nb.errors import AirLLMError
 from airllm_nb.model import skeleton
 from airllm_nb.plan.residency import Machine
