@@ -16,7 +16,7 @@ from ..decode.prefill import Work
 from ..errors import BudgetError, GenerationStopped
 from ..intake import planning
 from ..model.device import VRAM_MARGIN, Budgets
-from ..model.executor import Executor
+from ..model.executor import Executor, Stage
 from ..model.placing import drop_unpacked
 from ..model.turn import Turn
 from ..plan.residency import Machine, ResidencyPlan
@@ -172,10 +172,9 @@ class Residence:
         self._refuse_to_lose()
         self.close()
         prepared = self._prepared
-        self.executor = Executor(
-            prepared.skeleton, prepared.units, prepared.small, self.plan, prepared.device, prepared.options.depth,
-            self._turn, profile=prepared.options.profiling_mode,
-        )  # fmt: skip
+        stage = Stage(prepared.device, prepared.units, prepared.small, self.plan)
+        options = prepared.options
+        self.executor = Executor(prepared.skeleton, stage, options.depth, self._turn, profile=options.profiling_mode)
 
     def _refuse_to_lose(self) -> None:
         """A new plan reads all weights anew, and may let them stream."""

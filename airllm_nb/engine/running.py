@@ -20,8 +20,9 @@ from ..decode.prompt import check_length
 from ..decode.replay import Replay
 from ..errors import OptionError
 from ..intake import planning
+from ..model.absent import NO_TRAINING
 from ..model.device import Budgets, budgets_of
-from ..model.hooks import NO_TRAINING, Guard
+from ..model.hooks import Guard
 from ..model.native import FixedWeights, fix_parts
 from ..model.turn import Turn
 from .residence import Residence
@@ -49,22 +50,17 @@ class Running(FixedWeights):
         return model
 
     def __init__(self, prepared: planning.Prepared, machine: Any, budgets: Budgets | None = None):
-        from transformers import PreTrainedModel
-
         self._prepared, self.options, self.name = prepared, prepared.options, prepared.source.name
         # Where clients look for the tokenizer.
         self.name_or_path = self.config._name_or_path = prepared.source.repo_id or str(prepared.folder)
         self._turn = Turn(self.name)
-        self._turn.when_closed = self._free
+        self._turn.when_closed, self._turn.look = self._free, self._look
         self._refusals: list[Any] = []
         weights = [binding.weight for unit in prepared.units for binding in unit.bindings] + prepared.small
         self._weight_names = {(id(module), name): each.name for each in weights for module, name in each.owners}
         self._residence = Residence(prepared, machine, budgets or budgets_of(prepared.options), self._turn)
         self.generation_config = planning.generation_config(prepared)
         fix_parts(self)
-        for part in self.modules():  # type: ignore[attr-defined]
-            if isinstance(part, PreTrainedModel) and part is not self:
-                part.register_forward_pre_hook(self._look, with_kwargs=True)
 
     @property
     def native(self) -> Any:
@@ -117,18 +113,21 @@ class Running(FixedWeights):
             args, kwargs = tuple(map(self._on_device, args)), {k: self._on_device(v) for k, v in kwargs.items()}
             if runs:
                 self._residence.admit(work, has_cache=past is not None or kwargs.get("use_cache") is False)
-                return self._executor.sweep(lambda: native(self, *args, **kwargs))
+                with self._executor.sweep():
+                    return native(self, *args, **kwargs)
             fresh = past is None and len(args) <= 1  # a cache may come by position too
             cancel = threading.Event()
+
+            def sweep(_: int) -> Any:
+                with self._executor.sweep():
+                    return native(self, *args, **kwargs)
+
             with self._claimed(cancel):
-                return self._residence.run(
-                    work, lambda _: self._executor.sweep(lambda: native(self, *args, **kwargs)), cancel, fresh
-                )
+                return self._residence.run(work, sweep, cancel, fresh)
 
     def _look(self, part: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A model within this one, called on its own: its tokens are looked at as those of the whole are."""
-        if not self._turn.runs:
-            check_call(self, by_name(part, args, kwargs))
+        check_call(self, by_name(part, args, kwargs))
 
     def _gradients(self, values: Iterable[Any]) -> contextlib.AbstractContextManager[Any]:
         if self._holds_all:

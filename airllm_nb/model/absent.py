@@ -20,6 +20,10 @@ from ..tensors.index import TensorInfo
 
 log = logging.getLogger(__name__)
 
+NO_COPY = ("a streamed model cannot be copied or pickled: its weights are in its checkpoint; open it again with "
+           "AutoModel.from_pretrained, or pass the same object on")  # fmt: skip
+NO_TRAINING = ("weights that stream cannot be trained through; load the model with budgets that hold all of it "
+               "(model.plan says what streams), without compression, or compute under torch.no_grad()")  # fmt: skip
 # Answered without the weight.
 _OF_META = {
     "size", "dim", "stride", "numel", "nelement", "element_size", "is_floating_point", "is_complex", "requires_grad_",

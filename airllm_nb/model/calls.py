@@ -87,6 +87,12 @@ def in_order_of_use(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, children[name]
 
 
+def is_gatherable(module: nn.Embedding) -> bool:
+    """Whether its forward takes ids and nothing else; learned positions take masks and offsets instead."""
+    native = type(module).forward is nn.Embedding.forward
+    return native or [*inspect.signature(module.forward).parameters] in (["input"], ["input_ids"])
+
+
 def _read(module: nn.Module) -> Calls:
     reader = _Reader(module)
     reader.read(_Scope(module, "", None), "forward")
@@ -136,7 +142,7 @@ class _Reader:
         """In the order of evaluation: what a call is made with comes before the call."""
         if isinstance(node, (ast.If, ast.IfExp)):
             self._visit(node.test, scope)
-            given, absent = _says_given(node.test), _says_absent(node.test)
+            given, absent = _says_given(node.test), _compares(node.test, ast.Is)
             self._visit_all(node.body, scope, given)
             self._visit_all(node.orelse, scope, absent)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _LOOKS:
@@ -251,10 +257,6 @@ def _says_given(test: ast.AST) -> bool:
     if isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id == "isinstance":
         return _is_not_text(test.args[0])
     return _compares(test, ast.IsNot)
-
-
-def _says_absent(test: ast.AST) -> bool:
-    return _compares(test, ast.Is)
 
 
 def _compares(test: ast.AST, operator: type) -> bool:

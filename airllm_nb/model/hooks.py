@@ -1,21 +1,22 @@
-"""The hooks on a module's forward: whose turn it is, what happens before and after, and after an error too."""
+"""The hooks on a module's forward: whose turn it is, and what its feed does before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import BusyError, OptionError
+from .absent import NO_COPY, NO_TRAINING
+from .feeds import Call, Feed
 from .turn import Turn
+from .units import ModelUnit
 
-NO_COPY = ("a streamed model cannot be copied or pickled: its weights are in its checkpoint; open it again with "
-           "AutoModel.from_pretrained, or pass the same object on")  # fmt: skip
-NO_TRAINING = ("weights that stream cannot be trained through; load the model with budgets that hold all of it "
-               "(model.plan says what streams), without compression, or compute under torch.no_grad()")  # fmt: skip
+if TYPE_CHECKING:
+    from .executor import Executor
 
 
 class Guard:
@@ -33,13 +34,14 @@ class Guard:
     def put_on(self) -> list[Any]:
         """Returns the hooks, to be removed."""
         return [
-            self._module.register_forward_pre_hook(self.enter),
+            self._module.register_forward_pre_hook(self.enter, with_kwargs=True),
             self._module.register_forward_hook(self.end, always_call=True),
         ]
 
-    def enter(self, *_: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Call | None:
         if self._turn.enter(self._module):
             self._begin()
+        return None
 
     def end(self, *_: Any) -> None:
         self._turn.leave(self._module)
@@ -49,48 +51,54 @@ class Guard:
         raise OptionError(NO_COPY)
 
 
-def guard_parts(turn: Turn, model: nn.Module, begin: Callable[[], None]) -> list[Any]:
-    """Guards on models within the model: the decoder, called without its head, has one turn, not one a unit."""
-    from transformers import PreTrainedModel
+class PartGuard(Guard):
+    """Guards a model within the model: the decoder, called without its head, has one turn, not one a unit."""
 
-    parts = [each for each in model.modules() if isinstance(each, PreTrainedModel) and each is not model]
-    return [hook for part in parts for hook in Guard(turn, part, begin).put_on()]
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        super().enter(module, args, kwargs)
+        if not self._turn.runs:
+            self._turn.look(module, args, kwargs)
 
 
 class UnitHooks(Guard):
-    """The same, and ``before`` and ``after`` its forward, or ``failed`` in the place of ``after``.
+    """The same for a unit, which ``feed`` has weights for during its forward; ``executor`` is told how far compute is.
 
-    Parameters
-    ----------
-    streams
-        Whether its weights are gone afterwards: nothing may refer to them for a gradient.
+    ``index`` is that of the unit in the order of use.
     """
 
-    def __init__(
-        self, turn: Turn, module: nn.Module, begin: Callable[[], None], before: Callable[[], None],
-        after: Callable[[], None], failed: Callable[[], None], streams: bool,
-    ):  # fmt: skip
-        super().__init__(turn, module, begin)
-        self._before, self._after, self._failed, self._streams = before, after, failed, streams
+    def __init__(self, executor: Executor, index: int, unit: ModelUnit, feed: Feed):
+        super().__init__(executor.turn, unit.module, executor.begin_part)
+        self._executor, self._index, self._unit, self._feed = executor, index, unit, feed
         self._is_bound, self._is_refused = False, False
 
     def put_on(self) -> list[Any]:
         leave = self._module.register_forward_hook(self.leave)  # before the turn is given back
         return [leave, *super().put_on()]
 
-    def enter(self, *_: Any) -> None:
-        super().enter()
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Call | None:
+        super().enter(module, args, kwargs)
         was, self._is_bound = self._is_bound, True
         try:
-            self._before()
+            if self._feed.is_followed:
+                self._executor.reach(self._index, self._unit.name)
+            call = self._feed.enter(self._unit, args, kwargs)
         except BusyError:  # what is bound is somebody else's
             self._is_bound, self._is_refused = was, True
             raise
+        if self._feed.is_followed:
+            self._executor.recorder.begin_compute()
+        return call
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._is_bound = False
-        self._after()
-        if self._streams and torch.is_grad_enabled():
+        if not self._feed.is_followed:
+            self._feed.leave(self._unit, None)
+            return
+        recorder = self._executor.recorder
+        self._feed.leave(self._unit, recorder.end_compute(self._unit.name))
+        self._executor.sources.check_pages()
+        recorder.look()
+        if not self._feed.stays and torch.is_grad_enabled():  # nothing may refer to its weights for a gradient
             tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
             if any(tensor.requires_grad for tensor in tensors):
                 raise OptionError(NO_TRAINING)
@@ -100,5 +108,5 @@ class UnitHooks(Guard):
             self._is_refused = False
         elif self._is_bound and self._turn.mine:
             self._is_bound = False
-            self._failed()
+            self._feed.drop(self._unit)
         super().end()

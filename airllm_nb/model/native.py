@@ -14,8 +14,7 @@ from torch import nn
 
 from ..encoding.linear import EncodedLinear
 from ..errors import OptionError
-from .absent import AbsentWeight
-from .hooks import NO_COPY
+from .absent import NO_COPY, AbsentWeight
 from .packed import PackedWeight
 from .slices import SlicedLinear
 

@@ -15,7 +15,7 @@ from ..encoding.packing import Packed
 from ..errors import CheckpointError, UnsupportedModelError
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import TensorInfo
-from .gather import is_gatherable
+from .calls import is_gatherable
 from .packed import PackedLinear, PackedWeight, part_name
 
 log = logging.getLogger(__name__)

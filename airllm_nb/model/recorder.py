@@ -26,6 +26,11 @@ class Recorder:
         Gives and compares marks.
     device
         Whose memory is sampled.
+
+    Attributes
+    ----------
+    prefetcher
+        Whose movements are recorded, if anything streams.
     """
 
     clock = staticmethod(time.perf_counter)
@@ -38,6 +43,7 @@ class Recorder:
         self._marks: deque[tuple[str, str, Mark, Mark]] = deque(maxlen=65_536)
         self._dequantised: list[tuple[Mark, Mark]] = []
         self._moved: deque[Moved] = deque(maxlen=65_536)
+        self.prefetcher: Prefetcher | None = None
         self._before, self._kv_cache = 0, 0
 
     def begin(self, trace: Trace) -> None:
@@ -77,43 +83,43 @@ class Recorder:
             now = self._trace.now()
             self._trace.add("wait", unit, now - seconds, now)
 
-    def look(self, prefetcher: Prefetcher | None) -> None:
+    def look(self) -> None:
         """Between two units: bring the trace up to date if it is time to."""
         if self._trace.wants_memory:
-            self._sample(prefetcher)
-            self.resolve(prefetcher)
+            self._sample()
+            self.resolve()
 
-    def end_sweep(self, prefetcher: Prefetcher | None) -> None:
+    def end_sweep(self) -> None:
         """One forward is over (on the host)."""
         self._marks.append(("sweep", "", self._sweep, self._copier.mark()))
         if self._device.type == "cuda":
             # Between two forwards no activations are left: what is more than at the beginning is the cache.
             self._kv_cache = max(_memory(self._device)[0] - self._before, 0)
         if self._trace.wants_memory:
-            self._sample(prefetcher)
-        self.resolve(prefetcher)
+            self._sample()
+        self.resolve()
 
-    def finish(self, prefetcher: Prefetcher | None) -> None:
+    def finish(self) -> None:
         """The generation is over: wait for the device, and complete the trace."""
         if self._origin is not None:
-            self.resolve(prefetcher, wait=True)
-            self._sample(prefetcher)
+            self.resolve(wait=True)
+            self._sample()
 
-    def _sample(self, prefetcher: Prefetcher | None) -> None:
+    def _sample(self) -> None:
         allocated, reserved = _memory(self._device)
-        slots = prefetcher.bytes_ahead if prefetcher else 0
+        slots = self.prefetcher.bytes_ahead if self.prefetcher else 0
         now, others = self._trace.now(), _others(self._device)
         self._trace.add_memory(MemorySample(now, allocated, reserved, slots, self._kv_cache, others))
 
-    def resolve(self, prefetcher: Prefetcher | None, wait: bool = False) -> None:
+    def resolve(self, wait: bool = False) -> None:
         """Move what is finished into the trace; with ``wait``, all of it."""
         if self._origin is None:
             return
         if wait:
             self._copier.synchronize()
             self._copier.host_wait(self._copier.mark())
-        while prefetcher is not None and prefetcher.moved:
-            self._moved.append(prefetcher.moved.popleft())
+        while self.prefetcher is not None and self.prefetcher.moved:
+            self._moved.append(self.prefetcher.moved.popleft())
         for _ in range(len(self._moved)):
             moved = self._moved.popleft()
             if not self._add_moved(moved):

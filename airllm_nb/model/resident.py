@@ -1,4 +1,4 @@
-"""Weights that stay where compute runs: ordinary parameters, one for all modules that share it."""
+"""The feed of what stays where compute runs: ordinary parameters, one for all modules that share it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from ..stream.mapped import MappedFiles
-from .binding import parameter
-from .skeleton import Binding, Weight
+from .feeds import Feed, parameter
+from .units import ModelUnit, Weight
 
 # Words that are looked at together: temporaries of 8 MiB.
 _PART = 1 << 20
 
 
-class Resident:
+class Resident(Feed):
     """Reads weights, and keeps those that stay.
 
     Parameters
@@ -25,6 +25,8 @@ class Resident:
     device
         Where compute runs.
     """
+
+    stays = True
 
     def __init__(self, files: MappedFiles, device: torch.device):
         self._files, self._device = files, device
@@ -56,9 +58,13 @@ class Resident:
             else:
                 self._bind(weight, module, attribute, tensor)
 
-    def bind(self, binding: Binding, tensor: torch.Tensor) -> None:
-        """Bind ``tensor`` for good."""
-        self._bind(binding.weight, binding.module, binding.attribute, tensor)
+    def add(self, unit: ModelUnit, in_place: bool = False) -> None:
+        """Bind the weights of ``unit`` for good: copies, or (``in_place``) as they lie in their files."""
+        for each in unit.bindings:
+            self._bind(each.weight, each.module, each.attribute, (self.stored if in_place else self.copy)(each.weight))
+
+    def drop(self, unit: ModelUnit) -> None:
+        """They stay after an error too."""
 
     def _bind(self, weight: Weight, module: nn.Module, attribute: str, tensor: torch.Tensor) -> None:
         if weight.name not in self._parameters:

@@ -18,8 +18,7 @@ from torch import nn
 from ..encoding.linear import EncodedLinear, Part
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import TensorInfo
-from .calls import calls_of
-from .gather import is_gatherable
+from .calls import calls_of, is_gatherable
 
 # A unit is a whole block up to this size, else its parts: fine grain keeps slots small and the pipeline full.
 UNIT_BYTES = 160 << 20

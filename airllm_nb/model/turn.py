@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +33,8 @@ class Turn:
         Nobody gets the turn any more.
     when_closed
         Called at the end of a turn during which it was closed, with the module whose forward ends, if it was for one.
+    look
+        Called before a model within the model runs on its own, with that part and its arguments.
     """
 
     def __init__(self, name: str):
@@ -42,6 +45,7 @@ class Turn:
         self._frame: FrameType | None = None
         self.cancel, self.closed = threading.Event(), False
         self.when_closed: Callable[[nn.Module | None], None] = lambda module: None
+        self.look: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None] = lambda part, args, kwargs: None
 
     @property
     def busy(self) -> bool:

@@ -20,8 +20,7 @@ from ..stream.unit import ALIGNMENT, Piece, Unit, merge
 from ..tensors.dtypes import torch_dtype
 from ..tensors.index import TensorInfo
 from .absent import AbsentWeight
-from .calls import calls_of, in_order_of_use
-from .gather import is_gatherable
+from .calls import calls_of, in_order_of_use, is_gatherable
 from .slices import UNIT_BYTES, SlicedLinear
 
 log = logging.getLogger(__name__)

@@ -571,7 +571,7 @@ def test_a_stop_is_heard_where_no_unit_is_followed(tiny_llama, monkeypatch):
     from airllm_nb import AutoModel
     from airllm_nb.model.executor import Executor
 
-    monkeypatch.setattr(Executor, "_time", lambda self, unit: None)
+    monkeypatch.setattr(Executor, "_time", lambda self, unit, feed: None)
     path = tiny_llama(eos_token_id=None, max_position_embeddings=20_000)
     with AutoModel.from_pretrained(path, vram_budget="1GiB") as model:
         assert set(model.plan.tiers) == {"gpu"}

@@ -12,7 +12,6 @@ from transformers import GenerationConfig
 
 from airllm_nb import AutoModel, LoadOptions, open_model
 from airllm_nb.errors import OptionError, PromptError, UnsupportedModelError
-from airllm_nb.intake import prepare
 from airllm_nb.model import device
 
 IDS = torch.tensor([[5, 6, 7]])
@@ -29,10 +28,9 @@ def says(model):
 
 
 def test_default_budgets_are_what_was_free_when_it_was_opened(tiny_llama, monkeypatch):
-    monkeypatch.setattr(prepare, "vram_budget", lambda options, at: 8 << 20)
-    monkeypatch.setattr(prepare, "ram_budget", device.ram_budget)
+    monkeypatch.setattr(device, "vram_budget", lambda options, at: 8 << 20)
     with AutoModel.from_pretrained(tiny_llama(), vram_budget="8MiB", max_seq_len=16) as model:
-        monkeypatch.setattr(prepare, "vram_budget", lambda options, at: 1)
+        monkeypatch.setattr(device, "vram_budget", lambda options, at: 1)
         before = model.plan.needs.kv_cache
         model.generate(IDS.expand(4, 3), attention_mask=torch.ones(4, 3), max_new_tokens=4, do_sample=False)
         assert model.plan.needs.kv_cache > before
@@ -174,7 +172,7 @@ def test_the_trace_costs_less_than_two_percent_of_a_sweep():
         for unit in range(32):
             recorder.begin_compute()
             recorder.end_compute(f"layer.{unit}")
-        recorder.end_sweep(None)
+        recorder.end_sweep()
 
     def turn():
         for _ in range(20_000):
