@@ -31,7 +31,7 @@ MACHINE = Machine(True, disk=1e9, link=1e10, memory=1e10)
 IDS = torch.tensor([[1, 5, 9, 3, 30, 17]])
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
          "num_key_value_heads": 1, "vocab_size": 264, "max_position_embeddings": 64}  # fmt: skip
-POINTER = {"stores": {".": {"store": "store", "files": {"model.safetensors": [1, 2]}, "deleting": True}}}
+POINTER = {"stores": {".": {"store": "store", "files": {"model.safetensors": [1, 2, 3]}, "deleting": True}}}
 
 
 def quiet() -> None:

@@ -64,7 +64,6 @@ OPENS = {
     "cli.doctor": {"read_text"},  # /proc and /sys
     "cli.__init__": {"open"},  # /dev/null
     "store.locks": {"open", "scandir", "stat"},  # folders that are locked, and progress that may be a guess
-    "store.listing": {"scandir", "stat"},  # sizes that may be a guess
     "store.jobs": {"mmap"},  # memory
     "engine.kept": {"scandir"},  # a folder of the Hub's cache
     "store.atomic": {"open"},  # a folder that is synced, and a file that is made anew

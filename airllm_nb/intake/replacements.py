@@ -80,16 +80,13 @@ def is_record(name: str) -> bool:
 
 def pointed(folder: Path) -> dict[str, Replacement]:
     """What the pointer in a folder says; raises one of :data:`DAMAGED` if it is not what was written."""
-    said = read_json(folder / POINTER)
-    if "store" in said:  # of an earlier version, which noted no files
-        said = {"stores": {FOLDER: {"store": said["store"], "files": {}, "deleting": False}}}
-    return _parsed(said, folder)
+    return _parsed(read_json(folder / POINTER), folder)
 
 
 def is_vouched(one: Replacement, folder: Path, key: str, bases: Iterable[Path]) -> bool:
     """Whether a pointer's store is one of ours, below one of ``bases``, and says that it was made of this very folder.
 
-    So a store of an earlier version is found, or one whose record was lost.
+    So a store is found whose record was lost.
     """
     store = one.store
     if not store.is_absolute() or store.is_symlink() or store.parent.resolve() not in {b.resolve() for b in bases}:
@@ -132,14 +129,10 @@ def _parsed(said: Any, folder: Path) -> dict[str, Replacement]:
             inside(folder, name)
         if "\0" in one["store"]:
             raise ValueError("a store's path cannot be one")
-        files = {name: _stamp(stamp) for name, stamp in one["files"].items()}
+        files = {name: _stamp(*stamp) if stamp else None for name, stamp in one["files"].items()}
         found[key] = Replacement(Path(one["store"]), files, bool(one["deleting"]), str(one.get("source", "")))
     return found
 
 
-def _stamp(said: Any) -> Stamp | None:
-    """Earlier versions noted no number: nothing is the file that is meant then."""
-    if not said:
-        return None
-    size, time, number = (*said, -1)[:3]
+def _stamp(size: Any, time: Any, number: Any) -> Stamp:
     return int(size), int(time), int(number)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from typing import TypeVar
@@ -15,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from ..disk import status
+from ..encoding.linear import Part
 from ..encoding.ours import Codec
 from ..errors import CheckpointError
 from ..tensors.dtypes import CASTABLE, DTYPE_NAMES, TORCH_DTYPES
@@ -61,34 +63,24 @@ def encode_jobs(
         raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} of the weights to compress)")
     shards: dict[str, list[Item]] = {}
     for name, info in index.items():
-        target = _target(info, dtype) if name not in keep else info.dtype
-        encoder = codec if name in compressed else Codec()
-        shards.setdefault(shard_name(name), []).append(_item(info, name, encoder, target, workers))
+        is_cast = name not in keep and info.dtype in CASTABLE and len(info.shape) > 1
+        target = DTYPE_NAMES[dtype] if is_cast else info.dtype
+        used = codec if name in compressed else Codec()
+        parts = used.parts(info.shape, target)
+        produce = functools.partial(_encoded, info, used, TORCH_DTYPES[target], parts, workers)
+        shards.setdefault(shard_name(name), []).append(Item(name, target, info.shape, parts, produce))
     return [ShardJob(name, tuple(items), concurrent=True) for name, items in sorted(shards.items())]
 
 
-def _target(info: TensorInfo, dtype: torch.dtype) -> str:
-    return DTYPE_NAMES[dtype] if info.dtype in CASTABLE and len(info.shape) > 1 else info.dtype
-
-
-def _item(info: TensorInfo, name: str, codec: Codec, target: str, workers: RowWorkers) -> Item:
-    parts = codec.parts(info.shape, target)
+def _encoded(
+    info: TensorInfo, codec: Codec, dtype: torch.dtype, parts: Sequence[Part], workers: RowWorkers
+) -> Iterator[Chunk]:
+    """The bytes of all parts: the first comes in chunks; the others, a few percent of it, wait until it is complete."""
     if codec.name == "none":
-        return Item(name, target, info.shape, parts, lambda: _cast(info, TORCH_DTYPES[target], workers))
-    return Item(name, target, info.shape, parts, lambda: _encode(info, codec, TORCH_DTYPES[target], workers))
-
-
-def _cast(info: TensorInfo, dtype: torch.dtype, workers: RowWorkers) -> Iterator[Chunk]:
-    return workers.map(info, 1, lambda rows: rows.to(dtype, copy=True))
-
-
-def _encode(info: TensorInfo, codec: Codec, dtype: torch.dtype, workers: RowWorkers) -> Iterator[Chunk]:
-    """The first part goes out chunk by chunk; the others, a few percent of it, wait until it is complete."""
+        yield from workers.map(info, 1, lambda rows: rows.to(dtype, copy=True))
+        return
     # In one piece each: many small tensors between large temporaries would fragment the heap.
-    waiting = [
-        torch.empty(math.prod(part.shape), dtype=TORCH_DTYPES[part.dtype])
-        for part in codec.parts(info.shape, DTYPE_NAMES[dtype])[1:]
-    ]
+    waiting = [torch.empty(math.prod(part.shape), dtype=TORCH_DTYPES[part.dtype]) for part in parts[1:]]
     filled = [0] * len(waiting)
 
     def encode(rows: torch.Tensor) -> list[torch.Tensor]:

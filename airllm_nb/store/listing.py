@@ -6,7 +6,6 @@ Only what is provably a store is listed, and only what is listed can be removed.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +18,7 @@ from ..errors import StoreError
 from ..tensors.index import header_length
 from ..tensors.inside import inside
 from . import names
-from .locks import exclusively, in_use, vacated
+from .locks import contents, exclusively, in_use, vacated
 from .names import ADAPTER, ADAPTERS, BESIDE, JOURNAL, LOCK, MANIFEST, SYNTHETIC, StoreName
 
 _MANIFEST_KEYS = {"codec", "dtype", "source", "format", "shards", "parameters"}
@@ -129,7 +128,7 @@ def remove_store(folder: Path) -> int:
             # Looked at again: it may be another one by now, or none.
             if not _is_ours(folder):
                 raise StoreError(f"{folder} is not a store any more; nothing of it was removed")
-            nbytes = _contents(folder)[0]
+            nbytes = contents(folder)[0]
             if names.removed(folder.name) is None:
                 folder = folder.rename(folder.with_name(names.removing(folder.name)))
             _empty(folder)
@@ -197,7 +196,7 @@ def _look(folder: Path, base: Path) -> CachedStore | None:
     """``None`` if it goes away meanwhile."""
     try:
         manifest, use = _json(folder / MANIFEST), in_use(folder)
-        nbytes, used = _contents(folder)
+        nbytes, used = contents(folder)
         state = _state(folder, manifest, use)
     except FileNotFoundError:
         return None
@@ -270,23 +269,6 @@ def _are_whole(folder: Path, files: Any) -> bool:
         return all(status(inside(folder, name)).st_size == nbytes for name, nbytes in files.items())
     except (OSError, TypeError, ValueError, AttributeError):
         return False
-
-
-def _contents(folder: Path) -> tuple[int, float]:
-    """Bytes of all files, and when one was last written or read."""
-    nbytes, used = 0, 0.0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(FileNotFoundError):
-                if entry.is_dir(follow_symlinks=False):
-                    inner = _contents(Path(entry.path))
-                    nbytes, used = nbytes + inner[0], max(used, inner[1])
-                else:
-                    found = entry.stat(follow_symlinks=False)
-                    # Only models read the weights; the small files are read for a list, too.
-                    read = found.st_atime if entry.name.endswith(".safetensors") else 0.0
-                    nbytes, used = nbytes + found.st_size, max(used, found.st_mtime, read)
-    return nbytes, used
 
 
 def _json(path: Path) -> dict[str, Any]:

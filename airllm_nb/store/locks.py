@@ -166,6 +166,23 @@ def tidy(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def contents(folder: Path) -> tuple[int, float]:
+    """Bytes of all files, and when one was last written or read."""
+    nbytes, used = 0, 0.0
+    with os.scandir(folder) as found:
+        for entry in found:
+            with suppress(FileNotFoundError):
+                if entry.is_dir(follow_symlinks=False):
+                    inner = contents(Path(entry.path))
+                    nbytes, used = nbytes + inner[0], max(used, inner[1])
+                else:
+                    seen = entry.stat(follow_symlinks=False)
+                    # Only models read the weights; the small files are read for a list, too.
+                    read = seen.st_atime if entry.name.endswith(".safetensors") else 0.0
+                    nbytes, used = nbytes + seen.st_size, max(used, seen.st_mtime, read)
+    return nbytes, used
+
+
 def _lock_file(folder: Path, progress: ProgressCallback, should_stop: Callable[[], bool], total: int) -> IO[bytes]:
     for last in (*[False] * _MOMENTS, True):
         try:
@@ -182,12 +199,15 @@ def _lock_file(folder: Path, progress: ProgressCallback, should_stop: Callable[[
             continue
         except OSError as error:
             raise explain(error, folder) from error
+        written = 0
         try:
             while not _try_lock(file.fileno(), exclusive=True):
                 if should_stop():
                     raise StoreError(f"stopped while waiting for another process that converts into {folder}")
                 detail = f"another process converts into {folder}"
-                progress(Progress("wait", _written(folder), total, detail=detail))
+                with suppress(OSError):
+                    written, _ = contents(folder)
+                progress(Progress("wait", written, total, detail=detail))
                 time.sleep(POLL_SECONDS)
             # While this one waited the folder may have been removed, the locked file with it.
             if last or _is_at(file.fileno(), folder / LOCK):
@@ -228,15 +248,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), status(path))
     return False
-
-
-def _written(folder: Path) -> int:
-    nbytes = 0
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                nbytes += entry.stat().st_size if entry.is_file() else 0
-    return nbytes
 
 
 def _drop_if_empty(folder: Path) -> None:

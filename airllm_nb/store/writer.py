@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Writer:
     unchanged: Unchanged = Unchanged(())  # noqa: RUF009 - of no files
     bring: Callable[[WeightFile], None] = lambda file: None
     remove: Callable[[WeightFile], None] = lambda file: None
+    _total: int = field(default=0, init=False)
+    _reached: int = field(default=0, init=False)
 
     def write(self, stages: Sequence[Stage]) -> Store:
         """Write what is missing, and open the store.

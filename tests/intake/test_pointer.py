@@ -220,12 +220,14 @@ def test_what_the_system_refuses_to_read_is_not_damaged(
     assert opened(source, how) == folder
 
 
-def test_a_pointer_of_an_earlier_version(source: Path, tmp_path: Path) -> None:
-    """It says where the store is, and not which files that replaces."""
+def test_a_pointer_without_files_is_damaged(source: Path, tmp_path: Path) -> None:
+    """Whoever wrote it: the remedy is to name the store; weights that are brought back count."""
     kept = shutil.copytree(source, tmp_path / "kept")
     store = convert_model(source, options(tmp_path / "shards"))
     (source / POINTER).write_text(json.dumps({"store": str(store)}))
-    assert opened(source) == store
+    with pytest.raises(SourceError, match=f"{POINTER}.* is damaged .*name the store itself"):
+        opened(source)
+    assert opened(store) == store
     shutil.copy(kept / weights(kept)[0], source)
     with pytest.raises(Exception, match="is missing"):
         opened(source)
@@ -374,7 +376,7 @@ def test_weights_are_loaded_whatever_a_pointer_says(hostile: Path, source: Path)
 
 
 def test_a_pointer_is_believed_in_the_folder_that_the_store_was_made_of(source: Path, tmp_path: Path) -> None:
-    """Without a record, as of an earlier version: only what lies where stores of ours are, and nothing is deleted."""
+    """Without a record: only what lies where stores of ours are, and nothing is deleted."""
     store = convert_model(source, options(tmp_path / "shards"))
     moved = Path(shutil.copytree(source, tmp_path / "moved"))
     with pytest.raises(SourceError, match="no record of that; name that store itself"):
