@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .config import format_seconds
+from .config import format_bytes, format_seconds
 
 T = TypeVar("T")
 STAGES = ("read", "copy", "dequantise", "compute", "wait")
@@ -35,6 +35,42 @@ class Progress(NamedTuple):
     total: int
     unit: str = "bytes"
     detail: str = ""
+
+    @property
+    def what(self) -> str:
+        """``"download org/name"``"""
+        return f"{self.stage} {self.detail}".strip()
+
+    @property
+    def amount(self) -> str:
+        """``"1.2 GiB of 4.0 GiB"``; empty where there is one thing alone to be done."""
+        if self.unit != "bytes" and self.total <= 1:
+            return ""
+        text = format_bytes if self.unit == "bytes" else "{:,.0f}".format
+        return text(self.done) + (f" of {text(self.total)}" if self.total else "")
+
+
+class Meter:
+    """How fast long work goes: counted from the first report of a stage, so that earlier attempts do not flatter it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._stage = clock, ("", 0)
+        self._first = self._last = self._since = 0.0
+
+    def see(self, progress: Progress) -> bool:
+        """Take a report in; whether a stage begins with it: of another name or total, or less is done than before."""
+        stage, last = (progress.stage, progress.total), self._last
+        self._last, is_new = progress.done, stage != self._stage or progress.done < last
+        if is_new:
+            self._stage, self._first, self._since = stage, progress.done, self._clock()
+        return is_new
+
+    def speed(self, progress: Progress) -> tuple[float, float | None] | None:
+        """Bytes a second, and the seconds left where the total is known; ``None`` while there is nothing to say."""
+        moved, seconds = progress.done - self._first, self._clock() - self._since
+        if progress.unit != "bytes" or moved <= 0 or seconds <= 0.5:
+            return None
+        return moved / seconds, (progress.total - progress.done) * seconds / moved if progress.total else None
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -116,9 +152,7 @@ class Trace:
         self._memory_every, self._memory_next = MEMORY_EVERY, 0.0
         self.totals: dict[str, StageTotal] = {stage: StageTotal() for stage in STAGES}
         self.by_unit: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STAGES, 0.0))
-        self.sweeps = 0
-        self.tokens = 0
-        self.peak_bytes = 0
+        self.sweeps = self.tokens = self.peak_bytes = 0
         self.predicted_sweep_seconds: float | None = None
         # The resource that the prediction rests on: "disk", "link" or "compute".
         self.bound_by: str | None = None
@@ -149,10 +183,7 @@ class Trace:
     @property
     def last_window(self) -> tuple[float, float] | None:
         """Start and end of the last sweep that has ended."""
-        try:
-            return self.windows[-1]
-        except IndexError:
-            return None
+        return self.windows[-1] if self.windows else None
 
     @property
     def wants_memory(self) -> bool:
@@ -170,13 +201,13 @@ class Trace:
 
     @property
     def of_device(self) -> bool:
-        """Whether the memory samples are a GPU's: beside the allocator's, its driver always counts something."""
-        return any(sample.others for sample in list(self.memory))
+        """Whether the memory samples are a GPU's: beside the allocator's memory its driver always counts something."""
+        planned = self.plan.get("vram_budget") is not None or not self.plan
+        return planned and any(one.others or one.allocated != one.reserved for one in list(self.memory))
 
-    def recent(self, count: int | None = None) -> list[Span]:
-        """The last ``count`` spans that are kept (default: all), safe while the trace grows."""
-        spans = _copied(self.spans)
-        return spans if count is None else spans[-count:]
+    def recent(self) -> list[Span]:
+        """The spans that are kept, safe while the trace grows."""
+        return _copied(self.spans)
 
     def median_sweep(self) -> float | None:
         """The median sweep in seconds, the first left out when there are others (it is the prefill)."""
@@ -188,17 +219,13 @@ class Trace:
         """Totals as a plain dict: seconds, bytes and GB/s of each stage, sweeps, tokens, achieved / predicted."""
         sweep, predicted = self.median_sweep(), self.predicted_sweep_seconds
         return {
-            "sweeps": self.sweeps,
-            "tokens": self.tokens,
-            "sweep_seconds": sweep,
-            "predicted_sweep_seconds": predicted,
-            "bound_by": self.bound_by,
+            "sweeps": self.sweeps, "tokens": self.tokens,
+            "sweep_seconds": sweep, "predicted_sweep_seconds": predicted, "bound_by": self.bound_by,
             "achieved_of_predicted": predicted / sweep if predicted and sweep else None,
             "peak_device_bytes": self.peak_bytes,
             "stages": {
                 stage: {"seconds": total.seconds, "bytes": total.nbytes, "count": total.count,
-                        "gb_per_second": total.gb_per_second}
-                for stage, total in self.totals.items()
+                        "gb_per_second": total.gb_per_second} for stage, total in self.totals.items()
             },
         }  # fmt: skip
 
@@ -255,6 +282,12 @@ def speed_line(summary: Mapping[str, Any]) -> str:
         return f"{format_seconds(achieved)} a token" if achieved else "no sweep finished"
     text = prediction(predicted, summary["bound_by"])
     return f"{text}, achieved {format_seconds(achieved)} ({predicted / achieved:.0%})" if achieved else text
+
+
+def result_parts(result: Any) -> list[str]:
+    """``["48 tokens", "12.3 tok/s", "predicted … a token"]`` of a generation's result."""
+    tokens = f"{len(result.token_ids)} token{'s' * (len(result.token_ids) != 1)}"
+    return [tokens, f"{result.tokens_per_second:.3g} tok/s", speed_line(result.trace.summary())]
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from ..disk import told
 from ..errors import AirLLMError, OptionError, out_of_memory
 from ..flags import in_flags
-from . import bench, cache, commands, doctor
+from . import cache, commands, doctor
 from .arguments import make_parser
 
 __all__ = ["main"]
@@ -26,7 +26,7 @@ USER, USAGE, INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = make_parser(
-        plan=commands.plan, convert=commands.convert, generate=commands.generate, bench=bench.bench,
+        plan=commands.plan, convert=commands.convert, generate=commands.generate, bench=commands.bench,
         doctor=doctor.doctor, cache=cache.cache,
     )  # fmt: skip
     given = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""plan, convert and generate."""
+"""plan, convert, generate and bench."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..config import format_bytes
 from ..disk import status
 from ..errors import OptionError
 from ..flags import in_flags, sampling
-from ..trace import Progress, speed_line
+from ..trace import Meter, Progress, result_parts
 from .arguments import load_options, read_prompt
 
 INTERRUPTED = 130
@@ -83,6 +83,29 @@ def generate(given: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else 0
 
 
+def bench(given: argparse.Namespace) -> int:
+    """Measure a model, or random weights in a known shape."""
+    options = load_options(given)
+    try:
+        with ProgressLine() as line:
+            from .. import bench
+
+            result = bench.bench(
+                given.model, given.synthetic, options, layers=given.layers, keep=given.keep, sweeps=given.sweeps,
+                batch=given.batch, cap=given.cap, progress=line.show,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        if given.synthetic is None:
+            raise
+        left = "is kept if it was complete" if given.keep else "that this wrote is deleted"
+        raise KeyboardInterrupt(f"interrupted; the synthetic checkpoint {left}") from None
+    if given.json:
+        write_json(result.as_dict())
+    else:
+        write(f"{result}\n")
+    return 0
+
+
 def _stream(generation: Any, show: bool) -> bool:
     """Write the text as it comes; whether Ctrl-C ended it."""
     shown, interrupted = "", False
@@ -119,12 +142,8 @@ def _facts(model: str, status: dict[str, Any], result: Any) -> dict[str, Any]:
 
 
 def _summary(result: Any) -> str:
-    tokens = len(result.token_ids)
-    parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{result.tokens_per_second:.3g} tok/s",
-             speed_line(result.trace.summary())]  # fmt: skip
-    if result.peak_bytes:
-        parts.append(f"peak {format_bytes(result.peak_bytes)}")
-    return " · ".join([*parts, result.ended])
+    peak = [f"peak {format_bytes(result.peak_bytes)}"] if result.peak_bytes else []
+    return " · ".join([*result_parts(result), *peak, result.ended])
 
 
 # Between lines of progress in a log.
@@ -135,36 +154,27 @@ class ProgressLine:
     """How far long work is, on stderr: where that is no terminal, a line now and then. Called from any thread."""
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._counted: tuple[str, float] = "", 0
-        self._first, self._last, self._since, self._next = 0.0, 0.0, 0.0, 0.0
+        self._live, self._next = sys.stderr.isatty(), 0.0
+        self._meter = Meter(time.monotonic)
 
     def show(self, progress: Progress) -> None:
         """Draw a report, at most four times a second."""
         now = time.monotonic()
-        last, self._last = self._last, progress.done
-        # One stage may follow another of the same name.
-        if (counted := (progress.stage, progress.total)) != self._counted or progress.done < last:
-            self._counted, self._first, self._since = counted, progress.done, now
+        if self._meter.see(progress):
             self._next = now if self._live else self._next or now + PLAIN_SECONDS
         if now < self._next:
             return
         self._next = now + (0.25 if self._live else PLAIN_SECONDS)
-        text = self._text(progress, now)
+        text = self._text(progress)
         sys.stderr.write(f"\r\x1b[K{text}" if self._live else f"{text}\n")
         sys.stderr.flush()
 
-    def _text(self, progress: Progress, now: float) -> str:
-        amount = format_bytes if progress.unit == "bytes" else "{:,.0f}".format
-        text = f"{progress.stage} {progress.detail}".strip()
-        if progress.unit == "bytes" or progress.total > 1:
-            text += f" · {amount(progress.done)}" + (f" of {amount(progress.total)}" if progress.total else "")
-        moved, seconds = progress.done - self._first, now - self._since
-        if progress.unit == "bytes" and moved > 0 and seconds > 0.5:
-            text += f" · {format_bytes(moved / seconds)}/s"
-            if progress.total:
-                text += f" · {(progress.total - progress.done) * seconds / moved:.0f} s left"
-        return text
+    def _text(self, progress: Progress) -> str:
+        rate, left = self._meter.speed(progress) or (None, None)
+        parts = [progress.what, progress.amount]
+        parts.append(f"{format_bytes(rate)}/s" if rate else "")
+        parts.append(f"{left:.0f} s left" if left is not None else "")
+        return " · ".join(filter(None, parts))
 
     def __enter__(self) -> ProgressLine:
         return self

@@ -18,14 +18,13 @@ from IPython.display import display
 
 from ..timeline import last_sweep
 from ..trace import Trace
-from . import figures
+from . import memory_figures, sweep_figures
 from .cards import Line
 from .generating import summary_line
 from .live import Facts, facts
 from .markdown import safe_markdown
+from .pictures import Still
 from .pump import pump_widget_events
-from .still import Still
-from .throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +34,41 @@ WIDTH = "900px"
 # A generation that is over before that is not worth a live picture.
 FIRST_PICTURE = 0.5
 STOP_HINT = "Stop the generation after the unit that runs; the notebook's interrupt button does the same"
+
+
+class Throttle:
+    """Says when the next drawing is due.
+
+    Parameters
+    ----------
+    every
+        Seconds between two at least.
+    share
+        Part of the time that drawing may take: it holds the interpreter, which compute needs too.
+    first
+        Seconds until the first.
+    clock
+        Monotonic seconds.
+    cost
+        Seconds that this thread has computed; waiting for others costs nobody anything.
+    """
+
+    def __init__(
+        self, every: float, share: float = 1.0, first: float = 0.0, clock: Callable[[], float] = time.monotonic,
+        cost: Callable[[], float] = time.thread_time,
+    ):  # fmt: skip
+        self._every, self._share, self._clock, self._cost = every, share, clock, cost
+        self._next = clock() + first
+
+    def run(self, draw: Callable[[], object]) -> bool:
+        """Call ``draw`` if it is due; whether it was."""
+        start = self._clock()
+        if start < self._next:
+            return False
+        before = self._cost()
+        draw()
+        self._next = start + max(self._every, (self._cost() - before) / self._share)
+        return True
 
 
 class Dashboard:
@@ -162,9 +196,9 @@ class Dashboard:
         # An interrupt in the middle leaves a figure half drawn: it is not used again.
         vram, overlap = self._drawn.pop("vram", None), self._drawn.pop("overlap", None)
         if trace.memory:
-            self._show(self._vram, "vram", figures.vram_timeline(trace, figure=vram))
+            self._show(self._vram, "vram", memory_figures.vram_timeline(trace, figure=vram))
         if (view := last_sweep(trace)) is not None:
-            self._show(self._overlap, "overlap", figures.overlap(view, plan=trace.plan, figure=overlap))
+            self._show(self._overlap, "overlap", sweep_figures.overlap(view, plan=trace.plan, figure=overlap))
 
     def _show(self, widget: Any, name: str, picture: Any) -> None:
         widget.value = image_html(picture.png(), picture.alt)

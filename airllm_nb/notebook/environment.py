@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
-from ..disk import free_disk as free_disk
-
 Output = Literal["kernel", "terminal", "captured"]
 Name = Literal["colab", "kaggle", "vscode", "jupyter", "terminal", "captured"]
 

@@ -1,14 +1,16 @@
-"""What ``%load_ext airllm_nb`` and ``%unload_ext airllm_nb`` do."""
+"""What ``%load_ext airllm_nb`` and ``%unload_ext airllm_nb`` do: the magics, and Tab for their flags."""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from . import options
-from .completion import FlagCompletion
 from .magics import AirLLM
+
+HOOK = "complete_command"
 
 
 def load(shell: Any) -> None:
@@ -40,3 +42,30 @@ def _named(magics: AirLLM) -> dict[str, Any]:
     """``{"%airllm_load": method, "%%airllm_generate": method, …}``"""
     marks = {"line": "%", "cell": "%%"}
     return {marks[kind] + name: function for kind, names in magics.magics.items() for name, function in names.items()}
+
+
+class FlagCompletion:
+    """IPython's ``complete_command`` hook, and its removal, which IPython has no call for."""
+
+    def __init__(self, shell: Any):
+        self._shell = shell
+
+    def add(self, flags: Mapping[str, Callable[[], list[str]]]) -> None:
+        """``flags`` is from a magic as typed (``"%airllm_load"``) to the list of its flags."""
+        for name, known in flags.items():
+            self._shell.set_hook(HOOK, _completer(known), str_key=name)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Forget these magics."""
+        hooks = self._shell.strdispatchers.get(HOOK)
+        for name in names:
+            getattr(hooks, "strs", {}).pop(name, None)
+
+
+def _completer(known: Callable[[], list[str]]) -> Callable[[Any, Any], list[str]]:
+    # IPython makes a method of it: the shell comes first.
+    def complete(_: Any, event: Any) -> list[str]:
+        # Paths and values are the other completers' business.
+        return [flag for flag in known() if flag.startswith(event.symbol)] if event.symbol.startswith("-") else []
+
+    return complete

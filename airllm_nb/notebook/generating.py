@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..trace import speed_line
+from ..trace import result_parts
 from .progress_line import ProgressLine
 from .registry import Entry
 
@@ -154,9 +154,6 @@ class Waiting:
 
 def summary_line(result: Any) -> str:
     """``"48 tokens · 12.3 tok/s · predicted 0.08 s a token (link-bound), achieved 0.09 s (89%) · ended by itself"``"""
-    tokens = len(result.token_ids)
-    parts = [f"{tokens} token{'s' * (tokens != 1)}", f"{result.tokens_per_second:.3g} tok/s",
-             speed_line(result.trace.summary()), result.ended]  # fmt: skip
-    if result.stopped_by == "user":
-        parts = [f"stopped by you after {parts[0]}", *parts[1:-1]]
-    return " · ".join(parts)
+    tokens, *rest = result_parts(result)
+    by_user = result.stopped_by == "user"
+    return " · ".join([f"stopped by you after {tokens}", *rest] if by_user else [tokens, *rest, result.ended])

@@ -12,17 +12,16 @@ from IPython.display import display
 from .. import flags
 from ..disk import expanded
 from ..errors import OptionError
-from . import cards, opening, options, tracing
+from . import cards, loading, options, pictures
 from .environment import output_of
 from .generating import TextView, View, generate, summary_line
 from .loading import Loading
-from .options import one_line
 from .progress_line import ProgressLine, progress_line
 from .prompt_variables import expand, visible
 from .registry import DEFAULT_NAME, NOTHING, Entry, Registry, Run
 
 if TYPE_CHECKING:
-    import argparse
+    from argparse import Namespace as Given
 
     from ..config import LoadOptions
 
@@ -44,37 +43,28 @@ class AirLLM(Magics):
         self.models = Registry()
 
     @line_magic
-    @options.arguments(options.LOAD)
-    @one_line
-    def airllm_load(self, line: str) -> None:
+    @options.magic(*options.LOAD)
+    def airllm_load(self, given: Given) -> None:
         """Load a model, to generate with %%airllm_generate.
 
         Loading under a name that is taken replaces that model: the new one is looked at first (so a wrong path leaves
         the old one in place), then the old one is closed and its memory freed, then the new one is loaded.
         """
-        given = self._parsed(self.airllm_load, line)
-        if given is None:
-            return
         wanted, bar = self._load_options(given), progress_line(self.shell, given.dashboard)
-        entry = opening.open_into(self.models, given.name or DEFAULT_NAME, given.model, wanted, given.dashboard, bar)
+        entry = loading.open_into(self.models, given.name or DEFAULT_NAME, given.model, wanted, given.dashboard, bar)
         if given.output:
             self.shell.user_ns[given.output] = entry.model
         self._show_plan(cards.model_card(entry.name, entry.model), entry.model.plan, bar, given.dashboard)
 
     @no_var_expand
     @cell_magic
-    @options.arguments(options.GENERATE)
-    @one_line
-    def airllm_generate(self, line: str, cell: str) -> None:
+    @options.magic(*options.GENERATE)
+    def airllm_generate(self, given: Given, cell: str) -> None:
         """Generate from the cell's text; {name} becomes the notebook's variable of that name, where there is one."""
-        variables = visible(self.shell)
-        given = self._parsed(self.airllm_generate, line, lambda word: expand(word, variables))
-        if given is None:
-            return
         entry = self.models.get(given.name)
         options.fill(given, self)
         how = flags.sampling(given)
-        text = cell.rstrip("\n") if given.raw else expand(cell.rstrip("\n"), variables)
+        text = cell.rstrip("\n") if given.raw else expand(cell.rstrip("\n"), visible(self.shell))
         entry.settle()
         if given.seed is not None:
             _seed(given.seed)
@@ -87,25 +77,19 @@ class AirLLM(Magics):
         if given.output:
             self.shell.user_ns[given.output] = result
         if self._draws(entry.dashboard):
-            from .still import words
-
-            display(cards.generation_card(result.trace, words(result.trace, entry.model.name)))
+            display(cards.generation_card(result.trace, pictures.words(result.trace, entry.model.name)))
         else:
             display(cards.Line(summary_line(result)))
         if entry.model.options.profiling_mode:
             _write(result.trace.table())
 
     @line_magic
-    @options.arguments(options.PLAN)
-    @one_line
-    def airllm_plan(self, line: str) -> None:
+    @options.magic(*options.PLAN)
+    def airllm_plan(self, given: Given) -> None:
         """Show what would go where and how fast it would be; nothing is downloaded but config and headers."""
-        given = self._parsed(self.airllm_plan, line)
-        if given is None:
-            return
         wanted = self._load_options(given)
         bar = progress_line(self.shell)
-        plan = Loading(lambda report: opening.plan(given.model, wanted, report)).result(bar)
+        plan = Loading(lambda report: loading.plan(given.model, wanted, report)).result(bar)
         if given.output:
             self.shell.user_ns[given.output] = plan
         self._show_plan(cards.plan_card(given.model, plan), plan, bar, self.dashboard)
@@ -113,40 +97,31 @@ class AirLLM(Magics):
             _write(plan.table())
 
     @line_magic
-    @options.arguments(options.PANEL)
-    @one_line
-    def airllm_panel(self, line: str) -> None:
+    @options.magic(*options.PANEL)
+    def airllm_panel(self, given: Given) -> None:
         """Pick a model, a compression and budgets with the mouse, and see the plan of each choice; then load it.
 
         Below the controls stands the %airllm_load line that does the same.
         """
-        given = self._parsed(self.airllm_panel, line)
-        if given is None:
-            return
         if output_of(self.shell) != "kernel":
             raise OptionError("a panel needs a notebook; here use %airllm_plan MODEL and %airllm_load MODEL")
         from .panel import Panel
-        from .still import Still, plan_picture
 
         def load(model: str, wanted: LoadOptions, bar: ProgressLine) -> list[Any]:
-            entry = opening.open_into(self.models, given.name or DEFAULT_NAME, model, wanted, self.dashboard, bar)
-            return [Still(plan_picture(entry.model.plan)), cards.model_card(entry.name, entry.model)]
+            entry = loading.open_into(self.models, given.name or DEFAULT_NAME, model, wanted, self.dashboard, bar)
+            return [pictures.Still.of_plan(entry.model.plan), cards.model_card(entry.name, entry.model)]
 
         Panel(load, given.model or "", self.vram, self.ram, given.name or "").show()
 
     @line_magic
-    @options.arguments(options.BENCH)
-    @one_line
-    def airllm_bench(self, line: str) -> None:
+    @options.magic(*options.BENCH)
+    def airllm_bench(self, given: Given) -> None:
         """Measure how fast a model runs: MODEL, random weights in a known shape, or the model that is loaded.
 
         It generates once to warm up and once more with the clock running, and says what each link carried, beside what
         the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-70b, llama-3.1-405b, qwen2.5-32b, small,
         small-qwen.
         """
-        given = self._parsed(self.airllm_bench, line)
-        if given is None:
-            return
         loaded = given.model is None and given.synthetic is None
         entry = self._to_bench(given) if loaded or given.name else None
         work = functools.partial(_bench, given, self._load_options(given), entry)
@@ -160,35 +135,25 @@ class AirLLM(Magics):
         bar.replace(cards.bench_card(result))
 
     @line_magic
-    @options.arguments(options.STATUS)
-    @one_line
-    def airllm_status(self, line: str) -> None:
+    @options.magic(*options.STATUS)
+    def airllm_status(self, given: Given) -> None:
         """Show the loaded models with their budgets, tiers and last speed."""
-        if self._parsed(self.airllm_status, line) is not None:
-            display(cards.status_card(list(self.models)) if self.models.names else cards.Line(NOTHING))
+        display(cards.status_card(list(self.models)) if self.models.names else cards.Line(NOTHING))
 
     @line_magic
-    @options.arguments(options.TRACE)
-    @one_line
-    def airllm_trace(self, line: str) -> None:
+    @options.magic(*options.TRACE)
+    def airllm_trace(self, given: Given) -> None:
         """Show where the time of the last generation went."""
-        given = self._parsed(self.airllm_trace, line)
-        if given is None:
-            return
-        runs = tracing.chosen(given, self.models, self.shell.user_ns)
+        runs = pictures.chosen(given, self.models, self.shell.user_ns)
         if given.file is None:
-            tracing.show(runs)
+            pictures.show(runs)
         else:
-            display(cards.Line(tracing.save(runs, expanded(given.file))))
+            display(cards.Line(pictures.save(runs, expanded(given.file))))
 
     @line_magic
-    @options.arguments(options.UNLOAD)
-    @one_line
-    def airllm_unload(self, line: str) -> None:
+    @options.magic(*options.UNLOAD)
+    def airllm_unload(self, given: Given) -> None:
         """Close one model, or all, and free their memory."""
-        given = self._parsed(self.airllm_unload, line)
-        if given is None:
-            return
         names = [self.models.get(given.name).name] if given.name else self.models.names
         for name in names:
             self.models.remove(name)
@@ -197,9 +162,7 @@ class AirLLM(Magics):
     def _show_plan(self, card: cards.Card, plan: Any, bar: ProgressLine, dashboard: str) -> None:
         """The card in the place of ``bar``, after a picture where pictures are shown."""
         if self._draws(dashboard):
-            from .still import Still, plan_picture
-
-            bar.replace(Still(plan_picture(plan)))
+            bar.replace(pictures.Still.of_plan(plan))
             display(card)
         else:
             bar.replace(card)
@@ -215,18 +178,12 @@ class AirLLM(Magics):
             return Dashboard(entry.model, generation)
         return TextView(entry.model, progress_line(self.shell, entry.dashboard))
 
-    def _parsed(self, magic: Any, line: str, change: Any = str) -> argparse.Namespace | None:
-        given = options.parse(magic, line, change)
-        if given is None:
-            _write(magic.parser.format_help().replace("::\n\n  %", "%"))
-        return given
-
-    def _load_options(self, given: argparse.Namespace) -> LoadOptions:
+    def _load_options(self, given: Given) -> LoadOptions:
         options.fill(given, self)
         name = given.hf_token
         return flags.load_options(given, f"set it first, for example with %env {name}=…, or use HF_TOKEN")
 
-    def _to_bench(self, given: argparse.Namespace) -> Entry:
+    def _to_bench(self, given: Given) -> Entry:
         """The loaded model, which is measured as it is."""
         if given.model or given.synthetic:
             raise OptionError("--name is of a loaded model; leave it out, or leave out what else is to be measured")
@@ -237,7 +194,7 @@ class AirLLM(Magics):
         return entry
 
 
-def _bench(given: argparse.Namespace, wanted: LoadOptions, entry: Entry | None, report: Any) -> Any:
+def _bench(given: Given, wanted: LoadOptions, entry: Entry | None, report: Any) -> Any:
     from .. import bench
 
     how = {"sweeps": given.sweeps, "batch": given.batch, "progress": report}

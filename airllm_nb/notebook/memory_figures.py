@@ -13,9 +13,15 @@ from matplotlib.figure import Figure
 from ..config import format_bytes, format_seconds
 from ..trace import MemorySample, Trace, prediction
 from .canvas import (
+    FAINT,
+    INK,
     LARGE,
+    MUTED,
+    PARTS,
     SMALL,
     STYLE,
+    TIER_NAMES,
+    TIERS,
     WIDTH,
     Entry,
     Picture,
@@ -28,8 +34,7 @@ from .canvas import (
     sheet,
     ticks,
     write,
-)
-from .palette import FAINT, INK, MUTED, PARTS, TIER_NAMES, TIERS
+)  # fmt: skip
 
 PART_NAMES = {
     "weights": "resident weights",
@@ -177,7 +182,7 @@ def vram_timeline(trace: Trace, figure: Figure | None = None) -> Picture:
     samples, plan = sorted(list(trace.memory), key=lambda sample: sample.seconds), trace.plan
     if not samples:
         return nothing("No memory samples yet.", figure)
-    device = of_device(samples, plan)
+    device = trace.of_device
     parts = [memory_parts(sample, plan) if device else {"process": sample.allocated} for sample in samples]
     budget = plan.get("vram_budget") if device else None
     peak = max(samples, key=lambda sample: sample.reserved)
@@ -204,16 +209,7 @@ def vram_timeline(trace: Trace, figure: Figure | None = None) -> Picture:
             axes.axhline(budget * factor, color=INK, linewidth=1.4, linestyle=(0, (5, 3)))
         _mark_peak(axes, peak, factor)
         _list_parts(figure, parts[-1], names, budget)
-    return Picture(figure, memory_text(samples, plan))
-
-
-def of_device(samples: Sequence[MemorySample], plan: Mapping[str, Any]) -> bool:
-    """Whether samples are of a GPU's memory, not the resident set of this process.
-
-    A driver always counts something beside the allocator's memory; a resident set is all there is.
-    """
-    planned = plan.get("vram_budget") is not None or not plan
-    return planned and any(sample.others or sample.allocated != sample.reserved for sample in samples)
+    return Picture(figure, memory_text(trace))
 
 
 def memory_parts(sample: MemorySample, plan: Mapping[str, Any]) -> dict[str, int]:
@@ -235,11 +231,12 @@ def memory_parts(sample: MemorySample, plan: Mapping[str, Any]) -> dict[str, int
     return parts | {"activations": left, "unused": sample.reserved - allocated, "others": max(sample.others, 0)}
 
 
-def memory_text(samples: Sequence[MemorySample], plan: Mapping[str, Any]) -> str:
+def memory_text(trace: Trace) -> str:
     """The alt text of :func:`vram_timeline`."""
+    samples, plan = sorted(list(trace.memory), key=lambda sample: sample.seconds), trace.plan
     last, peak = samples[-1], max(samples, key=lambda sample: sample.reserved)
     at = f"at its peak {format_bytes(peak.reserved)} after {format_seconds(peak.seconds)}"
-    if not of_device(samples, plan):
+    if not trace.of_device:
         return (f"Resident set of the process over {format_seconds(last.seconds)}: now "
                 f"{format_bytes(last.allocated)}, {at}. There is no GPU memory.")  # fmt: skip
     parts = ", ".join(f"{PART_NAMES[name]} {format_bytes(nbytes)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from ..config import DTYPES, LOADING, Flag
 from ..disk import told
 from ..errors import AirLLMError, out_of_memory
 from ..flags import GENERATING, MEASURING, MODEL, UNITS, in_flags, unknown
+from .prompt_variables import expand, visible
 
 T = TypeVar("T")
 
@@ -72,14 +74,27 @@ UNLOAD = (Flag("name", metavar="NAME", nargs="?", help="one model; default: all"
 SESSION = {flag.word: flag for flag in (*LOADING, *GENERATING, _DASHBOARD) if flag.session}
 
 
-def arguments(declared: Sequence[Flag]) -> Callable[[Any], Any]:
-    """IPython's ``magic_arguments`` with these flags, so that ``%magic?`` explains them."""
+def magic(*declared: Flag) -> Callable[[Any], Any]:
+    """A magic that is called with these flags parsed; ``--help`` and ``%magic?`` explain them.
+
+    The values of a cell's flags may be ``{names}`` of variables; in a line IPython puts them in itself.
+    """
 
     def decorate(function: Any) -> Any:
+        @one_line
+        def call(self: Any, line: str, *cell: str) -> None:
+            given = parse(made, line, functools.partial(expand, variables=visible(self.shell)) if cell else str)
+            if given is None:
+                sys.stdout.write(made.parser.format_help().replace("::\n\n  %", "%").rstrip("\n") + "\n")
+            else:
+                function(self, given, *cell)
+
+        made: Any = functools.wraps(function)(call)
         for flag in reversed(declared):
             default = {"default": None} if flag.session else {}
-            function = argument(*flag.names, **flag.how | default | {"help": _sentence(flag.how["help"])})(function)
-        return magic_arguments()(function)
+            made = argument(*flag.names, **flag.how | default | {"help": _sentence(flag.how["help"])})(made)
+        made = magic_arguments()(made)
+        return made
 
     return decorate
 

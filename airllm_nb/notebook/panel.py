@@ -10,21 +10,21 @@ import html
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 from IPython.display import display
 
-from ..config import GiB, LoadOptions, parse_bytes
+from ..config import COMPRESSIONS, GiB, LoadOptions, parse_bytes
 from ..engine.preview import Preview
 from ..errors import AirLLMError
 from ..flags import in_flags
-from .cached import cached_models
 from .cards import Line
 from .dashboard import WIDTH, close, image_html, view_of
 from .loading import Loading
+from .memory_figures import plan_bar
 from .progress_line import ProgressLine
-from .still import plan_picture
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Panel:
             value=model, options=tuple(cached_models()), placeholder="Hub id, folder or .gguf file",
             description="Model", continuous_update=False, style=_WIDE, layout={"width": "auto"},
         )  # fmt: skip
-        self._compression = widgets.Dropdown(options=[NONE, "4bit", "8bit"], description="Compression", style=_WIDE)
+        self._compression = widgets.Dropdown(options=[NONE, *COMPRESSIONS], description="Compression", style=_WIDE)
         # Fields, not sliders: a slider has no label that a screen reader finds.
         self._vram, self._ram = (
             widgets.BoundedFloatText(
@@ -123,7 +123,7 @@ class Panel:
             return
         with self._saying_what_fails():
             plan = self._plan()
-            picture = plan_picture(plan)
+            picture = plan_bar(plan)
             self._picture.value = image_html(picture.png(), picture.alt)
             said = [f"{label} {text}" for label, text in plan.rows if label in ("fits", "predicted")]
             self._say(" · ".join([*said, f"budgets: {_FREE}"]))
@@ -180,6 +180,16 @@ class _Said:
 
     def replace(self, shown: Any) -> None:
         self._say(repr(shown))
+
+
+def cached_models(folder: Path | None = None) -> list[str]:
+    """Hub ids of the cached repositories that have a config, ``"org/name"``, sorted."""
+    if folder is None:
+        from huggingface_hub import constants
+
+        folder = Path(constants.HF_HUB_CACHE)
+    found = {path.parents[2].name for path in folder.glob("models--*/snapshots/*/config.json")}
+    return sorted(name.removeprefix("models--").replace("--", "/", 1) for name in found)
 
 
 def _bytes(field: Any) -> int | None:

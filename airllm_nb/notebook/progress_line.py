@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from IPython.display import display
 
 from ..config import format_bytes
-from ..trace import Progress
+from ..trace import Meter, Progress
 from .environment import output_of
 
 # Redraws a second are bounded: a front end falls behind otherwise.
@@ -125,40 +125,18 @@ def progress_line(shell: Any, dashboard: str = "bar") -> ProgressLine:
     return ProgressLine(sinks[where]())
 
 
-class Meter:
-    """Reports of long work as text, with rate and time left.
-
-    The rate counts from the first report of a stage, so that what an earlier attempt left does not flatter it. Another
-    total, or less done than before, is another stage of the same name.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._counted = clock, ("", 0.0)
-        self._done, self._last, self._since = 0.0, 0.0, 0.0
-
-    def text(self, progress: Progress | None) -> str:
-        """``"download · ███░░░░░░░ · 1.2 GiB of 4.0 GiB · 95.0 MiB/s · 0:30 left"``"""
-        now = self._clock()
-        if progress is None:
-            return "loading …"
-        last, self._last = self._last, progress.done
-        if (counted := (progress.stage, progress.total)) != self._counted or progress.done < last:
-            self._counted, self._done, self._since = counted, progress.done, now
-        is_bytes = progress.unit == "bytes"
-        amount = format_bytes if is_bytes else "{:,.0f}".format
-        of = f" of {amount(progress.total)}" if progress.total else ""
-        parts = [f"{progress.stage} {progress.detail}".strip()]
-        if progress.total > 1:
-            parts.append(drawn_bar(progress.done / progress.total))
-        if is_bytes or progress.total > 1:
-            parts.append(f"{amount(progress.done)}{of}{'' if is_bytes else ' ' + progress.unit}")
-        moved, seconds = progress.done - self._done, now - self._since
-        if is_bytes and moved > 0 and seconds > 0.5:
-            rate = moved / seconds
-            parts.append(f"{format_bytes(rate)}/s")
-            if progress.total:
-                parts.append(f"{clock_time((progress.total - progress.done) / rate)} left")
-        return " · ".join(parts)
+def progress_text(meter: Meter, progress: Progress | None) -> str:
+    """``"download · ███░░░░░░░ · 1.2 GiB of 4.0 GiB · 95.0 MiB/s · 0:30 left"``"""
+    if progress is None:
+        return "loading …"
+    meter.see(progress)
+    rate, left = meter.speed(progress) or (None, None)
+    unit = "" if progress.unit == "bytes" or not progress.amount else f" {progress.unit}"
+    parts = [progress.what, drawn_bar(progress.done / progress.total) if progress.total > 1 else ""]
+    parts.append(progress.amount + unit)
+    parts.append(f"{format_bytes(rate)}/s" if rate else "")
+    parts.append(f"{clock_time(left)} left" if left is not None else "")
+    return " · ".join(filter(None, parts))
 
 
 def drawn_bar(share: float, width: int = 20) -> str:

@@ -15,17 +15,29 @@ from ..config import format_seconds
 from ..timeline import SweepView, union, verdict, zoom
 from ..trace import Span
 from .canvas import (
+    BLUE,
+    FAINT,
+    INK,
+    LANE_NAMES,
+    LANES,
     LARGE,
+    MUTED,
     SMALL,
     STYLE,
+    TIER_NAMES,
+    TIERS,
     TINY,
+    WAIT_NAMES,
+    WAITS,
     WIDTH,
     Entry,
+    Look,
     Picture,
     bare,
     fill,
     key,
     key_height,
+    moved,
     nothing,
     panel,
     sheet,
@@ -33,8 +45,7 @@ from .canvas import (
     ticks,
     wrapped,
     write,
-)
-from .palette import BLUE, FAINT, INK, LANE_NAMES, LANES, MUTED, TIER_NAMES, TIERS, WAIT_NAMES, WAITS, Look, moved
+)  # fmt: skip
 
 LEFT, RIGHT, ROW = 122, 132, 27
 PLOT = WIDTH - LEFT - RIGHT

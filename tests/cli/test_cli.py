@@ -25,8 +25,8 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.errors import SourceError
 from airllm_nb.flags import in_flags
 from airllm_nb.intake.pointer import meant
-from airllm_nb.notebook.progress_line import Meter
-from airllm_nb.trace import Progress
+from airllm_nb.notebook.progress_line import progress_text
+from airllm_nb.trace import Meter, Progress
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
@@ -406,7 +406,7 @@ def test_the_rate_counts_from_the_beginning_of_a_stage(name: str, monkeypatch: p
     reports = [Progress("convert", GiB, 4 * GiB), Progress("convert", 2 * GiB, 4 * GiB), *FOLLOWS[name]]
     for now[0], report in zip((0.0, 10.0, 20.0, 30.0), reports, strict=True):
         line.show(report)
-        texts[now[0]] = (line._text(report, now[0]), meter.text(report))
+        texts[now[0]] = (line._text(report), progress_text(meter, report))
     for at, has_rate in ((10.0, True), (20.0, False), (30.0, True)):
         assert all(("102.4 MiB/s" in text) is has_rate and ("/s" in text) is has_rate for text in texts[at]), texts
 

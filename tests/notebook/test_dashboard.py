@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from kernel_stacks import Kernel, running
 
+from airllm_nb.notebook.dashboard import Throttle
 from airllm_nb.notebook.markdown import safe_markdown
-from airllm_nb.notebook.throttle import Throttle
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 MOST_BYTES = 300_000
@@ -175,11 +175,11 @@ def test_the_limit_is_what_the_context_has_room_for(newest: Kernel) -> None:
 
 
 def test_a_failing_picture_costs_no_answer(newest: Kernel) -> None:
-    newest.run("from airllm_nb.notebook import still\nkept = still.Still.of\n"
-               "def broken(*_): raise ValueError('no picture')\nstill.Still.of = broken")  # fmt: skip
+    newest.run("from airllm_nb.notebook import pictures\nkept = pictures.Still.of\n"
+               "def broken(*_): raise ValueError('no picture')\npictures.Still.of = broken")  # fmt: skip
     request = newest.execute("%%airllm_generate -n 5 -o answer5\nhello")
     assert newest.reply(request)["content"]["status"] == "ok"
-    assert newest.run("still.Still.of = kept; print(len(answer5.token_ids))") == "5\n"
+    assert newest.run("pictures.Still.of = kept; print(len(answer5.token_ids))") == "5\n"
     assert models(newest) == {}
 
 

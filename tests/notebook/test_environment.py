@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from kernel_stacks import STACKS, Kernel, running
 
+from airllm_nb.disk import free_disk
 from airllm_nb.notebook import environment
-from airllm_nb.notebook.environment import Place, free_disk, place
+from airllm_nb.notebook.environment import Place, place
 
 KAGGLE = {"KAGGLE_KERNEL_RUN_TYPE": "Interactive"}
 COLAB = {"COLAB_RELEASE_TAG": "release-colab_20260101"}

@@ -30,11 +30,10 @@ from PIL import Image
 from test_timeline import pipeline, view_of
 
 from airllm_nb.errors import OptionError
-from airllm_nb.notebook import palette
-from airllm_nb.notebook.canvas import DPI, STYLE, WIDTH, text_width
-from airllm_nb.notebook.figures import Picture, compare, overlap, plan_bar, vram_timeline
-from airllm_nb.notebook.memory_figures import MOST_SAMPLES, budget_parts, memory_parts
-from airllm_nb.notebook.sweep_figures import MOST_BARS, lanes, thin
+from airllm_nb.notebook import canvas
+from airllm_nb.notebook.canvas import DPI, STYLE, WIDTH, Picture, text_width
+from airllm_nb.notebook.memory_figures import MOST_SAMPLES, budget_parts, memory_parts, plan_bar, vram_timeline
+from airllm_nb.notebook.sweep_figures import MOST_BARS, compare, lanes, overlap, thin
 from airllm_nb.plan.residency import Machine, Needs, UnitSize, make_plan
 from airllm_nb.timeline import last_sweep, union
 from airllm_nb.trace import MemorySample, Trace
@@ -50,7 +49,7 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
 
 
-def boxes(axes: Any, label: str, look: palette.Look | None = None) -> list[tuple[float, float]]:
+def boxes(axes: Any, label: str, look: canvas.Look | None = None) -> list[tuple[float, float]]:
     """Left and right of what is drawn under a label, from left to right."""
     found = []
     for patch in axes.findobj(PathPatch):
@@ -221,16 +220,16 @@ def busy() -> Any:
 def test_lanes_are_drawn_as_long_as_they_took(busy: Any) -> None:
     picture = overlap(busy, "a title", PLAN)
     whole, close = picture.figure.axes
-    for stage, name in palette.LANE_NAMES.items():
+    for stage, name in canvas.LANE_NAMES.items():
         if stage in ("dequantise", "wait"):
             continue
         assert length(boxes(whole, name)) == pytest.approx(busy.busy[stage], rel=1e-6)
     assert length(boxes(whole, "compute waits")) == pytest.approx(sum(busy.waited.values()), rel=1e-6)
-    assert length(boxes(whole, "compute waits", palette.WAITS["read"])) == pytest.approx(busy.waited["read"], rel=1e-6)
+    assert length(boxes(whole, "compute waits", canvas.WAITS["read"])) == pytest.approx(busy.waited["read"], rel=1e-6)
     # The copy lane tells from which tier the bytes came.
     for tier in ("disk", "ram"):
         took = union([span for span in busy.lanes["copy"] if busy.tiers[span.unit] == tier])
-        drawn = boxes(whole, "host to device", palette.moved("copy", tier))
+        drawn = boxes(whole, "host to device", canvas.moved("copy", tier))
         assert length(drawn) == pytest.approx(sum(end - start for start, end in took), rel=1e-6)
     assert "dequantise" not in texts(picture.figure)
     assert whole.get_xlim() == pytest.approx((0, busy.seconds))
@@ -267,7 +266,7 @@ def test_long_names_of_units_do_not_collide() -> None:
 def test_a_cpu_has_the_lanes_that_exist() -> None:
     spans = [("compute", f"layers.{at}", at * 0.001, at * 0.001 + 0.0009) for at in range(30)]
     picture = overlap(view_of(spans, (0, 0.03), {f"layers.{at}": "ram" for at in range(30)}))
-    rows = {text for text in texts(picture.figure) if text in palette.LANE_NAMES.values()}
+    rows = {text for text in texts(picture.figure) if text in canvas.LANE_NAMES.values()}
     assert rows == {"compute"}
     assert "Nothing streams: compute-bound." in picture.alt and "Overlap" not in " ".join(texts(picture.figure))
     assert picture.figure.axes[0].get_xlim()[1] == pytest.approx(30)
@@ -288,7 +287,7 @@ def test_a_sweep_that_runs_and_units_that_are_read_once() -> None:
 
 def test_thin_keeps_totals(busy: Any) -> None:
     spans, window = busy.lanes["compute"], (busy.start, busy.end)
-    looks = [palette.LANES["compute"], palette.LANES["copy"]]
+    looks = [canvas.LANES["compute"], canvas.LANES["copy"]]
     bars = thin(spans, window, lambda span: looks[len(span.unit) % 2])
     assert len(bars) <= 2 * MOST_BARS < len(spans)
     for at, look in enumerate(looks):
@@ -434,18 +433,18 @@ def test_drawing_while_another_thread_writes() -> None:
 
 
 def test_looks_differ_without_colour() -> None:
-    def grey(look: palette.Look) -> float:
+    def grey(look: canvas.Look) -> float:
         red, green, blue = (int(look.face[at : at + 2], 16) / 255 for at in (1, 3, 5))
         return 0.21 * red + 0.72 * green + 0.07 * blue
 
-    def alike(one: palette.Look, other: palette.Look) -> bool:
+    def alike(one: canvas.Look, other: canvas.Look) -> bool:
         return one.hatch == other.hatch and abs(grey(one) - grey(other)) < 0.08
 
     neighbours = [
-        list(palette.TIERS.values()), list(palette.WAITS.values()),
-        [look for name, look in palette.PARTS.items() if name not in ("scratch", "free", "process")],
-        [palette.PARTS[name] for name in ("weights", "slots", "kv cache", "activations", "scratch", "free")],
-        list(palette.LANES.values()),
+        list(canvas.TIERS.values()), list(canvas.WAITS.values()),
+        [look for name, look in canvas.PARTS.items() if name not in ("scratch", "free", "process")],
+        [canvas.PARTS[name] for name in ("weights", "slots", "kv cache", "activations", "scratch", "free")],
+        list(canvas.LANES.values()),
     ]  # fmt: skip
     for looks in neighbours:
         for at, look in enumerate(looks):
@@ -466,7 +465,8 @@ def test_lanes_give_bytes_a_second() -> None:
 
 def test_pyplot_is_never_imported() -> None:
     code = (
-        "import sys; from airllm_nb.notebook.figures import overlap, vram_timeline; from airllm_nb.trace import Trace;"
+        "import sys; from airllm_nb.notebook.memory_figures import vram_timeline; from airllm_nb.trace import Trace;"
+        "from airllm_nb.notebook.sweep_figures import overlap;"
         "vram_timeline(Trace()).png(); overlap(None).png(); sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

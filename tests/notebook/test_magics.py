@@ -30,9 +30,9 @@ from airllm_nb.notebook.cards import Card, bench_card, count
 from airllm_nb.notebook.generating import Waiting
 from airllm_nb.notebook.loading import Loading
 from airllm_nb.notebook.options import one_line
-from airllm_nb.notebook.progress_line import Meter, ProgressLine, clock_time
+from airllm_nb.notebook.progress_line import ProgressLine, clock_time, progress_text
 from airllm_nb.notebook.prompt_variables import expand
-from airllm_nb.trace import Progress
+from airllm_nb.trace import Meter, Progress
 
 MAGICS = ("load", "plan", "bench", "status", "trace", "unload")
 LONG = 60_000
@@ -656,17 +656,19 @@ def test_bugs_are_not_hidden() -> None:
 def test_meter() -> None:
     now = [0.0]
     meter = Meter(lambda: now[0])
-    assert meter.text(None) == "loading …"
+    assert progress_text(meter, None) == "loading …"
     assert (
-        meter.text(Progress("download", 1 << 30, 4 << 30, detail="m"))
+        progress_text(meter, Progress("download", 1 << 30, 4 << 30, detail="m"))
         == f"download m · {'█' * 5 + '░' * 15} · 1.0 GiB of 4.0 GiB"
     )
     now[0] = 10.0
-    text = meter.text(Progress("download", 2 << 30, 4 << 30, detail="m"))
+    text = progress_text(meter, Progress("download", 2 << 30, 4 << 30, detail="m"))
     assert text == f"download m · {'█' * 10 + '░' * 10} · 2.0 GiB of 4.0 GiB · 102.4 MiB/s · 0:20 left"
-    assert meter.text(Progress("build", 0, 1, "models", "m")) == "build m"
-    assert meter.text(Progress("convert", 3, 12, "layers")) == f"convert · {'█' * 5 + '░' * 15} · 3 of 12 layers"
-    assert meter.text(Progress("download", 5, 0)) == "download · 5 B"
+    assert progress_text(meter, Progress("build", 0, 1, "models", "m")) == "build m"
+    assert (
+        progress_text(meter, Progress("convert", 3, 12, "layers")) == f"convert · {'█' * 5 + '░' * 15} · 3 of 12 layers"
+    )
+    assert progress_text(meter, Progress("download", 5, 0)) == "download · 5 B"
     assert (clock_time(65), clock_time(7265)) == ("1:05", "2:01:05")
 
 

@@ -14,8 +14,7 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import plan_model
 from airllm_nb.engine.preview import Preview
 from airllm_nb.errors import BudgetError, SourceError
-from airllm_nb.notebook.cached import cached_models
-from airllm_nb.notebook.panel import Panel
+from airllm_nb.notebook.panel import Panel, cached_models
 
 Loaded = list[tuple[str, LoadOptions]]
 

@@ -1,7 +1,12 @@
-"""``%airllm_trace``: which generations, shown or saved."""
+"""Pictures that stay in the notebook, PNG and text, which every viewer shows and a screen reader reads; and
+``%airllm_trace``: which generations are shown or saved.
+
+Matplotlib is imported where something is drawn.
+"""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +25,64 @@ if TYPE_CHECKING:
 CHROME = "ui.perfetto.dev and chrome://tracing open it"
 PICTURES = (".png", ".svg")
 NOTHING_YET = "nothing was generated yet; run a %%airllm_generate cell first"
+
+
+class Still:
+    """A picture as a display: ``image/png``, with its description as ``text/plain``."""
+
+    def __init__(self, picture: Any):
+        self.picture = picture
+
+    @classmethod
+    def of(cls, trace: Trace, title: str = "") -> Still | None:
+        """The last sweep of a generation; ``None`` if there was none."""
+        from .sweep_figures import overlap
+
+        view = last_sweep(trace)
+        return None if view is None else cls(overlap(view, title, trace.plan))
+
+    @classmethod
+    def of_memory(cls, trace: Trace) -> Still | None:
+        """The memory of the GPU during a generation; ``None`` without a GPU."""
+        from .memory_figures import vram_timeline
+
+        return cls(vram_timeline(trace)) if trace.of_device else None
+
+    @classmethod
+    def of_plan(cls, plan: Any) -> Still:
+        """What goes where."""
+        from .memory_figures import plan_bar
+
+        return cls(plan_bar(plan))
+
+    def bundle(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Data and metadata of the display."""
+        from .canvas import WIDTH
+
+        png = base64.b64encode(self.picture.png()).decode()
+        shown = {"width": WIDTH, "alt": self.picture.alt}
+        return {"text/plain": self.picture.alt, "image/png": png}, {"image/png": shown}
+
+    def __repr__(self) -> str:
+        return str(self.picture.alt)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> Any:
+        return self.bundle()
+
+
+def words(trace: Trace, title: str = "") -> str:
+    """What the pictures of a generation show, for whoever cannot see them."""
+    from .memory_figures import memory_text
+    from .sweep_figures import overlap_text
+
+    view = last_sweep(trace)
+    texts = [overlap_text(view, title, trace.plan)] if view else []
+    if trace.of_device:
+        texts.append(memory_text(trace))
+    return "\n".join(texts)
+
+
+# ---- %airllm_trace
 
 
 def chosen(given: argparse.Namespace, models: Registry, variables: Mapping[str, Any]) -> list[Run]:
@@ -56,8 +119,6 @@ def _of_variable(name: str, variables: Mapping[str, Any], models: Registry) -> R
 
 def show(runs: Sequence[Run]) -> None:
     """The picture and the figures."""
-    from .still import Still
-
     display(Still(_picture(runs)))
     for run in runs:
         if memory := Still.of_memory(run.trace):
@@ -88,9 +149,9 @@ def save(runs: Sequence[Run], path: Path) -> str:
 
 
 def _picture(runs: Sequence[Run]) -> Any:
-    from . import figures
+    from .sweep_figures import compare, overlap
 
     views = [last_sweep(run.trace) for run in runs]
     if len(runs) == 1:
-        return figures.overlap(views[0], runs[0].title, runs[0].trace.plan)
-    return figures.compare(views, [run.title for run in runs])
+        return overlap(views[0], runs[0].title, runs[0].trace.plan)
+    return compare(views, [run.title for run in runs])
