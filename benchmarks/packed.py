@@ -190,7 +190,7 @@ def make(folder: Path, shape: str, layers: int, kind: str) -> Path:
     if target.exists():
         return model
     if kind == "nf4":
-        synthetic.write_packed(target, shape, layers, "4bit")
+        synthetic.write(target, shape, layers, "4bit")
         return model
     made = target.with_name(f"{target.name}.partial")
     shutil.rmtree(made, ignore_errors=True)

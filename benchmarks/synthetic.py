@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from airllm_nb.bench.synthetic import SHAPES, write, write_packed
+from airllm_nb.bench.synthetic import SHAPES, write
 from airllm_nb.errors import AirLLMError
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,10 +22,7 @@ parser.add_argument("--packed", choices=["4bit", "8bit"])
 given = parser.parse_args()
 start = time.perf_counter()
 try:
-    if given.packed:
-        size = write_packed(given.folder, given.shape, given.layers, given.packed)
-    else:
-        size = write(given.folder, given.shape, given.layers)
+    size = write(given.folder, given.shape, given.layers, given.packed)
 except AirLLMError as error:
     sys.exit(str(error))
 print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s")

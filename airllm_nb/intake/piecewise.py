@@ -1,7 +1,7 @@
 """Straight from download to store: each weight file is downloaded, encoded and deleted before the next one arrives.
 
 The disk holds the store and one weight file at a time; and, where a parameter is merged of tensors in several files,
-what :mod:`~airllm_nb.store.stages` carries from one to the next. What is downloaded goes into the store's own folder,
+what :mod:`~airllm_nb.store.portions` carries from one to the next. What is downloaded goes into the store's own folder,
 not into the Hub's cache, so that nothing there has to be deleted that another program may want. The journal of the
 store knows which files are not needed any more: whatever moment this is killed at, starting it again goes on from
 there. (How much of a file that was cut short is kept is the Hub's library's to say; later ones begin it anew.)
@@ -27,8 +27,8 @@ from ..errors import CheckpointError, SourceError
 from ..store.locks import exclusively, locked
 from ..store.manifest import Store, StoreMeta
 from ..store.names import DOWNLOAD, MANIFEST
+from ..store.portions import Jobs, Portion, WeightFile, bytes_needed, plan_portions
 from ..store.space import FULL, OVERHEAD, explain
-from ..store.stages import Jobs, Stage, WeightFile, bytes_needed, plan_stages
 from ..store.writer import Writer
 from ..tensors.index import TensorInfo
 from ..tensors.inside import inside
@@ -78,7 +78,7 @@ class Piecewise:
     @property
     def nbytes(self) -> int:
         """How much fuller than now the disk becomes at most while the store is written."""
-        return bytes_needed(self._stages(), self._folder, lambda job: False) + OVERHEAD
+        return bytes_needed(self._portions(), self._folder, lambda job: False) + OVERHEAD
 
     def is_better(self) -> bool:
         """Whether it was begun so, was asked for, or the disk has no room for both download and store."""
@@ -95,18 +95,18 @@ class Piecewise:
     def _both(self) -> tuple[int, int]:
         """Bytes of the download and of the store that would lie beside each other otherwise."""
         download = self._source.missing if self._source.missing is not None else self._source.nbytes
-        store = sum(job.nbytes for stage in self._stages() for job in stage.jobs)
+        store = sum(job.nbytes for portion in self._portions() for job in portion.jobs)
         return download, max(store - sum(status(path).st_size for path in self._folder.glob("*.safetensors")), 0)
 
-    def _stages(self) -> list[Stage]:
-        """A stage for each weight file: where it is if it is here, else where it is downloaded to."""
+    def _portions(self) -> list[Portion]:
+        """A portion for each weight file: where it is if it is here, else where it is downloaded to."""
         files, source = [], self._source
         for named in [inside(source.folder, name) for name in source.wanted] or source.files:
             is_here = named.is_file()
             nbytes = status(named).st_size if is_here else self._headers.sizes.get(named, 0)
             path = named if is_here else inside(self._folder / DOWNLOAD, self._name(named))
             files.append(WeightFile(named, path, nbytes, goes=self._options.delete_original or not is_here))
-        return plan_stages(self._tensors, files, self._folder, self._jobs_of)
+        return plan_portions(self._tensors, files, self._folder, self._jobs_of)
 
     def _name(self, named: Path) -> str:
         return named.relative_to(self._source.folder).as_posix()
@@ -141,8 +141,8 @@ class Piecewise:
             for leftover in (self._folder / DOWNLOAD).rglob("*.incomplete"):
                 if _CUT_SHORT.search(leftover.name):
                     leftover.unlink(missing_ok=True)
-            stages = self._stages()
-            files = [stage.file for stage in stages if stage.file is not None and stage.writes]
+            portions = self._portions()
+            files = [portion.file for portion in portions if portion.file is not None and portion.writes]
             total = sum(file.nbytes for file in files)
 
             def bring(file: WeightFile) -> None:
@@ -151,7 +151,7 @@ class Piecewise:
             return Writer(
                 self._folder, self._meta, self._progress, beside=last, origin=self._source.origin,
                 revision=self._source.revision or "", bring=bring, remove=_remove,
-            ).write(stages)  # fmt: skip
+            ).write(portions)  # fmt: skip
 
     def _bring(self, file: WeightFile, arrived: int, total: int) -> None:
         """Download a weight file, if it is not here."""

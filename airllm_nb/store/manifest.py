@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import entries, open_file, read_json, status
-from ..encoding.linear import Part
 from ..errors import FileError, StoreError
 from ..tensors.index import PAD, CheckpointIndex, TensorInfo, read_header
 from ..tensors.inside import inside
@@ -68,8 +67,6 @@ class Store:
         What it is of.
     shards
         File, bytes, sha256 and key of each.
-    parts
-        Parameter name → the parts that it became.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]):
@@ -79,10 +76,6 @@ class Store:
         said = (f"{inside(folder, s['file']).relative_to(folder)} {s['bytes']!r} {s['sha256']}" for s in self.shards)
         if not all(map(_SHARD.fullmatch, said)):
             raise ValueError("a shard's entry makes no sense")
-        self.parts: dict[str, tuple[Part, ...]] = {
-            name: tuple(Part(p["attribute"], p["dtype"], tuple(p["shape"])) for p in parameter["parts"])
-            for name, parameter in manifest["parameters"].items()
-        }
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -98,7 +91,7 @@ class Store:
         tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             tensors |= {name: info for name, info in read_header(file).items() if not name.startswith(PAD)}
-        return CheckpointIndex(self.folder, tensors, self.files)
+        return CheckpointIndex(tensors, self.files)
 
     def verify(self, progress: ProgressCallback = silent) -> None:
         """Read every byte and compare it with what was written.

@@ -1,7 +1,7 @@
 """The one writer of stores. Whatever moment it is killed at, starting it again completes the store: the same bytes.
 
-What is written is cut into stages. Where all source files are here, one stage writes everything; where they come one
-after the other, each has a stage of its own, and is deleted once what was written of it is verified.
+What is written is cut into portions. Where all source files are here, there is one; where they come one after the
+other, each has a portion of its own, and is deleted once what was written of it is verified.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .atomic import sweep, unfinished_shards, write_atomically
 from .locks import locked
 from .manifest import FORMAT, Store, StoreMeta, damaged, finished_store, open_store, read_manifest
 from .names import JOURNAL, MANIFEST, is_shard
+from .portions import Portion, WeightFile, bytes_needed
 from .shard import ShardJob, write_shards
 from .space import OVERHEAD, check_space, explain
-from .stages import Stage, WeightFile, bytes_needed
 
 log = logging.getLogger(__name__)
 
 
 def write_store(folder: Path, jobs: Iterable[ShardJob], meta: StoreMeta, **how: Any) -> Store:
     """Write a store whose source files are all here, and open it; ``how`` are the other attributes of a Writer."""
-    return Writer(folder, meta, **how).write([Stage(tuple(jobs))])
+    return Writer(folder, meta, **how).write([Portion(tuple(jobs))])
 
 
 @dataclass
@@ -57,10 +57,10 @@ class Writer:
     revision
         Of a Hub id, the commit.
     unchanged
-        The files that the data comes from, where stages name none: what was made of one that changes meanwhile is not
+        The files that the data comes from, where portions name none: what was made of one that changes meanwhile is not
         kept.
     bring, remove
-        Makes a stage's file be here, and deletes it.
+        Makes a portion's file be here, and deletes it.
     """
 
     folder: Path
@@ -76,12 +76,12 @@ class Writer:
     _total: int = field(default=0, init=False)
     _reached: int = field(default=0, init=False)
 
-    def write(self, stages: Sequence[Stage]) -> Store:
+    def write(self, portions: Sequence[Portion]) -> Store:
         """Write what is missing, and open the store.
 
         Parameters
         ----------
-        stages
+        portions
             Their shards' data is asked for in order, that of a few at once where they allow it.
 
         Raises
@@ -90,33 +90,33 @@ class Writer:
             If the disk has no room (both sizes are named), a shard is damaged before its source is deleted, the folder
             holds a finished store of something else, or ``should_stop`` said so.
         """
-        jobs = [job for stage in stages for job in stage.jobs]
+        jobs = [job for portion in portions for job in portion.jobs]
         if (done := finished_store(self.folder, self.meta, jobs)) is not None:
             return done
         try:
             with locked(self.folder, self.progress, self.should_stop, sum(job.nbytes for job in jobs)):
-                return finished_store(self.folder, self.meta, jobs) or self._write(stages, jobs)
+                return finished_store(self.folder, self.meta, jobs) or self._write(portions, jobs)
         except AirLLMError:
             raise
         except OSError as error:
             raise explain(error, self.folder) from error
 
-    def _write(self, stages: Sequence[Stage], jobs: list[ShardJob]) -> Store:
+    def _write(self, portions: Sequence[Portion], jobs: list[ShardJob]) -> Store:
         sweep(self.folder)
         # Shards with other names were cut in another way.
         others = {path.name for path in self.folder.glob("*.safetensors") if is_shard(path.name)}
-        others -= {job.file for stage in stages for job in stage.writes}
+        others -= {job.file for portion in portions for job in portion.writes}
         for leftover in (*unfinished_shards(self.folder), *(self.folder / name for name in others)):
             leftover.unlink(missing_ok=True)
-        journal = Journal(self.folder, self.meta.key, self._repaired())
-        done = self._done(stages, journal)
-        self._check_space(stages, done)
+        journal = Journal(self.folder, self.meta.key, self._of_manifest())
+        done = self._done(portions, journal)
+        self._check_space(portions, done)
         journal.start()
         (self.folder / MANIFEST).unlink(missing_ok=True)  # of a damaged store: what is true in it, the journal has
-        self._total = sum(job.nbytes for stage in stages for job in stage.writes)
+        self._total = sum(job.nbytes for portion in portions for job in portion.writes)
         self._reached = sum(done.values())
-        for stage in stages:
-            self._run(stage, [job for job in stage.writes if job.file not in done], journal)
+        for portion in portions:
+            self._run(portion, [job for job in portion.writes if job.file not in done], journal)
         if self.beside is not None:
             self.beside(self.folder)
         write_atomically(self.folder / MANIFEST, self._manifest(jobs, journal.records))
@@ -125,7 +125,7 @@ class Writer:
         assert store is not None
         return store
 
-    def _repaired(self) -> dict[str, dict[str, Any]]:
+    def _of_manifest(self) -> dict[str, dict[str, Any]]:
         """The shards of a store that was finished and damaged since."""
         with suppress(StoreError):
             store = read_manifest(self.folder)
@@ -133,29 +133,29 @@ class Writer:
                 return {shard["file"]: shard for shard in store.shards}
         return {}
 
-    def _done(self, stages: Sequence[Stage], journal: Journal) -> dict[str, int]:
+    def _done(self, portions: Sequence[Portion], journal: Journal) -> dict[str, int]:
         """Bytes by file of the shards that are written, and of the carried ones that were used already."""
         done: dict[str, int] = {}
-        for stage in reversed(stages):  # whether a carried shard is needed, later stages say
-            done |= {job.file: job.nbytes for job in stage.writes
+        for portion in reversed(portions):  # whether a carried shard is needed, later portions say
+            done |= {job.file: job.nbytes for job in portion.writes
                      if journal.has(job.file, self.meta.key_of(job), job.nbytes)}  # fmt: skip
-            if all(job.file in done for job in stage.jobs):
-                done |= {job.file: job.nbytes for job in stage.used}
+            if all(job.file in done for job in portion.jobs):
+                done |= {job.file: job.nbytes for job in portion.used}
         return done
 
-    def _check_space(self, stages: Sequence[Stage], done: Collection[str]) -> None:
+    def _check_space(self, portions: Sequence[Portion], done: Collection[str]) -> None:
         who, more, remedy = f"the store in {self.folder}", " more", ""
-        if files := [stage.file.nbytes for stage in stages if stage.file is not None and stage.writes]:
-            store = sum(job.nbytes for stage in stages for job in stage.jobs if job.file not in done)
+        if files := [portion.file.nbytes for portion in portions if portion.file is not None and portion.writes]:
+            store = sum(job.nbytes for portion in portions for job in portion.jobs if job.file not in done)
             who, remedy = self.origin, "free some, or "
             more = (" more on disk though its weight files are deleted one by one (the store "
                     f"{format_bytes(store)}, the largest of them {format_bytes(max(files))})")  # fmt: skip
-        need = bytes_needed(stages, self.folder, lambda job: job.file in done) + OVERHEAD
+        need = bytes_needed(portions, self.folder, lambda job: job.file in done) + OVERHEAD
         remedy += "name a folder on a larger disk with layer_shards_saving_path=…"
         check_space(self.folder, need, who, more, remedy)
 
-    def _run(self, stage: Stage, todo: list[ShardJob], journal: Journal) -> None:
-        file = stage.file
+    def _run(self, portion: Portion, todo: list[ShardJob], journal: Journal) -> None:
+        file = portion.file
         if todo and file is not None:
             self.bring(file)
         sources = self.unchanged if file is None else Unchanged([file.path])
@@ -174,13 +174,13 @@ class Writer:
 
         write_shards(self.folder, todo, wrote, finished)
         if file is not None and file.goes and file.path.is_file():
-            records = [journal.records[job.file] for job in stage.writes if (self.folder / job.file).is_file()]
+            records = [journal.records[job.file] for job in portion.writes if (self.folder / job.file).is_file()]
             for path, *_ in damaged(self.folder, records, self.progress):
                 path.unlink()
                 raise StoreError(f"{path} was not what was written, and is deleted; check the disk, then start again: "
                                  "what is finished is kept")  # fmt: skip
             self.remove(file)
-        for job in stage.used:
+        for job in portion.used:
             (self.folder / job.file).unlink(missing_ok=True)
 
     def _manifest(self, jobs: list[ShardJob], records: Mapping[str, dict[str, Any]]) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,33 +71,16 @@ class TensorInfo:
         return TensorInfo(name, self.dtype, (count, *self.shape[1:]), tuple(extents))
 
 
-class CheckpointIndex(Mapping[str, TensorInfo]):
-    """The tensors of a checkpoint by name; holds no weights.
+class CheckpointIndex(dict[str, TensorInfo]):
+    """The tensors of a checkpoint by name, which lie in ``files``; holds no weights."""
 
-    Attributes
-    ----------
-    folder
-        Where the files are.
-    files
-        The safetensors files, in order.
-    """
-
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], files: tuple[Path, ...]):
-        self.folder, self.files = folder, files
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+    def __init__(self, tensors: Mapping[str, TensorInfo], files: Iterable[Path]):
+        super().__init__(tensors)
+        self.files = tuple(files)
 
     @property
     def nbytes(self) -> int:
-        return sum(info.nbytes for info in self._tensors.values())
+        return sum(info.nbytes for info in self.values())
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -210,7 +193,7 @@ def join_headers(folder: Path, headers: Mapping[Path, Mapping[str, TensorInfo]])
         if name not in tensors:
             raise CheckpointError(f"{folder / shard}: tensor {name!r} is missing; the shard is of another "
                                   "checkpoint or damaged, download it again")  # fmt: skip
-    return CheckpointIndex(folder, tensors, tuple(headers))
+    return CheckpointIndex(tensors, headers)
 
 
 def weight_map(index_file: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ from airllm_nb.checkpoint.hub import remote
 from airllm_nb.encoding.ours import get_codec
 from airllm_nb.store.jobs import encode_jobs
 from airllm_nb.store.manifest import open_store
-from airllm_nb.store.stages import WeightFile, bytes_needed, plan_stages
+from airllm_nb.store.portions import WeightFile, bytes_needed, plan_portions
 from airllm_nb.tensors.index import read_index
 
 BLOCK = 32 << 10
@@ -240,7 +240,7 @@ def planned(folder: Path, target: Path) -> tuple[Any, list[Any]]:
     index = read_index(folder)
     weights = [WeightFile(path, target / path.name, path.stat().st_size, True) for path in index.files]
     by_layer = functools.partial(encode_jobs, codec=get_codec(None), compressed=[], dtype=torch.bfloat16)
-    return index, plan_stages(index, weights, target, by_layer)
+    return index, plan_portions(index, weights, target, by_layer)
 
 
 def test_a_layer_that_two_files_hold_becomes_two_shards(llama: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ JOINS = {
     "intake.replacements": {"key"},  # compared, not opened
     "store.manifest": {"shard['file']"},  # of a manifest that was checked
     "store.shard": {"job.file"},  # shards are named by numbers
-    "store.stages": {"job.file"},  # likewise
+    "store.portions": {"job.file"},  # likewise
     "store.writer": {"file", "job.file", "name"},  # likewise
     "tensors.index": {"shard"},  # a key of a mapping, and in a message
     "tensors.inside": {"name"},  # the one place

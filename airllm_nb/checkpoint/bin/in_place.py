@@ -44,7 +44,7 @@ def pickle_index(files: tuple[Path, ...], itemsize: int) -> CheckpointIndex | No
         if found is None or not (is_indexed or tensors.keys().isdisjoint(found)):
             return None
         tensors |= found
-    return None if not tensors or is_wide(tensors, itemsize) else CheckpointIndex(files[0].parent, tensors, files)
+    return None if not tensors or is_wide(tensors, itemsize) else CheckpointIndex(tensors, files)
 
 
 def is_wide(tensors: Mapping[str, TensorInfo], itemsize: int) -> bool:

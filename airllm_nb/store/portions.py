@@ -1,6 +1,6 @@
-"""What of a store is written from which source files: all at once in one stage, or a stage for each weight file.
+"""What of a store is written from which source files: all at once in one portion, or a portion for each weight file.
 
-The latter is decided from headers, before a weight is downloaded. A stage reads no other file of the checkpoint. A
+The latter is decided from headers, before a weight is downloaded. A portion reads no other file of the checkpoint. A
 layer whose tensors lie in several files becomes several shards of the store. What a file holds of a *parameter* that
 goes on in a later one (merged experts) is copied, as it is, into a shard of its own until then: a carried one.
 """
@@ -44,7 +44,7 @@ class WeightFile:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Portion:
     """What is written while ``file`` is here; without one, while all source files are.
 
     Attributes
@@ -52,9 +52,9 @@ class Stage:
     jobs
         Shards of the store.
     carried
-        Shards that hold what later stages need of the file.
+        Shards that hold what later portions need of the file.
     used
-        Shards carried by earlier stages that nothing needs after this one.
+        Shards carried by earlier portions that nothing needs after this one.
     """
 
     jobs: tuple[ShardJob, ...]
@@ -67,10 +67,10 @@ class Stage:
         return self.jobs + self.carried
 
 
-def plan_stages(
+def plan_portions(
     tensors: Mapping[str, TensorInfo], files: Sequence[WeightFile], folder: Path, jobs_of: Jobs
-) -> list[Stage]:
-    """One stage a file.
+) -> list[Portion]:
+    """One portion a file.
 
     Parameters
     ----------
@@ -101,14 +101,14 @@ def plan_stages(
 
     jobs: list[list[ShardJob]] = [[] for _ in files]
     for job in jobs_of({name: placed(name) for name in tensors}):
-        by_stage: dict[int, list[Item]] = {}
+        by_portion: dict[int, list[Item]] = {}
         for item in job.items:
-            by_stage.setdefault((spans[item.name] or [0])[-1], []).append(item)
-        for at, some in by_stage.items():
-            name = job.name if len(by_stage) == 1 else part_name(job.name, at)
+            by_portion.setdefault((spans[item.name] or [0])[-1], []).append(item)
+        for at, some in by_portion.items():
+            name = job.name if len(by_portion) == 1 else part_name(job.name, at)
             jobs[at].append(replace(job, name=name, items=tuple(some)))
     return [
-        Stage(
+        Portion(
             tuple(jobs[at]),
             tuple(job for (first, _), job in carried.items() if first == at),
             tuple(job for (_, last), job in carried.items() if last == at),
@@ -118,7 +118,7 @@ def plan_stages(
     ]
 
 
-def bytes_needed(stages: Sequence[Stage], folder: Path, is_done: Callable[[ShardJob], bool]) -> int:
+def bytes_needed(portions: Sequence[Portion], folder: Path, is_done: Callable[[ShardJob], bool]) -> int:
     """How much fuller than now the disk of ``folder`` becomes: the store, what is carried, one downloaded file.
 
     Parameters
@@ -133,12 +133,12 @@ def bytes_needed(stages: Sequence[Stage], folder: Path, is_done: Callable[[Shard
         """What deleting a file gives back to this disk."""
         return status(path).st_size if path.is_file() and status(path).st_dev == device else 0
 
-    for stage in stages:
-        todo, file = [job for job in stage.writes if not is_done(job)], stage.file
+    for portion in portions:
+        todo, file = [job for job in portion.writes if not is_done(job)], portion.file
         ahead |= {job.file for job in todo}
         now += sum(job.nbytes for job in todo)
         most = max(most, now + (file.nbytes if todo and file is not None and not file.path.is_file() else 0))
-        now -= sum(job.nbytes if job.file in ahead else freed(folder / job.file) for job in stage.used)
+        now -= sum(job.nbytes if job.file in ahead else freed(folder / job.file) for job in portion.used)
         now -= freed(file.path) if file is not None and file.goes else 0
     return most
 
