@@ -1,19 +1,18 @@
-"""The native ``generate`` in, records out: text and tokens as they come, and one result at the end."""
+"""A generation as records: text and tokens as they come, and one result at the end."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import queue
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..errors import GenerationStopped
 from ..trace import Trace
+from .loop import End, start
 from .text import Detokenizer, StopText
 
 
@@ -184,7 +183,7 @@ class Generation:
             event = self._events.get(timeout=seconds)
         except queue.Empty:
             return None
-        if isinstance(event, _End):
+        if isinstance(event, End):
             return self._finish(event)
         self._ids.extend(event)
         return self._chunk(self._text.add(event), event)
@@ -206,18 +205,13 @@ class Generation:
 
     def _begin(self) -> None:
         self._start = time.perf_counter()
-        self._worker = threading.Thread(
-            target=_work, args=(self._model, self._kwargs, self._cancel, self._events), name="airllm-generate",
-            daemon=True,
-        )  # fmt: skip
-        self._worker.start()
-        _workers[self._worker] = self._cancel
+        self._worker = start(self._model.run, self._kwargs, self._cancel, self._events)
 
     def _chunk(self, text: str, ids: list[int]) -> GenerationChunk:
         self._parts.append(text)
         return GenerationChunk(text, tuple(ids), time.perf_counter() - self._start, len(self._ids))
 
-    def _finish(self, end: _End) -> GenerationChunk:
+    def _finish(self, end: End) -> GenerationChunk:
         if self._worker is not None:
             self._worker.join(1)
         rest = self._text.rest()
@@ -240,47 +234,3 @@ class Generation:
             stopped_by="user" if self._cancel.is_set() else end,
             seconds=time.perf_counter() - self._start, trace=trace,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _End:
-    """The worker is over."""
-
-    error: BaseException | None = None
-
-
-# Whoever runs when the interpreter ends would be cut off in the middle of native code, which crashes.
-_workers: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _end_workers() -> None:
-    workers = dict(_workers)
-    for cancel in workers.values():
-        cancel.set()
-    for worker in workers:
-        worker.join(10)
-
-
-def _work(model: Runs, kwargs: dict[str, Any], cancel: threading.Event, events: queue.SimpleQueue[Any]) -> None:
-    try:
-        model.run({**kwargs, "streamer": _Tokens(events.put)}, cancel)
-        events.put(_End())
-    except BaseException as error:  # raised again in the caller's thread
-        events.put(_End(error))
-
-
-class _Tokens:
-    """A streamer for ``generate``: passes tokens on, the prompt left out."""
-
-    def __init__(self, put: Callable[[list[int]], None]):
-        self._put, self._prompt_seen = put, False
-
-    def put(self, value: Any) -> None:
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
-        self._put(value.reshape(-1).tolist())
-
-    def end(self) -> None:
-        """The worker reports the end."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import OptionError, PromptError
 from ..plan.needs import context_length
+from .cache import Cache
 from .prompt import prompt_shape
 from .settings import token_settings
 
@@ -108,9 +109,7 @@ def guard_positions(native: Any) -> None:
 
     def check(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(names, args, strict=False)) | kwargs
-        past: Any = given.get("past_key_values")
-        seen = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
-        length = seen + prompt_shape(given)[1]
+        length = Cache.given(given).length + prompt_shape(given)[1]
         if length > rows:
             raise PromptError(f"{length:,} tokens are too many: this model has learned {rows:,} positions; shorten the "
                               "prompt, or ask for fewer tokens")  # fmt: skip

@@ -1,24 +1,21 @@
-"""What one run asks of device memory, and in how many tokens at a time its prompt goes through the model.
-
-Each chunk of a prompt costs a sweep over all weights, so there are as few as fit.
-"""
+"""What a call of ``generate`` or of the model asks of device memory, and why some prompts cannot be cut."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..plan.needs import rope_layers, since
+from ..plan.work import Work
+from .cache import Cache
 from .ids import check_call, check_settings
 from .prompt import prompt_shape, sequences, total_length
 from .settings import as_whole, effective
 
-SMALLEST_CHUNK = 32
 # Tokens that an assistant or a lookup proposes at once, at most; transformers starts with 20 and grows with success.
 _CANDIDATES = 64
 # Models whose state, carried from chunk to chunk, gives what the whole prompt gives (others forget it between chunks).
@@ -38,75 +35,6 @@ _CUT = ("inputs", "input_ids", "attention_mask", "position_ids")
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
-@dataclass(frozen=True)
-class Work:
-    """One generation, or one forward, as far as memory is concerned.
-
-    Attributes
-    ----------
-    length, batch
-        Tokens of the longest sequence, answer included, and sequences at once.
-    prompt
-        New tokens of the largest forward, if the prompt is not cut.
-    logits
-        Positions a sequence that get logits in a forward; ``None``: all of its tokens.
-    loss
-        Whether those get a loss too.
-    masked
-        Attention gets a mask: sequences are padded, or there is a cache in front of several new tokens.
-    states, attentions
-        Whether those of all layers are returned.
-    chunk
-        Tokens at a time that the caller asks for.
-    whole
-        Why the prompt cannot be cut; empty if it can.
-    remedy
-        What else the caller can do if it does not fit.
-    """
-
-    length: int
-    batch: int
-    prompt: int
-    logits: int | None = 1
-    loss: bool = False
-    masked: bool = False
-    states: bool = False
-    attentions: bool = False
-    chunk: int | None = None
-    whole: str = ""
-    remedy: str = ""
-
-    @property
-    def sizes(self) -> list[int]:
-        """Tokens at a time that come into question, the best first: the whole prompt, then powers of two."""
-        if self.chunk:
-            return [min(self.chunk, self.prompt)]
-        powers = [] if self.whole else [1 << bit for bit in reversed(range(self.prompt.bit_length()))]
-        return [self.prompt, *(size for size in powers if SMALLEST_CHUNK <= size < self.prompt)]
-
-
-def choose_chunk(sizes: Sequence[int], cost: Callable[[int], int], room: int, arenas: Sequence[int]) -> int | None:
-    """How many tokens of a prompt go through the model at a time.
-
-    Parameters
-    ----------
-    sizes
-        Tokens at a time, the best first.
-    cost
-        Bytes that so many tokens need, beside streamed weights.
-    room
-        Bytes there are.
-    arenas
-        Bytes to leave for streamed weights, the most comfortable first; a smaller arena comes after smaller chunks.
-
-    Returns
-    -------
-    int or None
-        ``None`` if nothing fits.
-    """
-    return next((size for arena in arenas for size in sizes if cost(size) + arena <= room), None)
-
-
 def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
     """What ``native.generate(**kwargs)`` asks for.
 
@@ -115,7 +43,6 @@ def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
     PromptError, OptionError
         If tokens, positions or settings are outside of what the model has.
     """
-
     setting = effective(native, kwargs)
     check_settings(native, setting)
     check_call(native, kwargs)
@@ -124,7 +51,7 @@ def of_generation(native: Any, kwargs: Mapping[str, Any]) -> Work:
     assisted = next((name for name in _ASSISTED if setting(name)), "")
     logits = None if "logits_to_keep" not in _parameters(native) else kwargs.get("logits_to_keep", 1)
     candidates = max(_CANDIDATES, as_whole(setting("prompt_lookup_num_tokens"), 0)) if assisted else 0
-    past = _cached(kwargs)
+    past = Cache.given(kwargs).length
     whole = assisted or _why_whole(native, kwargs, setting, prompt, past)
     no_cache = setting("use_cache") is False
     if past and isinstance(mask, torch.Tensor):
@@ -155,9 +82,10 @@ def of_forward(native: Any, args: Sequence[Any], kwargs: Mapping[str, Any], with
     ``within`` says that a generation calls it: what that goes on with it has sampled, and the host waits for no device.
     """
     given = by_name(native, args, kwargs)
-    goes_on = within and _cached(given) > 0
+    past = Cache.given(given).length
+    goes_on = within and past > 0
     check_call(native, {k: v for k, v in given.items() if _is_on_host(v)} if goes_on else given)
-    (batch, tokens), past = prompt_shape(given), _cached(given)
+    batch, tokens = prompt_shape(given)
     logits = given.get("logits_to_keep", 0) if "logits_to_keep" in _parameters(native) else None
     return Work(
         length=tokens + past, batch=batch, prompt=tokens, logits=_positions(logits),
@@ -207,11 +135,6 @@ def _positions(logits_to_keep: Any) -> int | None:
     if isinstance(logits_to_keep, torch.Tensor):
         return logits_to_keep.numel()
     return logits_to_keep or None
-
-
-def _cached(kwargs: Mapping[str, Any]) -> int:
-    past: Any = kwargs.get("past_key_values")
-    return int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0
 
 
 def _is_padded(mask: Any) -> bool:

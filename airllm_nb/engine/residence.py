@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import threading
 import traceback
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ..config import format_bytes
-from ..decode.prefill import Work
 from ..errors import BudgetError, GenerationStopped
 from ..intake import planning
 from ..model.device import VRAM_MARGIN, Budgets
@@ -20,11 +20,11 @@ from ..model.executor import Executor, Stage
 from ..model.placing import drop_unpacked
 from ..model.turn import Turn
 from ..plan.residency import Machine, ResidencyPlan
+from ..plan.work import Work
 from ..tensors import libc
 from ..trace import Trace
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 _REMEDY = "close the other programs that use the GPU, or load with a smaller vram_budget or max_seq_len"
 
 
@@ -59,50 +59,69 @@ class Residence:
 
     def __init__(self, prepared: planning.Prepared, machine: Machine, budgets: Budgets, turn: Turn):
         self._prepared, self._machine, self.budgets, self._turn = prepared, machine, budgets, turn
-        self._admitted = prepared.planned
+        self._admitted, self._began = prepared.planned, False
         self.executor: Executor | None = None
         self.trace, self.shrunk_from = Trace(), None  # type: Trace, int | None
         self.plan: ResidencyPlan = planning.plan(prepared, machine, budgets, prepared.planned)[0]
         self._wished = self.plan.needs
-        self._surviving(prepared.planned, lambda: self.make_room(prepared.planned))
+        for attempt in self.attempts(prepared.planned):
+            with attempt:
+                self.make_room(prepared.planned)
 
-    def run(self, work: Work, call: Callable[[int], T], cancel: threading.Event, repeatable: bool) -> T:
-        """``call`` with room for ``work``, recorded; once more, under a smaller budget, if device memory runs out.
+    def attempts(self, work: Work, repeatable: bool = True) -> Iterator[Attempt]:
+        """Attempts at ``work``, each to be entered: once more, under a smaller budget, where device memory runs out.
 
-        Parameters
-        ----------
-        call
-            Takes how many tokens of the prompt go through the model at a time.
-        cancel
-            Ends it before the next unit.
-        repeatable
-            Whether ``call`` can be made again after it has failed half-way.
+        Whoever succeeds leaves the loop. A session that began in an attempt is repeated only if it is ``repeatable``.
 
         Raises
         ------
         BudgetError
-            If there is no room, or device memory ran out and it cannot be repeated, or ran out again.
+            If device memory ran out and it cannot be repeated, or ran out again.
         """
-        began = False
+        for is_last in (False, True):
+            attempt, self._began = Attempt(self._machine.has_device), False
+            yield attempt
+            if not attempt.ran_out:
+                return
+            if self._keeps_a_graph():
+                _let_go(self._prepared.device)
+                raise BudgetError("device memory ran out in a forward that keeps its activations for gradients, which "
+                                  "vram_budget does not count; give it less at a time, or compute under "
+                                  "torch.no_grad()")  # fmt: skip
+            if is_last:
+                break
+            self._shrink(work)
+            if self._began and not repeatable:
+                raise BudgetError(
+                    "device memory ran out half-way, and what was given (a cache, processors, criteria) is changed by "
+                    f"now; {_REMEDY}; then generate again with new ones"
+                )
+        raise BudgetError(f"device memory ran out again under vram_budget={format_bytes(self.budgets.vram)}; {_REMEDY}")
 
-        def attempt() -> T:
-            nonlocal began
-            tokens = self.make_room(work)
-            executor, self.trace, began, self._admitted = self.executor, Trace(), True, work
-            assert executor is not None, "there is room"
-            executor.start(self.trace, cancel)
-            try:
-                with executor.on_device():
-                    answer = call(tokens)
-            except GenerationStopped:
-                executor.sources.check()  # what there is so far is kept
-                raise
-            finally:
-                executor.finish()
-            executor.sources.check()
-            return answer
+    @contextlib.contextmanager
+    def session(self, work: Work, cancel: threading.Event) -> Iterator[tuple[Executor, int]]:
+        """Room for ``work``, recorded; ``cancel`` ends it before the next unit.
 
-        return self._surviving(work, attempt, lambda: repeatable or not began)
+        Gives the executor, and how many tokens of the prompt go through the model at a time.
+
+        Raises
+        ------
+        BudgetError
+            If there is no room.
+        """
+        tokens = self.make_room(work)
+        executor, self.trace, self._began, self._admitted = self.executor, Trace(), True, work
+        assert executor is not None, "there is room"
+        executor.start(self.trace, cancel)
+        try:
+            with executor.on_device():
+                yield executor, tokens
+        except GenerationStopped:
+            executor.sources.check()  # what there is so far is kept
+            raise
+        finally:
+            executor.finish()
+        executor.sources.check()
 
     def admit(self, work: Work, has_cache: bool) -> None:
         """Refuse a forward within a run that needs more room than the run has.
@@ -203,32 +222,6 @@ class Residence:
 
     # --- when others take the memory
 
-    def _surviving(self, work: Work, attempt: Callable[[], T], repeatable: Callable[[], bool] = lambda: True) -> T:
-        """``attempt``; once more under a smaller budget where device memory runs out."""
-        for again in (False, True):
-            try:
-                return attempt()
-            except Exception as error:
-                if not (self._machine.has_device and _is_out_of_memory(error)):
-                    raise
-                _drop_frames(error)
-            # Out of the except clause: until then the failed frames hold their tensors.
-            if self._keeps_a_graph():
-                _let_go(self._prepared.device)
-                raise BudgetError("device memory ran out in a forward that keeps its activations for gradients, which "
-                                  "vram_budget does not count; give it less at a time, or compute under "
-                                  "torch.no_grad()")  # fmt: skip
-            if again:
-                break
-            self._shrink(work)
-            if not repeatable():
-                raise BudgetError(
-                    "device memory ran out half-way, and what was given (a cache, processors, criteria) is changed by "
-                    f"now; {_REMEDY}; then generate again with new ones"
-                )
-        budget = format_bytes(self.budgets.vram)
-        raise BudgetError(f"device memory ran out again under vram_budget={budget}; {_REMEDY}")
-
     def _shrink(self, work: Work) -> None:
         """Free everything, and plan for what is there, an eighth less than before at least."""
         prepared, before = self._prepared, self.budgets
@@ -263,6 +256,23 @@ class Residence:
             return planning.plan(self._prepared, self._machine, self.budgets, work)[0]
 
 
+class Attempt:
+    """Entered, it ends an error that says that device memory ran out; ``ran_out`` says so afterwards."""
+
+    def __init__(self, has_device: bool):
+        self._has_device, self.ran_out = has_device, False
+
+    def __enter__(self) -> None:
+        """Nothing is needed."""
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> bool:
+        self.ran_out = self._has_device and isinstance(error, Exception) and _is_out_of_memory(error)
+        while self.ran_out and error is not None:  # let go of the tensors in failed frames, and those before them
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        return self.ran_out
+
+
 def available(device: torch.device) -> int:
     """Bytes that this process can still take on a GPU, less a margin; what its allocator holds unused is counted."""
     free, _ = torch.cuda.mem_get_info(device)
@@ -284,10 +294,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("CUDA error: out of memory", "ALLOC_FAILED")
     )
-
-
-def _drop_frames(error: BaseException | None) -> None:
-    """Let go of the tensors in the frames that an exception holds, and those before it."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..decode.ids import check_call
+from ..decode.loop import Request, make_tokens
 from ..decode.prefill import by_name, of_forward
 from ..decode.prompt import check_length
-from ..decode.replay import Replay
 from ..errors import OptionError
 from ..intake import planning
 from ..model.absent import NO_TRAINING
@@ -90,11 +90,11 @@ class Running(FixedWeights):
         kwargs = {name: self._on_device(value) for name, value in kwargs.items()}
         ids = kwargs.get("inputs")
         check_length(kwargs.get("input_ids") if ids is None else ids, self._prepared.context)
-        replay = Replay(self, functools.partial(self._native.generate, self), kwargs)
+        request, generate = Request(self, kwargs), functools.partial(self._native.generate, self)
         if self._turn.runs:  # called by what a generation calls: its forwards are admitted one by one
-            return replay(replay.work.prompt)
+            return generate(**request.arguments(request.work.prompt))
         with torch.no_grad(), self._claimed(cancel):
-            return self._residence.run(replay.work, replay, cancel, replay.repeatable)
+            return make_tokens(generate, request, self._residence, cancel)
 
     def _forward(self, native: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One forward; returns what the native class returns (``.logits``).
@@ -117,13 +117,11 @@ class Running(FixedWeights):
                     return native(self, *args, **kwargs)
             fresh = past is None and len(args) <= 1  # a cache may come by position too
             cancel = threading.Event()
-
-            def sweep(_: int) -> Any:
-                with self._executor.sweep():
-                    return native(self, *args, **kwargs)
-
             with self._claimed(cancel):
-                return self._residence.run(work, sweep, cancel, fresh)
+                for attempt in self._residence.attempts(work, fresh):
+                    with attempt, self._residence.session(work, cancel) as (executor, _), executor.sweep():
+                        return native(self, *args, **kwargs)
+            raise AssertionError("an attempt returns or raises")
 
     def _look(self, part: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A model within this one, called on its own: its tokens are looked at as those of the whole are."""

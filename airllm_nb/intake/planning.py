@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.lora.adapter import Adapter
 from ..checkpoint.source import Source
 from ..config import LoadOptions, format_bytes
-from ..decode.prefill import Work, choose_chunk
 from ..decode.settings import checkpoint_defaults
 from ..encoding.ours import Codec, Scratch
 from ..errors import BudgetError
@@ -23,6 +22,7 @@ from ..model.skeleton import ModelUnit, Weight, collect_weights, cut_units, is_t
 from ..model.slices import slice_limit, slice_linears
 from ..plan.needs import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length, returned_bytes
 from ..plan.residency import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
+from ..plan.work import Work, choose_chunk
 from ..store.locks import Hold, hold
 from ..stream.ring import align
 from ..tensors.index import TensorInfo

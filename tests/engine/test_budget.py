@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
 
 from airllm_nb.config import LoadOptions, format_bytes
-from airllm_nb.decode.prefill import Work, choose_chunk
 from airllm_nb.decode.prompt import prompt_shape
 from airllm_nb.engine import residence
 from airllm_nb.engine.facade import StreamedModel, open_model, plan_model
 from airllm_nb.errors import BudgetError
 from airllm_nb.intake import planning, prepare
 from airllm_nb.plan.needs import activation_bytes
+from airllm_nb.plan.work import Work, choose_chunk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,13 +16,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airllm_nb.config import LoadOptions
-from airllm_nb.decode.prefill import SMALLEST_CHUNK
 from airllm_nb.engine import facade
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.errors import BudgetError
 from airllm_nb.intake import planning
 from airllm_nb.model.device import Budgets
 from airllm_nb.plan.residency import Machine, ResidencyPlan
+from airllm_nb.plan.work import SMALLEST_CHUNK
 from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE, host_room
 
 pytestmark = pytest.mark.usefixtures("one_thread")
