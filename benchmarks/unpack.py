@@ -19,24 +19,25 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from results import machine_line
 
-from airllm_nb.encoding import bnb
+from airllm_nb.encoding import nf4
 from airllm_nb.encoding.awq import AWQ
-from airllm_nb.encoding.bnb import NF4, Int8
+from airllm_nb.encoding.base import Encoding
+from airllm_nb.encoding.bnb import Int8
 from airllm_nb.encoding.fp8 import FP8
-from airllm_nb.encoding.ggml import packed_row_bytes, packing_of
+from airllm_nb.encoding.ggml import encoding_of, packed_row_bytes
 from airllm_nb.encoding.gptq import GPTQ
 from airllm_nb.encoding.kernels import launch
 from airllm_nb.encoding.mxfp4 import MXFP4
-from airllm_nb.encoding.packing import Packing
+from airllm_nb.encoding.nf4 import NF4
 
 Parts = dict[str, torch.Tensor]
-Case = tuple[str, Packing, Callable[[], Parts]]
+Case = tuple[str, Encoding, Callable[[], Parts]]
 GROUP = 128
 WITH_KERNEL = "nf4, by bitsandbytes"
 
 
 def cases(rows: int, columns: int) -> Iterator[Case]:
-    """Name, packing and what makes the parts of one matrix ``[rows, columns]``."""
+    """Name, encoding and what makes the parts of one matrix ``[rows, columns]``."""
     yield from gptq_cases(rows, columns)
     scale = {"scale": torch.full((rows // 128, columns // 128), 0.5)}
     yield "FP8, blocks", FP8((128, 128)), lambda: {
@@ -46,7 +47,7 @@ def cases(rows: int, columns: int) -> Iterator[Case]:
     yield "MXFP4", MXFP4(), lambda: {"weight": noise(columns, rows // 2), "scale": noise(columns, rows // 32) + 90}
     nested = {"nested_absmax": torch.rand(-(-rows * columns // 64 // 256)), "nested_quant_map": torch.rand(256)}
     for name in ("nf4, without kernels", WITH_KERNEL):
-        yield name, NF4(64, 256, 0.01, True), lambda: {
+        yield name, NF4(64, 256, 0.01), lambda: {
             "weight": noise(rows, columns // 2), "absmax": noise(rows, columns // 64), **nested,
         }  # fmt: skip
     yield "int8", Int8(), lambda: {"weight": noise(rows, columns).view(torch.int8), "scale": torch.rand(rows)}
@@ -56,9 +57,9 @@ def cases(rows: int, columns: int) -> Iterator[Case]:
         print("no GGUF types: the package gguf is missing", file=sys.stderr)
         return
     for kind in gguf.GGMLQuantizationType:
-        if (packing := packing_of(kind.value)) is not None:
+        if (encoding := encoding_of(kind.value)) is not None:
             nbytes = packed_row_bytes(kind.value, columns)
-            yield f"GGUF {kind.name}", packing, lambda nbytes=nbytes: {"weight": noise(rows, nbytes)}
+            yield f"GGUF {kind.name}", encoding, lambda nbytes=nbytes: {"weight": noise(rows, nbytes)}
 
 
 def gptq_cases(rows: int, columns: int) -> Iterator[Case]:
@@ -102,20 +103,20 @@ def best(run: Callable[[], None], device: torch.device, seconds: float = 0.5) ->
     return shortest
 
 
-def measured(packing: Packing, parts: Parts, shape: tuple[int, int], dtype: str, device: torch.device) -> float:
+def measured(encoding: Encoding, parts: Parts, shape: tuple[int, int], dtype: str, device: torch.device) -> float:
     """Seconds."""
-    out = torch.empty(shape[::-1] if packing.transposed else shape, dtype=getattr(torch, dtype), device=device)
+    out = torch.empty(shape[::-1] if encoding.transposed else shape, dtype=getattr(torch, dtype), device=device)
     with torch.inference_mode():
-        return best(lambda: packing.unpack(parts, out), device)
+        return best(lambda: encoding.unpack(parts, out), device)
 
 
-def product_rate(packing: Packing, parts: Parts, shape: tuple[int, int], nbytes: int, device: torch.device) -> str:
-    """Packed GB/s of a product with one vector, where a kernel computes on packed bytes."""
+def product_rate(encoding: Encoding, parts: Parts, shape: tuple[int, int], nbytes: int, device: torch.device) -> str:
+    """Encoded GB/s of a product with one vector, where a kernel computes on packed bytes."""
     x = torch.rand(1, shape[1], dtype=torch.float16, device=device)
     with torch.inference_mode():
-        if packing.multiply(x, parts, shape, None) is None:
+        if encoding.multiply(x, parts, shape, None) is None:
             return ""
-        return f"{nbytes / best(lambda: packing.multiply(x, parts, shape, None), device) / 1e9:.2f}"
+        return f"{nbytes / best(lambda: encoding.multiply(x, parts, shape, None), device) / 1e9:.2f}"
 
 
 def main() -> None:
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="formats whose name has one of these words in it")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    device, has_kernels = torch.device(given.device), bnb.has_4bit_kernels
+    device, has_kernels = torch.device(given.device), nf4.has_kernels
     if given.no_kernels:
         launch.usable = lambda _: False
     print(machine_line())
@@ -138,16 +139,16 @@ def main() -> None:
     print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}], {how}; packed GB/s:\n")
     print(f"| format | bytes a value | {kinds} | product with a vector |")
     print("|---|---|---|" + "---|" * len(given.dtypes))
-    for name, packing, make in cases(given.rows, given.columns):
+    for name, encoding, make in cases(given.rows, given.columns):
         if not any(word in name for word in given.only) or (name == WITH_KERNEL and not has_kernels(device)):
             continue
-        bnb.has_4bit_kernels = lambda _, allowed=name == WITH_KERNEL: allowed
+        nf4.has_kernels = lambda _, allowed=name == WITH_KERNEL: allowed
         parts = {key: part.to(device) for key, part in make().items()}
         nbytes = sum(part.numel() * part.element_size() for part in parts.values())
         shape = (given.rows, given.columns)
-        rates = [nbytes / measured(packing, parts, shape, dtype, device) / 1e9 for dtype in given.dtypes]
+        rates = [nbytes / measured(encoding, parts, shape, dtype, device) / 1e9 for dtype in given.dtypes]
         figures = " | ".join(f"{rate:.2f}" for rate in rates)
-        product = product_rate(packing, parts, shape, nbytes, device)
+        product = product_rate(encoding, parts, shape, nbytes, device)
         print(f"| {name} | {nbytes / given.rows / given.columns:.3f} | {figures} | {product} |", flush=True)
 
 

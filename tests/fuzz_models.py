@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from airllm_nb.config import LoadOptions
 from airllm_nb.decode.prompt import encode
-from airllm_nb.encoding.ours import get_codec
+from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.engine.facade import StreamedModel
 from airllm_nb.intake import prepare
 from airllm_nb.plan.residency import Machine
@@ -69,7 +69,7 @@ def _bin(folder: Path) -> None:
 
 def _store(folder: Path) -> None:
     _plain(folder / "source")
-    jobs = encode_jobs(read_index(folder / "source"), get_codec("8bit"), ["lm_head.weight"], torch.float32)
+    jobs = encode_jobs(read_index(folder / "source"), get_encoding("8bit"), ["lm_head.weight"], torch.float32)
     write_store(folder, jobs, StoreMeta("8bit", "float32", "x"))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from airllm_nb.checkpoint.local import fingerprint_of
-from airllm_nb.encoding.ours import get_codec
+from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.store.jobs import encode_jobs
 from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.writer import write_store
@@ -27,7 +27,7 @@ def convert(source: Path, target: Path, codec: str, pause: float = 0.0) -> int:
     """Convert, with a pause at every step to widen the moments of a kill; returns the growth of anonymous memory."""
     torch.set_num_threads(2)
     index = read_index(source)
-    encoder = get_codec(codec)
+    encoder = get_encoding(codec)
     encoder.require()
     encoder.encode(torch.zeros(4, 64))
     rest = peak = anonymous_bytes()

@@ -44,7 +44,7 @@ KEPT_IN = {
     "IPython": "notebook/",
     "ipywidgets": "notebook/",
     "matplotlib": "notebook/",
-    "bitsandbytes": "encoding/ours.py",
+    "bitsandbytes": "encoding/nf4.py",
     "triton": "encoding/kernels/triton_",
     "accelerate": "nowhere",
 }

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from ..disk import entries, read_json, status
-from ..encoding.linear import Part
-from ..encoding.ours import get_codec
+from ..encoding.base import Part
+from ..encoding.formats import get_encoding
 from ..errors import StoreError
 from ..store.atomic import write_atomically
 from ..store.locks import locked
@@ -199,7 +199,7 @@ def _jobs(config: dict[str, Any], compression: str | None) -> list[ShardJob]:
         names = [*(f"layer-{number:05d}" for number in range(len(groups) - 1)), "rest"]
 
     def item(key: str, size: Shape, codec_name: str | None) -> Item:
-        codec = get_codec(codec_name if len(size) == 2 else None)
+        codec = get_encoding(codec_name if len(size) == 2 else None)
         parts = codec.parts(size, "BF16") if len(size) == 2 else (Part(key.rpartition(".")[2], "BF16", size),)
         return Item(key, "BF16", size, parts, lambda: (chunk for part in parts for chunk in noise.chunks(key, part)))
 

@@ -7,24 +7,24 @@ of https://github.com/casper-hansen/AutoAWQ.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from ..errors import UnsupportedModelError
 from ..tensors.index import TensorInfo
+from .base import Encoded, Encoding, Parts
 from .gptq import group_affine, group_chunks, misfit, related
 from .kernels import launch
-from .packing import Packed, Packing
 
 
 @dataclass(frozen=True)
-class AWQ(Packing):
+class AWQ(Encoding):
     """``(value - zero) · scale`` for each ``group`` of inputs."""
 
     name: ClassVar[str] = "4-bit"
-    transposed: ClassVar[bool] = True
+    transposed: bool = field(default=True, kw_only=True)
     spare = 1.5
     kernel: ClassVar[str] = "words"
     bits: ClassVar[int] = 4
@@ -33,7 +33,7 @@ class AWQ(Packing):
 
     group: int
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         if launch.unpack(self, parts, out):
             return
         words, scale = parts["weight"], parts["scale"].float()
@@ -91,7 +91,7 @@ def check(settings: Mapping[str, Any]) -> None:
 
 def find(
     settings: Mapping[str, Any], index: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Packed]:
+) -> dict[str, Encoded]:
     """Every packed weight of a checkpoint by the name of its matrix, ``"….weight"``.
 
     Raises
@@ -109,5 +109,5 @@ def find(
         fits = words * 8 == rows and parts["zeros"].shape == (groups, words) and groups and columns % groups == 0
         if not fits or shapes.get(f"{stem}.weight", (rows, columns)) != (rows, columns):
             raise misfit(stem, parts)
-        found[f"{stem}.weight"] = Packed((rows, columns), (AWQ(columns // groups),), parts)
+        found[f"{stem}.weight"] = Encoded((rows, columns), (AWQ(columns // groups),), parts)
     return found

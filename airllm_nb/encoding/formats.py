@@ -1,4 +1,7 @@
-"""The formats of ready-quantised checkpoints: which one a config names, and what of its tensors lies packed."""
+"""The encodings by name: those that we write, and the formats of checkpoints that others have packed.
+
+Of these: which one a config names, and what of its tensors lies packed.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,15 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
-from ..errors import CheckpointError, UnsupportedModelError
+from ..errors import CheckpointError, OptionError, UnsupportedModelError
 from ..tensors.index import TensorInfo
+from .affine8 import Affine8
+from .base import Encoded, Encoding, Plain
 from .bnb import STATE
-from .packing import Packed
+from .nf4 import NF4
 
-__all__ = [
-    "BESIDE", "UnknownShapeError", "are_here", "beside", "check", "coded", "find", "layout", "look_packed",
-    "quantisation", "scale_of", "unknown",
-]  # fmt: skip
-
+# What the option ``compression`` and stores call it → what we write.
+_WRITTEN: dict[str, Encoding] = {each.compression: each for each in (Plain(), NF4(), Affine8())}
 # What config.json calls the method → the module that knows it, imported when it is met. GGUF files have no config.
 FORMATS = {
     "bitsandbytes": "bnb", "fp8": "fp8", "fbgemm_fp8": "fp8", "compressed-tensors": "fp8", "modelopt": "fp8",
@@ -39,6 +41,14 @@ class UnknownShapeError(Exception):
 
     def __init__(self, name: str):
         super().__init__(f"the shape of {name} is packed in a file that is not here")
+
+
+def get_encoding(compression: str | None) -> Encoding:
+    """What weights are written as: by the option's ``None``, ``"none"``, ``"4bit"`` or ``"8bit"``."""
+    name = "none" if compression is None else compression
+    if name not in _WRITTEN:
+        raise OptionError(f"compression={compression!r} is not known; use None, '4bit' or '8bit'")
+    return _WRITTEN[name]
 
 
 def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -89,7 +99,7 @@ def check(config: Mapping[str, Any], name: str) -> None:
 
 def find(
     config: Mapping[str, Any], index: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
+) -> tuple[dict[str, TensorInfo], dict[str, Encoded]]:
     """The tensors of a checkpoint, apart: those that are weights as they are, and the weights that lie packed.
 
     Parameters

@@ -19,8 +19,8 @@ import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..tensors.index import TensorInfo
+from .base import Encoded, Encoding, Parts, row_chunks
 from .kernels import launch
-from .packing import Packed, Packing, row_chunks
 
 FORMATS = ("float-quantized", "naive-quantized", "dense")  # of compressed-tensors
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # of ModelOpt
@@ -32,7 +32,7 @@ _SCALES = ("F16", "BF16", "F32", *_EXPONENTS)
 
 
 @dataclass(frozen=True)
-class FP8(Packing):
+class FP8(Encoding):
     """``value = byte · scale of its block``.
 
     Attributes
@@ -49,11 +49,10 @@ class FP8(Packing):
     block: tuple[int | None, int | None]
     is_exponent: bool = False
 
-    def __post_init__(self) -> None:
-        if self.block[0] is not None:
-            object.__setattr__(self, "row_steps", {"weight": 1, "scale": self.block[0]})
+    def row_steps(self, columns: int) -> dict[str, int] | None:
+        return None if self.block[0] is None else {"weight": 1, "scale": self.block[0]}
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         rows, columns = out.shape
         if launch.unpack(self, parts, out):
             return
@@ -169,7 +168,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def find(
     settings: Mapping[str, Any], index: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Packed]:
+) -> dict[str, Encoded]:
     """The packed weights of a checkpoint; see :mod:`.formats`."""
     blocks = [(rows, columns) for rows, columns in _blocks(settings)]
     found = {}
@@ -186,7 +185,7 @@ def _scale_of(name: str, index: Mapping[str, TensorInfo]) -> TensorInfo | None:
     return next((index[scale] for scale in names if scale in index), None)
 
 
-def _packed(info: TensorInfo, scale: TensorInfo, blocks: list[tuple[int, int]]) -> Packed:
+def _packed(info: TensorInfo, scale: TensorInfo, blocks: list[tuple[int, int]]) -> Encoded:
     """A matrix, or a stack of them."""
     *stack, rows, columns = info.shape
     count, given = math.prod(stack), scale.shape[len(stack) :]
@@ -199,14 +198,13 @@ def _packed(info: TensorInfo, scale: TensorInfo, blocks: list[tuple[int, int]]) 
     if block is None:
         raise _wrong(info, scale)
     is_exponent = scale.dtype in _EXPONENTS
-    packing = FP8(block, is_exponent)
     head = (count,) if stack else ()
     parts = {
         "weight": replace(info, shape=(*head, rows, columns)),
         # PyTorch had no dtype for E8M0 before 2.7.
         "scale": replace(scale, dtype="U8" if is_exponent else scale.dtype, shape=(*head, *grid)),
     }
-    return Packed(info.shape, (packing,), parts, 1 if stack else None)
+    return Encoded(info.shape, (FP8(block, is_exponent),), parts, 1 if stack else None)
 
 
 def _block(

@@ -1,4 +1,4 @@
-"""The types of GGUF files: which packing each has, and the common ones, unpacked by few large kernels.
+"""The types of GGUF files: which encoding each has, and the common ones, unpacked by few large kernels.
 
 The layouts are those of ggml (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h); the values are those of
 the ``gguf`` package's ``dequantize``. Types with a codebook are in :mod:`.ggml_codebooks`.
@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from .base import Encoding, affine
 from .ggml_blocks import (
     Blocks,
     add_fields,
@@ -38,11 +39,10 @@ from .ggml_codebooks import (
     TQ1_0,
     TQ2_0,
 )
-from .packing import Packing, affine
 
 
-def packing_of(ggml_type: int) -> Packing | None:
-    """The packing of a type, by ggml's number of it; ``None`` for plain numbers and for types without a definition."""
+def encoding_of(ggml_type: int) -> Encoding | None:
+    """The encoding of a type, by ggml's number of it; ``None`` for plain numbers and for types without a definition."""
     return _TYPES.get(ggml_type)
 
 
@@ -52,7 +52,7 @@ def packed_row_bytes(ggml_type: int, columns: int) -> int:
     Raises
     ------
     ValueError
-        If the type is none that :func:`packing_of` has, or a row of it is no whole number of blocks.
+        If the type is none that :func:`encoding_of` has, or a row of it is no whole number of blocks.
     """
     blocks = _TYPES.get(ggml_type)
     if blocks is None or columns % blocks.values:

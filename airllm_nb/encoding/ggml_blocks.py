@@ -9,19 +9,18 @@ shifts and masks run over words of eight bytes: what crosses from one byte to th
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 
+from .base import Encoding, Parts, affine, row_chunks
 from .kernels import launch
-from .packing import Packing, affine, row_chunks
 
 
 @dataclass(frozen=True)
-class Blocks(Packing):
+class Blocks(Encoding):
     """Rows of whole blocks; their one part ``"weight"`` is uint8 ``[rows, blocks of a row · nbytes]``.
 
     Attributes
@@ -35,11 +34,13 @@ class Blocks(Packing):
     values: ClassVar[int]
     nbytes: ClassVar[int]
     group: ClassVar[int] = 32
-    row_steps = MappingProxyType({"weight": 1})
     spare = 6.0  # no type takes more
     kernel: ClassVar[str] = "blocks"
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    def row_steps(self, columns: int) -> dict[str, int]:
+        return {"weight": 1}
+
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         rows, columns = out.shape
         count = columns // self.values
         if not count or launch.unpack(self, parts, out):

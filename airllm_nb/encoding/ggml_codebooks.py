@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import torch
 
+from .base import affine
 from .ggml_blocks import Blocks, bit_fields, constant, halves, interleave, lookup, two_bits, words
-from .packing import affine
 
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice the values, as ggml has them
 

@@ -8,15 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
 from ..errors import CheckpointError, UnsupportedModelError
 from ..tensors.index import TensorInfo
+from .base import Encoded, Encoding, Parts, affine, row_chunks, stored
 from .kernels import launch
-from .packing import Packed, Packing, affine, row_chunks, stored
 from .words import select_rows, unpack_words, word_values
 
 _BITS = (2, 3, 4, 8)
@@ -25,7 +25,7 @@ _FLOATS = {"F16", "BF16", "F32"}
 
 
 @dataclass(frozen=True)
-class GPTQ(Packing):
+class GPTQ(Encoding):
     """``(value - zero) · scale``.
 
     Attributes
@@ -42,7 +42,7 @@ class GPTQ(Packing):
         Where there is a part ``group_index``, whether it gives every group just ``group`` inputs.
     """
 
-    transposed: ClassVar[bool] = True
+    transposed: bool = field(default=True, kw_only=True)
     kernel: ClassVar[str] = "words"
     is_interleaved: ClassVar[bool] = False
 
@@ -55,7 +55,7 @@ class GPTQ(Packing):
     def name(self) -> str:  # type: ignore[override]
         return f"{self.bits}-bit"
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         if launch.unpack(self, parts, out):
             return
         words, scale = parts["weight"], parts["scale"].float()
@@ -90,7 +90,7 @@ class GPTQ(Packing):
     @property
     def spare(self) -> float:  # type: ignore[override]
         if self.even is False or self.group % word_values(self.bits):
-            return 4 * Packing.spare
+            return 4 * Encoding.spare
         return 6.5 if self.even else 5.5 if self.bits == 3 else 1.5
 
     def whole_bytes(self, values: int) -> int:
@@ -111,7 +111,7 @@ class GPTQ(Packing):
         return unpack_words(words + ones, self.bits, 2)
 
 
-def group_chunks(out: torch.Tensor, group: int, unit: int, spare: float = Packing.spare) -> Iterator[slice]:
+def group_chunks(out: torch.Tensor, group: int, unit: int, spare: float = Encoding.spare) -> Iterator[slice]:
     """Rows of ``out`` to unpack at once: whole groups, or a part of one. ``group`` is a multiple of ``unit``."""
     (rows, columns), device = out.shape, out.device
     if group <= next(row_chunks(rows, columns, device, unit, spare)).stop:
@@ -166,7 +166,7 @@ def check(settings: Mapping[str, Any]) -> None:
 
 def find(
     settings: Mapping[str, Any], index: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Packed]:
+) -> dict[str, Encoded]:
     """Every packed weight of a checkpoint by the name of its matrix, ``"….weight"``.
 
     Raises
@@ -185,7 +185,7 @@ def find(
 
 def _packed(
     stem: str, settings: Mapping[str, Any], index: Mapping[str, TensorInfo], native: tuple[int, ...] | None
-) -> tuple[Packed, bool]:
+) -> tuple[Encoded, bool]:
     """A matrix with its ``g_idx``, and whether that says more than that groups follow one another."""
     parts = {"weight": index[f"{stem}.qweight"], **related(stem, index)}
     weight, zeros, scale = parts["weight"], parts["zeros"], parts["scale"]
@@ -214,8 +214,8 @@ def _packed(
         raise _missing(stem, "g_idx")
     if not says_more and -(-columns // group) != groups:
         raise misfit(stem, parts)
-    packing = GPTQ(bits, columns // groups if even else group, _FORMATS[_layout(settings)], even)
-    return Packed((rows, columns), (packing,), parts), says_more
+    encoding = GPTQ(bits, columns // groups if even else group, _FORMATS[_layout(settings)], even)
+    return Encoded((rows, columns), (encoding,), parts), says_more
 
 
 def _order(info: TensorInfo, group: int, groups: int, settings: Mapping[str, Any]) -> tuple[bool, bool]:
@@ -233,10 +233,10 @@ def _order(info: TensorInfo, group: int, groups: int, settings: Mapping[str, Any
     return even, not torch.equal(order, torch.arange(len(order), dtype=torch.int32) // group)
 
 
-def _without_order(packed: Packed) -> Packed:
+def _without_order(packed: Encoded) -> Encoded:
     parts = {attribute: info for attribute, info in packed.parts.items() if attribute != "group_index"}
-    packing: Any = packed.packing[0]
-    return replace(packed, packing=(replace(packing, even=None),), parts=parts)
+    encoding: Any = packed.encodings[0]
+    return replace(packed, encodings=(replace(encoding, even=None),), parts=parts)
 
 
 def related(stem: str, index: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

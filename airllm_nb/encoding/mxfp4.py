@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 
 from ..errors import CheckpointError
 from ..tensors.index import TensorInfo
+from .base import Encoded, Encoding, Parts, affine, row_chunks
 from .kernels import launch
-from .packing import Packed, Packing, affine, row_chunks
 
 _BLOCK = 32
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,15 +26,15 @@ _WORDS = {2: torch.int32, 4: torch.int64}
 
 
 @dataclass(frozen=True)
-class MXFP4(Packing):
+class MXFP4(Encoding):
     """``value · 2^(scale - 127)``; the low half of a byte is the first of its two values."""
 
     name: ClassVar[str] = "mxfp4"
-    transposed: ClassVar[bool] = True
+    transposed: bool = field(default=True, kw_only=True)
     spare = 6.5
     kernel: ClassVar[str] = "mxfp4"
 
-    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         if launch.unpack(self, parts, out):
             return
         (rows, columns), device = out.shape, out.device
@@ -83,7 +83,7 @@ def check(settings: Mapping[str, Any]) -> None:
 
 def find(
     settings: Mapping[str, Any], index: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Packed]:
+) -> dict[str, Encoded]:
     """Every packed parameter of a checkpoint by its name without ``_blocks``.
 
     Raises
@@ -107,5 +107,5 @@ def find(
                 f"{stem}: its packed tensors do not fit the model or one another ({blocks.dtype} {list(blocks.shape)}, "
                 f"scales {scales.dtype} {list(scales.shape)}); download the files again"
             )
-        found[stem] = Packed((experts, rows, columns), (MXFP4(),), {"weight": blocks, "scale": scales}, pieces=1)
+        found[stem] = Encoded((experts, rows, columns), (MXFP4(),), {"weight": blocks, "scale": scales}, pieces=1)
     return found

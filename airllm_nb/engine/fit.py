@@ -170,7 +170,7 @@ def spaces(prepared: Prepared) -> tuple[Space, ...]:
     if not source.files and prepared.sizes_from != "files":  # a store may have taken their place
         needed = _weights(prepared) if source.missing is None else source.missing
         found.append(("download", needed, cache_folder()))
-    is_here = prepared.codec.name == "none" or prepared.sizes_from == "files"
+    is_here = prepared.codec.compression == "none" or prepared.sizes_from == "files"
     if store := prepared.written_once + (0 if is_here else _weights(prepared)):
         found.append(("store", store, _stores(prepared)))
     made: list[Space] = []
@@ -203,7 +203,7 @@ def with_fit(plan: ResidencyPlan, prepared: Prepared, on_disk: tuple[Space, ...]
 
 def _why(prepared: Prepared) -> str:
     """Why the sizes come from the config alone; those of packed weights are smaller."""
-    if prepared.sizes_from != "config" or prepared.codec.name != "none":
+    if prepared.sizes_from != "config" or prepared.codec.compression != "none":
         return prepared.why_config
     source = prepared.source
     kind = "GGUF" if source.format == "gguf" else quantisation(read_config(source)).get("quant_method")

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from ..disk import status
+from ..encoding.base import encoded
+from ..encoding.linear import EncodedLinear
 from ..intake.planning import Prepared
 from ..intake.prepare import NOWHERE
 from ..model.device import available_ram, has_memory, vram_budget
-from ..model.packed import PackedLinear
 from ..plan.residency import Machine
 from ..stream.probe import FALLBACK, best_seconds, disk_bandwidth, link_bandwidth
 from ..stream.ring import LOCKED
@@ -56,27 +57,31 @@ def _compute_bandwidth(prepared: Prepared) -> float:
     side, room = _PROBE_SIDE[kind], vram_budget(prepared.options, device)
     while kind != "cpu" and side > 2048 and 16 * side**2 > room:  # far inside the budget that it serves
         side //= 2
-    packed = _typical([each for each in prepared.skeleton.modules() if isinstance(each, PackedLinear)])
+    codec, layers = prepared.codec, [m for m in prepared.skeleton.modules() if isinstance(m, EncodedLinear)]
+    packed = _typical(layers) if codec.compression == "none" else None
     if packed is not None and not packed.keeps:
-        module = packed.sample(device)
-        parts = {name: part for name, part in module._parameters.items() if part is not None}
+        module: torch.nn.Module = packed.sample(device)
     else:
-        linear = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
-        parts = prepared.codec.encode(linear.weight.detach())
-        module = prepared.codec.module(linear, prepared.dtype, prepared.scratch)
-        for name, part in parts.items():
-            module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
+        module = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
+        if codec.compression != "none":
+            parts = codec.encode(module.weight.detach())
+            module = EncodedLinear(encoded(codec, (side, side)), False, prepared.dtype, prepared.scratch)
+            for name, part in parts.items():
+                module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
     row = torch.zeros(1, module.in_features, dtype=prepared.dtype, device=device)
     with torch.inference_mode():
         seconds = best_seconds(lambda: module(row), device)
-    speed = sum(part.numel() * part.element_size() for part in parts.values()) / seconds
+    speed = _stored_bytes(module) / seconds
     if packed is not None and packed.keeps:  # units count the packed bytes, compute reads the unpacked ones
-        stored = sum(part.numel() * part.element_size() for part in packed._parameters.values() if part is not None)
-        speed *= stored / packed.unpacked_bytes
+        speed *= _stored_bytes(packed) / packed.scratch_bytes
     return speed
 
 
-def _typical(layers: list[PackedLinear]) -> PackedLinear | None:
+def _stored_bytes(module: torch.nn.Module) -> int:
+    return sum(part.numel() * part.element_size() for part in module._parameters.values() if part is not None)
+
+
+def _typical(layers: list[EncodedLinear]) -> EncodedLinear | None:
     """The largest layer that is quickly unpacked: of a small one, the launches would be measured."""
     quick = [layer for layer in layers if layer.in_features * layer.out_features <= _PROBE_SIDE["cuda"] ** 2]
     return max(quick or layers[:1], key=lambda layer: layer.in_features * layer.out_features, default=None)

@@ -21,8 +21,8 @@ from ..checkpoint.sizes import Holds
 from ..checkpoint.source import Source, read_config
 from ..disk import read_json, status
 from ..encoding import formats
+from ..encoding.base import Encoded
 from ..encoding.names import split, stand_ins
-from ..encoding.packing import Packed
 from ..errors import CheckpointError, UnsupportedModelError
 from ..model.skeleton import lacking
 from ..tensors.dtypes import TORCH_DTYPES, torch_dtype
@@ -47,7 +47,7 @@ class Weights:
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
-    packed: Mapping[str, Packed] = field(default_factory=dict)
+    packed: Mapping[str, Encoded] = field(default_factory=dict)
 
     @property
     def folders(self) -> set[Path]:
@@ -126,7 +126,7 @@ def index_in_place(source: Source, itemsize: int) -> CheckpointIndex | None:
 
 def mapped(
     index: Mapping[str, TensorInfo], source: Source, skeleton: Any
-) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
+) -> tuple[dict[str, TensorInfo], dict[str, Encoded]]:
     """The plain and the packed parameters by native name, whatever names and layout the checkpoint has.
 
     Raises
@@ -216,7 +216,7 @@ def _refuse_unsaid(native: Mapping[str, TensorInfo], index: Mapping[str, TensorI
         )
 
 
-def _refuse_strangers(native: Mapping[str, TensorInfo], packed: Mapping[str, Packed], skeleton: Any) -> None:
+def _refuse_strangers(native: Mapping[str, TensorInfo], packed: Mapping[str, Encoded], skeleton: Any) -> None:
     """The same where it is known how they are packed, but not which weights they are."""
     taken = {extent.path for info in native.values() for extent in info.extents}
     strangers = [name for name in packed if Path(name) not in taken]
@@ -226,7 +226,7 @@ def _refuse_strangers(native: Mapping[str, TensorInfo], packed: Mapping[str, Pac
     places = {name.removesuffix(".weight").rpartition(".")[0] + "." for name in missing}
     if name := next((name for name in strangers if name.startswith(tuple(places))), None):
         raise UnsupportedModelError(
-            f"{name} is packed ({packed[name].packing[0].name}) in a place that {type(skeleton).__name__} has no "
+            f"{name} is packed ({packed[name].encodings[0].name}) in a place that {type(skeleton).__name__} has no "
             f"weight for, while {missing[0]} is not there: a layout that cannot be streamed; load the unquantised "
             "checkpoint, with compression='4bit' if it should be small, or a GGUF version"
         )

@@ -12,7 +12,8 @@ from ..checkpoint.lora.adapter import Adapter
 from ..checkpoint.source import Source
 from ..config import LoadOptions, format_bytes
 from ..decode.settings import checkpoint_defaults
-from ..encoding.ours import Codec, Scratch
+from ..encoding.base import Encoding
+from ..encoding.linear import Scratch
 from ..errors import BudgetError
 from ..model import adapter as lora
 from ..model.attention import ALIBI, NTK
@@ -69,7 +70,7 @@ class Prepared:
     config: Any
     device: torch.device
     dtype: torch.dtype
-    codec: Codec
+    codec: Encoding
     scratch: Scratch
     skeleton: Any
     tensors: Mapping[str, TensorInfo]
@@ -103,7 +104,7 @@ class Prepared:
     @property
     def encoding(self) -> str | None:
         """How the weights are encoded, for people; ``None`` where they are plain."""
-        return (self.codec.name if self.codec.name != "none" else self.packed_as) or None
+        return (self.codec.compression if self.codec.compression != "none" else self.packed_as) or None
 
     def cut(self, budgets: Budgets) -> None:
         """Cut the model into units that pass through ``budgets``; nothing is done where it is cut so already."""
@@ -122,9 +123,11 @@ class Prepared:
         ]
         casts = max((unit.cast_bytes for unit in self.units), default=0)
         dequantised = max((getattr(module, "scratch_bytes", 0) for module in skeleton.modules()), default=0)
+        # What we write takes nothing beside the scratch: one kernel unpacks it, or chunks in a processor's cache.
+        temporary = temporary_bytes(skeleton, self.device) if self.packed_as else 0
         self.fixed_needs = Needs(
             small=sum(weight.elements * weight.dtype.itemsize for weight in self.small),
-            scratch=casts + dequantised + temporary_bytes(skeleton, self.device) + _WORKSPACE[self.device.type],
+            scratch=casts + dequantised + temporary + _WORKSPACE[self.device.type],
         )
         if self.packed_as and not has_room:
             beside = needs(self, self.planned, self.planned.sizes[0]).total

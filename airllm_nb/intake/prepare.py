@@ -17,14 +17,16 @@ from ..checkpoint.picks import Room
 from ..checkpoint.source import Source, read_config, resolve
 from ..config import LoadOptions
 from ..decode.ids import guard_positions
+from ..encoding.base import Encoding
+from ..encoding.formats import get_encoding
+from ..encoding.linear import Scratch
 from ..encoding.names import stand_ins
-from ..encoding.ours import Codec, Scratch, compressible, get_codec
 from ..errors import OptionError, UnsupportedModelError
 from ..model import adapter as lora
 from ..model.architecture import check_supported, native_config
 from ..model.calls import mark_taken
 from ..model.device import Budgets, budgets_of, choose_device, choose_dtype, has_memory
-from ..model.placing import place
+from ..model.placing import compress, compressible, place
 from ..model.skeleton import build, collect_weights
 from ..model.tying import untie
 from ..plan.needs import check_positions
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NONE = get_codec(None)
+NONE = get_encoding(None)
 # Where a weight that is not here would be.
 NOWHERE = Path("(not downloaded)")
 
@@ -64,7 +66,7 @@ def prepare(
     device = choose_device(options)
     model = pointer.meant(model, options.layer_shards_saving_path)
     store = pointer.opened_store(model, options, finish=weights)
-    codec = get_codec(store.meta.codec if store else options.compression)
+    codec = get_encoding(store.meta.codec if store else options.compression)
     codec.require(device)
     vram, ram = free = free or budgets_of(options)
     room = Room(ram=ram, vram=vram if has_memory(options, device) else 0)
@@ -81,7 +83,7 @@ def prepare(
     guard_positions(skeleton)
     # Before the model is downloaded or converted: an adapter of another one is refused here.
     adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
-    packed_as = at_rest.packed_as(source, headers) if codec.name == "none" or store is None else ""
+    packed_as = at_rest.packed_as(source, headers) if codec.compression == "none" or store is None else ""
     _check_codec(codec, source, skeleton, packed_as, options)
     resolved = functools.partial(_resolve, model, options, progress, room, weights=True)
     source, found, known, once, piecewise = (
@@ -91,7 +93,7 @@ def prepare(
     if there := found or known:
         untie(skeleton, there.tensors, there.packed, whole=weights)
     compress(skeleton, codec, dtype, scratch)
-    origin = "config" if known is None or codec.name != "none" else "files" if source.files else "headers"
+    origin = "config" if known is None or codec.compression != "none" else "files" if source.files else "headers"
     read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)
     held = hold(*found.folders, *([adapter.file.parent] if adapter else [])) if found else hold()
     try:
@@ -109,15 +111,15 @@ def prepare(
     return made
 
 
-def _check_codec(codec: Codec, source: Source, skeleton: Any, packed_as: str, options: LoadOptions) -> None:
-    if codec.name != "none" and packed_as and source.format != "gguf":
+def _check_codec(codec: Encoding, source: Source, skeleton: Any, packed_as: str, options: LoadOptions) -> None:
+    if codec.compression != "none" and packed_as and source.format != "gguf":
         raise OptionError(f"{source.name} is packed already ({packed_as}) and streams as it is; leave out "
-                          f"compression={codec.name!r}, or load the unquantised checkpoint")  # fmt: skip
-    if codec.name != "none" and packed_as:
+                          f"compression={codec.compression!r}, or load the unquantised checkpoint")  # fmt: skip
+    if codec.compression != "none" and packed_as:
         level = logging.WARNING if options.delete_original else logging.INFO  # for good, then
         log.log(level, "%s is packed already (%s) and streams as it is; compression=%r quantises it a second time, "
-                "which is slower and worse, and may be larger", source.name, packed_as, codec.name)  # fmt: skip
-    if codec.name != "none" and not compressible(skeleton):
+                "which is slower and worse, and may be larger", source.name, packed_as, codec.compression)  # fmt: skip
+    if codec.compression != "none" and not compressible(skeleton):
         raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
                                     "are); load it without compression")  # fmt: skip
 
@@ -145,7 +147,7 @@ class _Found(NamedTuple):
 
 
 def _find(
-    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, headers: Headers, options: LoadOptions,
+    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, headers: Headers, options: LoadOptions,
     progress: ProgressCallback, resolved: Callable[[], Source], weights: bool,
 ) -> _Found:  # fmt: skip
     """The weights, downloaded and written as far as ``weights`` asks for it."""
@@ -176,13 +178,13 @@ def _find(
 
 def _as_packed(kind: str, weights: at_rest.Weights) -> str:
     """As in ``"GGUF: Q4_K, Q6_K"``; empty where nothing is packed."""
-    names = sorted({packing.name for weight in weights.packed.values() for packing in weight.packing})
+    names = sorted({encoding.name for weight in weights.packed.values() for encoding in weight.encodings})
     return (kind if names == [kind] else f"{kind}: {', '.join(names)}") if names else ""
 
 
-def _planned(skeleton: Any, codec: Codec, source: Source, known: at_rest.Weights | None) -> at_rest.Weights:
+def _planned(skeleton: Any, codec: Encoding, source: Source, known: at_rest.Weights | None) -> at_rest.Weights:
     """Weights that are not written yet: those of the checkpoint that are ``known``, the rest as the skeleton has it."""
-    if codec.name != "none" or known is None:
+    if codec.compression != "none" or known is None:
         return at_rest.Weights(source.folder, sizes_only(skeleton))
     once = at_rest.written_once(source, skeleton.dtype)
     rest = {name: info for name, info in sizes_only(skeleton).items() if name in once}
@@ -198,14 +200,6 @@ def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback
 
 def _of_store(store: Store) -> Source:
     return Source(store.folder.name, store.folder, "safetensors", store.files, store.nbytes, store.meta.source)
-
-
-def compress(skeleton: Any, codec: Codec, dtype: torch.dtype, scratch: Scratch) -> None:
-    """Put the codec's modules in the place of the linear ones."""
-    if codec.name == "none":
-        return
-    for name in compressible(skeleton):
-        skeleton.set_submodule(name, codec.module(skeleton.get_submodule(name), dtype, scratch))
 
 
 def sizes_only(skeleton: Any) -> dict[str, TensorInfo]:

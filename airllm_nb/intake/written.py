@@ -21,8 +21,10 @@ from ..checkpoint.rewrite import is_complete
 from ..checkpoint.source import Source, store_folder
 from ..config import LoadOptions
 from ..disk import status
-from ..encoding.ours import Codec, compressible, get_codec
+from ..encoding.base import Encoding
+from ..encoding.formats import get_encoding
 from ..errors import StoreError
+from ..model.placing import compressible
 from ..model.skeleton import kept_in_float32
 from ..model.tying import untie
 from ..store.jobs import encode_jobs
@@ -44,16 +46,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
+def find(source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
     """What is here already and needs nothing written; ``None`` when there is work to do."""
-    if codec.name == "none" and source.format == "gguf":
+    if codec.compression == "none" and source.format == "gguf":
         return _gguf(source, skeleton, dtype, options)
-    folder, index = source.folder, index_in_place(source, dtype.itemsize) if codec.name == "none" else None
-    if index is None and (codec.name != "none" or source.format != "safetensors"):
-        folder = _folder(source, codec.name, dtype, options)
+    folder, index = source.folder, index_in_place(source, dtype.itemsize) if codec.compression == "none" else None
+    if index is None and (codec.compression != "none" or source.format != "safetensors"):
+        folder = _folder(source, codec.compression, dtype, options)
         store = _whole(folder)
         index = store.index if store is not None and (folder / "config.json").is_file() else None
-    if index is None or codec.name != "none":
+    if index is None or codec.compression != "none":
         return None if index is None else Weights(folder, index)
     names = normalised_names(source)
     extra = _whole(_folder(source, BESIDE, dtype, options)) if names else None
@@ -65,24 +67,26 @@ def find(source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, option
 
 @contextmanager
 def alone(
-    source: Source, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
+    source: Source, codec: Encoding, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
 ) -> Iterator[None]:
     """Be the one that writes what is missing, its download included; another process that is comes first.
 
     What :func:`find` says may be another thing then.
     """
-    in_place = codec.name == "none" and (source.format != "bin" or index_in_place(source, dtype.itemsize) is not None)
+    in_place = codec.compression == "none" and (
+        source.format != "bin" or index_in_place(source, dtype.itemsize) is not None
+    )
     if in_place and source.format != "gguf" and not normalised_names(source):
         yield
         return
-    folder = _folder(source, BESIDE if in_place else codec.name, dtype, options)
+    folder = _folder(source, BESIDE if in_place else codec.compression, dtype, options)
     with locked(folder, progress):
         _keep_private(folder, source)
         yield
 
 
 def to_write(
-    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, known: Weights | None
+    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions, known: Weights | None
 ) -> int:
     """Bytes in ``dtype`` that :func:`write` puts on the disk beside the compressed store.
 
@@ -92,7 +96,7 @@ def to_write(
         What of the checkpoint is read in place, where that is known.
     """
     parameters = skeleton.named_parameters()
-    if source.format == "gguf" and (source.gguf_file or source.header) and codec.name == "none":
+    if source.format == "gguf" and (source.gguf_file or source.header) and codec.compression == "none":
         once = gguf_in_place(source, dtype_name(dtype)).rest
         return sum(tensor.numel() * dtype.itemsize for name, tensor in parameters if name in once)
     if source.format == "gguf" or (
@@ -107,7 +111,7 @@ def to_write(
 
 
 def write(
-    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
+    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
 ) -> Weights:
     """Write the store that is missing, from what an earlier start left; the source's files must be here."""
     with hold(source.folder):
@@ -115,9 +119,9 @@ def write(
 
 
 def _write(
-    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
+    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
 ) -> Weights:
-    if source.gguf_file is not None and codec.name == "none":
+    if source.gguf_file is not None and codec.compression == "none":
         rest, name = gguf_in_place(source, dtype_name(dtype)).rest, dtype_name(dtype)
         write_rest(source.gguf_file, rest, _folder(source, BESIDE, dtype, options), name,
                    _meta(source, codec, dtype), progress)  # fmt: skip
@@ -132,10 +136,12 @@ def _write(
         index = open_store(plain).index  # type: ignore[union-attr]
     tensors, packed = mapped(index, source, skeleton)
     if rows := normalised_names(source):
-        tensors |= write_normalised(once, tensors, rows, dtype, _meta(source, get_codec(None), dtype), progress).index
-    if codec.name == "none":
+        tensors |= write_normalised(
+            once, tensors, rows, dtype, _meta(source, get_encoding(None), dtype), progress
+        ).index
+    if codec.compression == "none":
         return Weights(plain, tensors, packed)
-    folder = _folder(source, codec.name, dtype, options)
+    folder = _folder(source, codec.compression, dtype, options)
     own_companions(plain)  # before the weights: what cannot be copied should not cost a conversion first
     jobs = _jobs(tensors, skeleton, codec, dtype)
     beside = functools.partial(copy_companions, plain)
@@ -154,11 +160,11 @@ def _write(
 
 
 def write_piecewise(
-    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback,
-    headers: Headers, known: Weights | None,
+    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions,
+    progress: ProgressCallback, headers: Headers, known: Weights | None,
 ) -> Weights | None:  # fmt: skip
     """As :func:`write`, each file downloaded, encoded and deleted before the next; ``None`` where that is no better."""
-    if known is None and is_piecewise(_folder(source, codec.name, dtype, options)):
+    if known is None and is_piecewise(_folder(source, codec.compression, dtype, options)):
         known = expected(source, skeleton, headers)
     pieces = piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
     if pieces is None or not pieces.is_better():
@@ -168,20 +174,20 @@ def write_piecewise(
 
 
 def piecewise(
-    source: Source, skeleton: Any, codec: Codec, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback,
-    headers: Headers, known: Weights | None,
+    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions,
+    progress: ProgressCallback, headers: Headers, known: Weights | None,
 ) -> Piecewise | None:  # fmt: skip
     """What would write the store from one file of the Hub after the other; ``None`` where that cannot be done."""
-    if codec.name == "none" or source.format == "gguf" or source.repo_id is None or normalised_names(source):
+    if codec.compression == "none" or source.format == "gguf" or source.repo_id is None or normalised_names(source):
         return None
     if known is None or known.packed:
         return None
-    folder, meta = _folder(source, codec.name, dtype, options), _meta(source, codec, dtype)
+    folder, meta = _folder(source, codec.compression, dtype, options), _meta(source, codec, dtype)
     jobs_of = functools.partial(_jobs, skeleton=skeleton, codec=codec, dtype=dtype)
     return Piecewise(source, known.tensors, headers, folder, jobs_of, meta, options, progress)
 
 
-def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Codec, dtype: torch.dtype) -> list[ShardJob]:
+def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Encoding, dtype: torch.dtype) -> list[ShardJob]:
     untie(skeleton, tensors)
     names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
     exact = [name for name in tensors if is_exact(name)]
@@ -191,7 +197,7 @@ def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Codec, dtype:
 def _gguf(source: Source, skeleton: Any, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
     """A GGUF file and what was written once beside it; ``None`` if that is not done."""
     folder = _folder(source, BESIDE, dtype, options)
-    if source.gguf_file is None or not is_complete(folder, _meta(source, get_codec(None), dtype)):
+    if source.gguf_file is None or not is_complete(folder, _meta(source, get_encoding(None), dtype)):
         return None
     found, extra = gguf_in_place(source, dtype_name(dtype)), read_index(folder)
     return Weights(folder, map_checkpoint({**found.tensors, **extra}, skeleton), found.packed)
@@ -240,5 +246,5 @@ def _folder(source: Source, codec: str, dtype: torch.dtype, options: LoadOptions
     return store_folder(source, codec, dtype_name(dtype), options)
 
 
-def _meta(source: Source, codec: Codec, dtype: torch.dtype) -> StoreMeta:
-    return StoreMeta(codec.name, dtype_name(dtype), source.fingerprint)
+def _meta(source: Source, codec: Encoding, dtype: torch.dtype) -> StoreMeta:
+    return StoreMeta(codec.compression, dtype_name(dtype), source.fingerprint)

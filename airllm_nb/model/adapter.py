@@ -135,7 +135,7 @@ def replace_weights(skeleton: Any, adapter: Adapter | None, tensors: Mapping[str
         module = skeleton.get_submodule(path)
         native, tensor = f"{path}.{attribute}", module._parameters.get(attribute)
         is_packed = attribute in vars(module) or (
-            attribute != "bias" and (isinstance(module, EncodedLinear) or hasattr(module, "packing"))
+            attribute != "bias" and (isinstance(module, EncodedLinear) or hasattr(module, "row_encoding"))
         )
         if is_packed:
             shape = getattr(module, "out_features", info.shape[0]), getattr(module, "in_features", info.shape[1])

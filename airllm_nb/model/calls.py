@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from .packed import PackedWeight
+from ..encoding.linear import EncodedWeight
 
 # What may be asked of a weight that is not here.
 _OF_META = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "is_floating_point"})
@@ -243,7 +243,7 @@ def _weight(at: nn.Module, name: str) -> Any:
     """A weight of a module by its attribute, one that lies packed included."""
     found = at._parameters.get(name)
     found = at.__dict__.get(name) if found is None else found
-    return found if isinstance(found, (nn.Parameter, PackedWeight)) else None
+    return found if isinstance(found, (nn.Parameter, EncodedWeight)) else None
 
 
 def _has_matrix(at: nn.Module) -> bool:

@@ -242,16 +242,16 @@ class Executor:
         """After the others: a table that is tied to a resident head needs no memory of its own."""
         gathered = Gathered(self._device, self.sources)
         for unit in tables:
-            (binding,), packing = unit.bindings, getattr(unit.module, "packing", None)
-            is_native = self._device.type == "cpu" and not binding.weight.needs_cast and packing is None
+            (binding,), encoding = unit.bindings, getattr(unit.module, "row_encoding", None)
+            is_native = self._device.type == "cpu" and not binding.weight.needs_cast and encoding is None
             is_planned = self._tiers[unit.name] == "gpu" and not is_tied(unit)
             is_resident = binding.weight in self._resident or (is_planned and not is_native)
-            if is_native or (is_resident and packing is None):
+            if is_native or (is_resident and encoding is None):
                 self._resident.add(unit, in_place=not is_resident)
                 self.feeds.append((unit, self._resident))
             else:
                 table = (self._resident.copy if is_resident else self._resident.stored)(binding.weight)
-                gathered.add(unit, table, binding.weight.dtype if packing is None else self._model.dtype)
+                gathered.add(unit, table, binding.weight.dtype if encoding is None else self._model.dtype)
                 self.feeds.append((unit, gathered))
 
     # --- hooks

@@ -168,12 +168,12 @@ class Gathered(Feed):
         table, dtype = self._tables[unit.name]
         rows = table.index_select(0, ids.reshape(-1).to(table.device))
         self._sources.check_pages()
-        packing: Any = getattr(module, "packing", None)
-        if packing is None:
+        encoding: Any = getattr(module, "row_encoding", None)
+        if encoding is None:
             rows = rows.to(self._device, dtype)
         else:
             packed, rows = rows, torch.empty(len(rows), module.embedding_dim, dtype=dtype, device=self._device)  # type: ignore[call-overload]
-            packing.unpack({"weight": packed.to(self._device)}, rows)
+            encoding.unpack({"weight": packed.to(self._device)}, rows)
         module._parameters["weight"] = rows  # type: ignore[assignment]
         return (torch.arange(ids.numel(), device=self._device).view(ids.shape),), {}
 

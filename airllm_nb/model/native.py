@@ -12,10 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..encoding.linear import EncodedLinear
+from ..encoding.linear import EncodedLinear, EncodedWeight
 from ..errors import OptionError
 from .absent import NO_COPY, AbsentWeight
-from .packed import PackedWeight
 from .slices import SlicedLinear
 
 
@@ -126,7 +125,7 @@ class FixedWeights:
 
     def _if_plain(self: Any, name: str, remedy: str) -> Callable[..., Any]:
         modules: list[nn.Module] = list(self.modules())
-        if any(isinstance(each, (EncodedLinear, SlicedLinear)) or _packed(each) for each in modules):
+        if any(isinstance(each, SlicedLinear) or _packed(each) for each in modules):
             raise OptionError(f"{name} is refused, as weights of this model are packed or in slices; {remedy}")
         return getattr(super(), name)  # type: ignore[no-any-return]
 
@@ -160,8 +159,8 @@ class FixedWeights:
         return sum(found.values()) + sum(each.nelement() * each.element_size() for each in buffers)
 
 
-def _packed(module: nn.Module) -> list[PackedWeight]:
-    return [value for value in vars(module).values() if isinstance(value, PackedWeight)]
+def _packed(module: nn.Module) -> list[EncodedWeight]:
+    return [value for value in vars(module).values() if isinstance(value, EncodedWeight)]
 
 
 def _sizes(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, int]]:
@@ -170,13 +169,13 @@ def _sizes(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, int]]:
     if isinstance(module, EncodedLinear):
         yield "weight", own["weight"], module.in_features * module.out_features
         own = {name: each for name, each in own.items() if name == "bias"}
-    elif isinstance(module, nn.Embedding) and hasattr(module, "packing"):
+    elif isinstance(module, nn.Embedding) and hasattr(module, "row_encoding"):
         yield "weight", own.pop("weight"), module.num_embeddings * module.embedding_dim
     else:
         for view in _packed(module):
-            parts = {id(part) for part in view.parts}
-            yield "weight", view.parts[0], view.numel()
-            own = {name: each for name, each in own.items() if id(each) not in parts}
+            parts = view.parts
+            yield "weight", parts["weight"], view.numel()
+            own = {name: each for name, each in own.items() if not any(each is part for part in parts.values())}
     for name, each in own.items():
         yield name, each, each.numel()
 

@@ -1,4 +1,4 @@
-"""Puts what computes on packed bytes into a skeleton, in the place of what computes on plain weights."""
+"""Puts what computes on encoded bytes into a skeleton, in the place of what computes on plain weights."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import torch
 from torch import nn
 
 from ..config import format_bytes
-from ..encoding.linear import EncodedLinear, Scratch
-from ..encoding.packing import Packed
+from ..encoding.base import Encoded, Encoding, encoded
+from ..encoding.linear import EncodedLinear, EncodedWeight, Scratch, meta_parts
 from ..errors import CheckpointError, UnsupportedModelError
-from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import TensorInfo
 from .calls import is_gatherable
-from .packed import PackedLinear, PackedWeight, part_name
 
 log = logging.getLogger(__name__)
 
 
-def place(skeleton: Any, packed: Mapping[str, Packed], dtype: torch.dtype, scratch: Scratch) -> dict[str, TensorInfo]:
+def place(skeleton: Any, packed: Mapping[str, Encoded], dtype: torch.dtype, scratch: Scratch) -> dict[str, TensorInfo]:
     """Put what computes on packed bytes in the place of what computes on plain weights.
 
     Parameters
@@ -52,22 +50,38 @@ def place(skeleton: Any, packed: Mapping[str, Packed], dtype: torch.dtype, scrat
         if native is not None and tuple(native.shape) != tuple(weight.shape):
             raise CheckpointError(f"{name} is packed as {list(weight.shape)}, the model's config asks for "
                                   f"{list(native.shape)}; config.json and weights do not belong together")  # fmt: skip
+        bound, names = meta_parts(weight), {part: part for part in weight.parts}
         if isinstance(module, nn.Embedding) and is_gatherable(module):
-            parts |= _place_table(skeleton, name, native, weight, dtype, scratch)
+            _place_table(skeleton, name, native, weight, bound["weight"])
+            _replace_linears(skeleton, native, weight, bound, dtype, scratch)
         elif type(module) is nn.Linear and not hasattr(module, "reads_weight"):
-            bound = {part: _on_meta(info) for part, info in weight.parts.items()}
-            _replace_linears(skeleton, native, bound, weight, dtype, scratch)
-            parts |= {f"{path}.{part}": info for part, info in weight.parts.items()}
+            _replace_linears(skeleton, native, weight, bound, dtype, scratch)
         else:
-            parts |= _place_view(module, path, attribute, weight, dtype, scratch, one_by_one)
+            names = {part: f"{attribute}__{part}" for part in weight.parts}
+            del module._parameters[attribute]
+            module._parameters.update({names[part]: parameter for part, parameter in bound.items()})
+            view = EncodedWeight(module, names, weight, dtype, scratch)
+            _place_view(module, attribute, view, takes_all=len(weight.shape) > 2 and not one_by_one)
+        parts |= {f"{path}.{names[part]}": info for part, info in weight.parts.items()}
     if one_by_one and any(len(weight.shape) == 3 for weight in packed.values()):
         # The others take all experts' matrices at once.
         skeleton.set_experts_implementation("eager")
     return parts
 
 
+def _place_table(skeleton: Any, name: str, native: Any, weight: Encoded, table: nn.Parameter) -> None:
+    """Rows are gathered packed. Whatever is tied to the table computes on the same bytes."""
+    encoding = weight.encoding()
+    if weight.row_steps() != {"weight": 1} or set(weight.parts) != {"weight"}:
+        raise UnsupportedModelError(f"{name} is a table packed as {encoding.name}, whose rows cannot be read one by "
+                                    "one; load the unquantised checkpoint")  # fmt: skip
+    for module in skeleton.modules():
+        if isinstance(module, nn.Embedding) and module._parameters.get("weight") is native:
+            module._parameters["weight"], module.row_encoding = table, encoding  # type: ignore[assignment]
+
+
 def _replace_linears(
-    skeleton: Any, native: Any, bound: Mapping[str, nn.Parameter], weight: Packed, dtype: torch.dtype, scratch: Scratch
+    skeleton: Any, native: Any, weight: Encoded, bound: Mapping[str, nn.Parameter], dtype: torch.dtype, scratch: Scratch
 ) -> None:
     """Every layer that knows the weight, tied ones too, computes on the same parts."""
     for path, other in list(skeleton.named_modules()):
@@ -76,56 +90,54 @@ def _replace_linears(
         if type(other) is not nn.Linear:
             raise UnsupportedModelError(f"{path} shares a packed weight and is a {type(other).__name__}, which cannot "
                                         "compute on packed bytes; load the unquantised checkpoint")  # fmt: skip
-        layer = PackedLinear(other, weight, dtype, scratch)
+        layer = EncodedLinear(weight, other.bias is not None, dtype, scratch)
         layer._parameters.update(bound)
         skeleton.set_submodule(path, layer)
 
 
-def _place_table(
-    skeleton: Any, name: str, native: Any, weight: Packed, dtype: torch.dtype, scratch: Scratch
-) -> dict[str, TensorInfo]:
-    """Rows are gathered packed. Whatever is tied to the table computes on the same bytes."""
-    if set(weight.parts) != {"weight"} or weight.packing[0].row_steps != {"weight": 1} or weight.order is not None:
-        raise UnsupportedModelError(f"{name} is a table packed as {weight.packing[0].name}, whose rows cannot be read "
-                                    "one by one; load the unquantised checkpoint")  # fmt: skip
-    table = _on_meta(weight.parts["weight"])
-    _replace_linears(skeleton, native, {"weight": table}, weight, dtype, scratch)
-    for module in skeleton.modules():
-        if isinstance(module, nn.Embedding) and module._parameters.get("weight") is native:
-            module._parameters["weight"], module.packing = table, weight.packing[0]  # type: ignore[assignment]
-    return {name: weight.parts["weight"]}
-
-
-def _place_view(
-    module: nn.Module, path: str, attribute: str, weight: Packed, dtype: torch.dtype, scratch: Scratch, one_by_one: bool
-) -> dict[str, TensorInfo]:
-    names = {part: part_name(attribute, part) for part in weight.parts}
-
-    def bound() -> dict[str, torch.Tensor]:
-        return {part: module._parameters[name] for part, name in names.items()}  # type: ignore[misc]
-
-    del module._parameters[attribute]
-    module.__dict__[attribute] = view = PackedWeight(bound, weight, dtype, scratch)
-    needed = view.scratch_bytes * (1 if weight.order is None else 2)  # a copy in order
-    if len(weight.shape) > 2 and not one_by_one:  # this model takes all of them at once
-        needed += view.unpacked_bytes
+def _place_view(module: nn.Module, attribute: str, view: EncodedWeight, takes_all: bool) -> None:
+    """The module's own code reads the weight, all of its matrices at once if it ``takes_all``."""
+    module.__dict__[attribute] = view
+    needed = view.scratch_bytes * (2 if view.order_bytes else 1)  # a copy in order
+    needed += view.unpacked_bytes if takes_all else 0
     module.scratch_bytes = max(getattr(module, "scratch_bytes", 0), needed)  # type: ignore[assignment, arg-type]
-    for part, info in weight.parts.items():
-        module.register_parameter(names[part], _on_meta(info))
-    return {f"{path}.{names[part]}": info for part, info in weight.parts.items()}
+
+
+def compress(skeleton: Any, encoding: Encoding, dtype: torch.dtype, scratch: Scratch) -> None:
+    """Put layers that compute on what we write in the place of those that are :func:`compressible`."""
+    for name in compressible(skeleton) if encoding.compression != "none" else ():
+        linear = skeleton.get_submodule(name)
+        weight = encoded(encoding, (linear.out_features, linear.in_features))
+        skeleton.set_submodule(name, EncodedLinear(weight, linear.bias is not None, dtype, scratch))
+
+
+def compressible(model: nn.Module) -> list[str]:
+    """The names of the modules that compression replaces, by the rule of transformers' own bitsandbytes loading.
+
+    These are the ``nn.Linear`` modules except the output head, tied ones and ``_keep_in_fp32_modules``. GPT-2's
+    ``Conv1D`` stays as it is: its weights lie transposed in the checkpoint. So does a layer whose matrix is read
+    without a call (``reads_weight``, which :mod:`~airllm_nb.model.calls` finds): an encoded one has none to read.
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and should_convert_module(name, kept) and not hasattr(module, "reads_weight")
+    ]
 
 
 def reserve_scratch(skeleton: nn.Module, device: torch.device) -> None:
     """Make the scratch as large as the largest matrix needs it: what it had outgrown would be free for nothing else."""
-    users: list[EncodedLinear | PackedWeight] = [*_packed_in(skeleton)]
-    users += [module for module in skeleton.modules() if isinstance(module, EncodedLinear)]
-    for each in sorted(users, key=lambda each: each.scratch_bytes, reverse=True):
-        each.scratch.reserve(each.scratch_bytes, device)
+    for weight in sorted(_encoded_in(skeleton), key=lambda weight: weight.scratch_bytes, reverse=True):
+        weight.scratch.reserve(weight.scratch_bytes, device)
 
 
 def keep_unpacked(skeleton: nn.Module, room: int) -> int:
     """Keep matrices once they are unpacked, if there is ``room`` for all; returns their bytes, 0 if there is not."""
-    weights = _packed_in(skeleton)
+    weights = _encoded_in(skeleton)
     nbytes = sum(weight.unpacked_bytes for weight in weights)
     if nbytes > room:
         log.info("packed weights are unpacked for each use: kept, they would take %s", format_bytes(nbytes))
@@ -138,27 +150,23 @@ def keep_unpacked(skeleton: nn.Module, room: int) -> int:
 
 def drop_unpacked(skeleton: nn.Module) -> None:
     """Free the matrices that were kept; they are unpacked again when they are used."""
-    for weight in _packed_in(skeleton):
+    for weight in _encoded_in(skeleton):
         weight.drop()
 
 
 def computes_packed(module: nn.Module) -> bool:
     """Whether something in it computes on packed bytes, by way of the scratch that all share."""
-    return bool(_packed_in(module)) or any(isinstance(each, EncodedLinear) for each in module.modules())
+    return bool(_encoded_in(module))
 
 
-def _packed_in(skeleton: nn.Module) -> list[PackedWeight]:
+def _encoded_in(skeleton: nn.Module) -> list[EncodedWeight]:
     return [
-        value for module in skeleton.modules() for value in vars(module).values() if isinstance(value, PackedWeight)
+        value for module in skeleton.modules() for value in vars(module).values() if isinstance(value, EncodedWeight)
     ]
 
 
 def temporary_bytes(skeleton: nn.Module, device: torch.device) -> int:
     """Memory beside the scratch while a packed matrix is unpacked, and for orders; 0 where nothing is packed."""
-    weights = _packed_in(skeleton)
+    weights = _encoded_in(skeleton)
     orders = sum(weight.order_bytes for weight in weights)
     return orders + max((weight.temporary_bytes(device) for weight in weights), default=0)
-
-
-def _on_meta(info: TensorInfo) -> nn.Parameter:
-    return nn.Parameter(torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta"), requires_grad=False)

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..encoding.linear import EncodedLinear, Part
-from ..tensors.dtypes import TORCH_DTYPES
+from ..encoding.linear import EncodedLinear
 from ..tensors.index import TensorInfo
 from .calls import calls_of, is_gatherable
 
@@ -206,23 +205,15 @@ def _at_rest(
 
 def _step(linear: nn.Linear | EncodedLinear, attribute: str) -> int:
     """Rows of the matrix for each row of a parameter; 0 where it cannot be cut."""
-    steps = linear.row_steps if isinstance(linear, EncodedLinear) else {}
+    steps = linear.row_steps() if isinstance(linear, EncodedLinear) else {}
     return 0 if steps is None else steps.get(attribute, 1)
 
 
 def _slice(linear: nn.Linear | EncodedLinear, rows: int) -> nn.Module:
     """A layer of the same kind with ``rows`` outputs, on meta."""
-    plain = nn.Linear(
-        linear.in_features, rows, bias=linear.bias is not None, device="meta", dtype=_compute_dtype(linear)
-    )
     if isinstance(linear, EncodedLinear):
-        names = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-        parts = tuple(
-            Part(attribute, names[parameter.dtype], (-(-rows // _step(linear, attribute)), *parameter.shape[1:]))
-            for attribute, parameter in linear._parameters.items()
-            if parameter is not None and attribute != "bias"
-        )
-        return linear.cut(plain, parts).train(linear.training)
+        return linear.cut(rows).train(linear.training)
+    plain = nn.Linear(linear.in_features, rows, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
     return plain.requires_grad_(False).train(linear.training)
 
 

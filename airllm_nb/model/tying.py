@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..disk import status
-from ..encoding.packing import Packed
+from ..encoding.base import Encoded
 from ..stream.mapped import MappedFiles
 from ..tensors.dtypes import torch_dtype
 from ..tensors.index import TensorInfo
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 # Values compared at once; rows that are looked at first.
 _CHUNK, _SAMPLE = 4 << 20, 16
 
-_AtRest = TensorInfo | Packed
+_AtRest = TensorInfo | Encoded
 
 
 def untie(
-    model: Any, tensors: Mapping[str, TensorInfo], packed: Mapping[str, Packed] | None = None, *, whole: bool = True
+    model: Any, tensors: Mapping[str, TensorInfo], packed: Mapping[str, Encoded] | None = None, *, whole: bool = True
 ) -> None:
     """Give each of the tied weights of ``model`` that the checkpoint has in several values a parameter of its own.
 
@@ -81,10 +81,10 @@ def _part(model: Any, there: Mapping[str, _AtRest], names: set[str]) -> None:
 
 def _are_equal(one: _AtRest, other: _AtRest, whole: bool) -> bool | None:
     """Whether both are the same values; ``None`` where that cannot be seen."""
-    if isinstance(one, Packed) or isinstance(other, Packed):
+    if isinstance(one, Encoded) or isinstance(other, Encoded):
         if not (
-            isinstance(one, Packed) and isinstance(other, Packed)
-            and one.packing == other.packing and one.parts.keys() == other.parts.keys()
+            isinstance(one, Encoded) and isinstance(other, Encoded)
+            and one.encodings == other.encodings and one.parts.keys() == other.parts.keys()
         ):  # fmt: skip
             return False
         found = {_are_equal(part, other.parts[name], whole) for name, part in one.parts.items()}

@@ -16,8 +16,7 @@ from typing import TypeVar
 import torch
 
 from ..disk import status
-from ..encoding.linear import Part
-from ..encoding.ours import Codec
+from ..encoding.base import Encoding, Part, Plain
 from ..errors import CheckpointError
 from ..tensors.dtypes import CASTABLE, DTYPE_NAMES, TORCH_DTYPES
 from ..tensors.files import BLOCK, Files
@@ -34,7 +33,7 @@ T = TypeVar("T")
 
 def encode_jobs(
     index: Mapping[str, TensorInfo],
-    codec: Codec,
+    codec: Encoding,
     compressed: Collection[str],
     dtype: torch.dtype,
     *,
@@ -65,7 +64,7 @@ def encode_jobs(
     for name, info in index.items():
         is_cast = name not in keep and info.dtype in CASTABLE and len(info.shape) > 1
         target = DTYPE_NAMES[dtype] if is_cast else info.dtype
-        used = codec if name in compressed else Codec()
+        used = codec if name in compressed else Plain()
         parts = used.parts(info.shape, target)
         produce = functools.partial(_encoded, info, used, TORCH_DTYPES[target], parts, workers)
         shards.setdefault(shard_name(name), []).append(Item(name, target, info.shape, parts, produce))
@@ -73,10 +72,10 @@ def encode_jobs(
 
 
 def _encoded(
-    info: TensorInfo, codec: Codec, dtype: torch.dtype, parts: Sequence[Part], workers: RowWorkers
+    info: TensorInfo, codec: Encoding, dtype: torch.dtype, parts: Sequence[Part], workers: RowWorkers
 ) -> Iterator[Chunk]:
     """The bytes of all parts: the first comes in chunks; the others, a few percent of it, wait until it is complete."""
-    if codec.name == "none":
+    if codec.compression == "none":
         yield from workers.map(info, 1, lambda rows: rows.to(dtype, copy=True))
         return
     # In one piece each: many small tensors between large temporaries would fragment the heap.
@@ -86,7 +85,7 @@ def _encoded(
     def encode(rows: torch.Tensor) -> list[torch.Tensor]:
         return [part.cpu() for part in codec.encode(rows.to(workers.device).to(dtype)).values()]
 
-    with closing(workers.map(info, codec.row_step(info.shape), encode)) as chunks:
+    with closing(workers.map(info, codec.encodable_rows(info.shape), encode)) as chunks:
         for first, *others in chunks:
             yield first
             for number, part in enumerate(others):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Union
 
-from ..encoding.linear import Part
+from ..encoding.base import Part
 from ..errors import StoreError
 from ..tensors.index import ITEMSIZE, PAD
 from ..tensors.libc import start_writing

@@ -33,7 +33,7 @@ from airllm_nb.checkpoint.lora.adapter import PREFIX, _Reader, read_adapter
 from airllm_nb.checkpoint.lora.files import AdapterFiles
 from airllm_nb.cli import main
 from airllm_nb.config import LoadOptions
-from airllm_nb.encoding.ours import get_codec
+from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.engine.facade import StreamedModel, plan_model
 from airllm_nb.errors import AirLLMError, CheckpointError, OptionError, SourceError, UnsupportedModelError
 from airllm_nb.intake import prepare
@@ -177,7 +177,7 @@ def test_8bit_equals_peft_on_the_dequantised_weights(base: Callable[..., Path], 
     plain = resident(folder)
     for name, module in plain.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            parts = get_codec("8bit").encode(module.weight.detach())
+            parts = get_encoding("8bit").encode(module.weight.detach())
             value = parts["weight"].view(-1, 32).float() * (parts["spread"].view(-1, 1).float() / 255)
             value = (value + parts["minimum"].view(-1, 1).float()).view(module.weight.shape)
             assert 0 < error(value, module.weight.detach()) < 0.02

@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from airllm_nb.encoding.awq import AWQ
+from airllm_nb.encoding.base import Encoding
 from airllm_nb.encoding.fp8 import FP8
 from airllm_nb.encoding.gptq import GPTQ
 from airllm_nb.encoding.kernels import launch as kernels
 from airllm_nb.encoding.mxfp4 import MXFP4
-from airllm_nb.encoding.packing import Packing
 
 Parts = dict[str, torch.Tensor]
 ROWS, COLUMNS, GROUP = 64, 160, 32
 BITS = itertools.product((2, 3, 4, 8), (0, 1), (None, True))
-WORDS: list[Packing] = [GPTQ(bits, GROUP, offset, even) for bits, offset, even in BITS]
+WORDS: list[Encoding] = [GPTQ(bits, GROUP, offset, even) for bits, offset, even in BITS]
 SCALED = [FP8((128, 128)), FP8((24, 64), True), FP8((1, None)), FP8((None, None)), FP8((None, 1)), FP8((64, 128))]
 # Everything but GGUF's types.
 PACKINGS = [*WORDS, GPTQ(4, 12, 1), AWQ(GROUP), AWQ(8), MXFP4(), *SCALED]
 WITH_PRODUCT = [found for found in PACKINGS if not isinstance(found, MXFP4) and not getattr(found, "even", None)]
 
 
-def parts_of(found: Packing, rows: int = ROWS, columns: int = COLUMNS) -> Parts:
+def parts_of(found: Encoding, rows: int = ROWS, columns: int = COLUMNS) -> Parts:
     """Of a matrix ``[rows, columns]`` as it lies: random, but for the scales."""
     random = torch.Generator().manual_seed(0)
 
@@ -53,7 +53,7 @@ def parts_of(found: Packing, rows: int = ROWS, columns: int = COLUMNS) -> Parts:
     return parts
 
 
-def by_kernel(found: Packing, parts: Parts, out: torch.Tensor) -> torch.Tensor:
+def by_kernel(found: Encoding, parts: Parts, out: torch.Tensor) -> torch.Tensor:
     """``out``, filled by a kernel and nothing else."""
     launched = []
 
@@ -69,7 +69,7 @@ def by_kernel(found: Packing, parts: Parts, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def by_product(found: Packing, parts: Parts, x: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
+def by_product(found: Encoding, parts: Parts, x: torch.Tensor, rows: int, bias: torch.Tensor | None) -> torch.Tensor:
     """``x @ weight.T + bias`` by a kernel on the packed bytes, and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "usable", lambda device: True)
@@ -79,7 +79,7 @@ def by_product(found: Packing, parts: Parts, x: torch.Tensor, rows: int, bias: t
     return product
 
 
-def by_pytorch(found: Packing, parts: Parts, out: torch.Tensor) -> torch.Tensor:
+def by_pytorch(found: Encoding, parts: Parts, out: torch.Tensor) -> torch.Tensor:
     """``out``, filled without kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "usable", lambda device: False)

@@ -10,7 +10,7 @@ from test_ggml import Kind, every_type
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from airllm_nb.encoding.ggml import packing_of
+from airllm_nb.encoding.ggml import encoding_of
 from airllm_nb.encoding.kernels import triton_blocks, triton_fp8, triton_words
 
 # Compute capability, and what models are computed in there. What unpacks is compiled for one, products for the other.
@@ -27,7 +27,7 @@ def compile_for(gpu: tuple[int, str], kernel: Any, constants: dict[str, Any], **
 
 @every_type
 def test_blocks(kind: Kind) -> None:
-    found = packing_of(int(kind))
+    found = encoding_of(int(kind))
     assert found is not None
     table = "*i8" if kind.name.startswith("IQ") else "*fp32"
     constants = {"KIND": kind.name, "VALUES": found.values, "NBYTES": found.nbytes, "GROUP": found.group,

@@ -21,12 +21,12 @@ from kernel_cases import (
 from test_ggml import Kind, every_type, random_rows, reference
 
 from airllm_nb.encoding.awq import AWQ
+from airllm_nb.encoding.base import Encoding
 from airllm_nb.encoding.fp8 import FP8
-from airllm_nb.encoding.ggml import packing_of
+from airllm_nb.encoding.ggml import encoding_of
 from airllm_nb.encoding.gptq import GPTQ
 from airllm_nb.encoding.kernels import launch
 from airllm_nb.encoding.mxfp4 import MXFP4
-from airllm_nb.encoding.packing import Packing
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_blocks(kind: Kind, start: int, transposed: bool) -> None:
     """Wherever they begin, and however many columns there are."""
     weight = random_rows(kind, rows=3, columns=1280)
     moved = torch.zeros(weight.numel() + start, dtype=torch.uint8)[start:].view_as(weight).copy_(weight)
-    found = packing_of(int(kind))
+    found = encoding_of(int(kind))
     assert found is not None
     out = by_kernel(found, {"weight": moved}, empty(3, 1280, transposed))
     assert torch.allclose(out, reference(kind, weight), rtol=1e-6, atol=0)
@@ -48,7 +48,7 @@ def test_blocks(kind: Kind, start: int, transposed: bool) -> None:
 
 @pytest.mark.parametrize("found", PACKINGS, ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
-def test_words(found: Packing, transposed: bool) -> None:
+def test_words(found: Encoding, transposed: bool) -> None:
     parts = parts_of(found)
     wanted = by_pytorch(found, parts, empty(ROWS, COLUMNS))
     assert torch.equal(by_kernel(found, parts, empty(ROWS, COLUMNS, transposed)), wanted)
@@ -62,7 +62,7 @@ ENDS = [
 
 
 @pytest.mark.parametrize(("found", "rows", "columns"), ENDS, ids=str)
-def test_ends(found: Packing, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends(found: Encoding, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_TILE", 64)
     monkeypatch.setattr(launch, "_PROGRAMS", 6)
     parts = parts_of(found, rows, columns)
@@ -75,7 +75,7 @@ def test_ends(found: Packing, rows: int, columns: int, monkeypatch: pytest.Monke
 @every_type
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_products_with_blocks(kind: Kind, has_bias: bool) -> None:
-    weight, found = random_rows(kind, rows=3, columns=1280), packing_of(int(kind))
+    weight, found = random_rows(kind, rows=3, columns=1280), encoding_of(int(kind))
     assert found is not None
     x, bias = torch.randn(1, 1, 1280), torch.randn(3) if has_bias else None
     wanted = torch.nn.functional.linear(x, reference(kind, weight), bias)
@@ -86,13 +86,13 @@ def test_products_with_blocks(kind: Kind, has_bias: bool) -> None:
 
 @pytest.mark.parametrize("found", WITH_PRODUCT, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_products(found: Packing, has_bias: bool) -> None:
+def test_products(found: Encoding, has_bias: bool) -> None:
     parts = parts_of(found)
     weight = by_pytorch(found, parts, empty(ROWS, COLUMNS))
     assert_product(found, parts, weight.t() if found.transposed else weight, has_bias)
 
 
-def assert_product(found: Packing, parts: Parts, weight: torch.Tensor, has_bias: bool = False) -> None:
+def assert_product(found: Encoding, parts: Parts, weight: torch.Tensor, has_bias: bool = False) -> None:
     x, bias = torch.randn(1, weight.shape[1]), torch.randn(weight.shape[0]) if has_bias else None
     wanted = torch.nn.functional.linear(x, weight, bias)
     for vector in (x, torch.stack([x, x * 2], -1)[..., 0]):  # its values lie apart

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from airllm_nb.encoding import awq, packing
+from airllm_nb.encoding import awq, base
 from airllm_nb.errors import CheckpointError, UnsupportedModelError
 from airllm_nb.tensors.index import TensorInfo, read_index
 
@@ -38,8 +38,8 @@ def test_weights_are_those_of_autoawq(made: Any, variant: dict[str, Any]) -> Non
     found = awq.find(settings, read_index(folder), {name: tuple(value.shape) for name, value in wanted.items()})
     assert len(found) == 7
     for name, packed in found.items():
-        (how,), (rows, columns) = packed.packing, packed.shape
-        assert how.transposed and how.row_steps is None and packed.shape == wanted[name].shape
+        (how,), (rows, columns) = packed.encodings, packed.shape
+        assert how.transposed and how.row_steps(packed.shape[-1]) is None and packed.shape == wanted[name].shape
         parts = {part: stored[info.name] for part, info in packed.parts.items()}
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             out = torch.full((columns, rows), torch.nan, dtype=dtype)
@@ -71,9 +71,9 @@ def test_chunks_and_strides_change_nothing(
     packed = awq.find(settings, read_index(folder), {})["model.layers.0.mlp.down_proj.weight"]
     parts = {part: stored[info.name] for part, info in packed.parts.items()}
     wanted, room = torch.empty(128, 64), torch.full((128, 88), torch.nan)
-    packed.packing[0].unpack(parts, wanted)
-    monkeypatch.setattr(packing, "HOST_VALUES", values)
-    packed.packing[0].unpack(parts, room[:, 8:-16])
+    packed.encodings[0].unpack(parts, wanted)
+    monkeypatch.setattr(base, "HOST_VALUES", values)
+    packed.encodings[0].unpack(parts, room[:, 8:-16])
     assert torch.equal(room[:, 8:-16], wanted)
     assert room[:, :8].isnan().all() and room[:, -16:].isnan().all()
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from airllm_nb.encoding import bnb, ours, packing
-from airllm_nb.encoding.packing import Packed
+from airllm_nb.encoding import base, bnb, nf4
+from airllm_nb.encoding.base import Encoded
 from airllm_nb.errors import CheckpointError, UnsupportedModelError
 from airllm_nb.tensors.dtypes import TORCH_DTYPES
 from airllm_nb.tensors.index import CheckpointIndex, TensorInfo, read_index
@@ -50,7 +50,7 @@ def made(tmp_path_factory):
     return get
 
 
-def find(folder: Path, shapes=None) -> dict[str, Packed]:
+def find(folder: Path, shapes=None) -> dict[str, Encoded]:
     settings = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
     bnb.check(settings)
     return bnb.find(settings, read_index(folder), native_shapes(folder) if shapes is None else shapes)
@@ -73,9 +73,9 @@ def read(info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
-def unpacked(packed: Packed, dtype: torch.dtype = torch.float32, strided: bool = False) -> torch.Tensor:
+def unpacked(packed: Encoded, dtype: torch.dtype = torch.float32, strided: bool = False) -> torch.Tensor:
     """As the weight lies: transposed where its packing says so."""
-    (given,) = packed.packing
+    (given,) = packed.encodings
     rows, columns = packed.shape[::-1] if given.transposed else packed.shape
     out = torch.full((rows, columns + 3 if strided else columns), torch.nan, dtype=dtype)
     view = out[:, 1 : columns + 1] if strided else out
@@ -146,7 +146,7 @@ def test_the_reference_of_a_mixture_has_its_experts(made):
 def test_chunk_borders_change_nothing(made, variant, values, monkeypatch):
     for packed in find(made(variant)).values():
         wanted = unpacked(packed)
-        monkeypatch.setattr(packing, "HOST_VALUES", values)
+        monkeypatch.setattr(base, "HOST_VALUES", values)
         assert torch.equal(unpacked(packed), wanted)
         monkeypatch.undo()
 
@@ -168,38 +168,38 @@ def test_an_odd_number_of_values_and_a_short_last_block():
 def test_rows_can_be_cut(made, variant):
     folder = made(variant)
     packed = find(folder)["model.layers.0.mlp.down_proj.weight"]
-    steps = packed.packing[0].row_steps
+    steps = packed.row_steps()
     assert steps is not None and steps.keys() == packed.parts.keys()
     parts = {
         attribute: read(info.rows(info.name, [(16 // steps[attribute], 48 // steps[attribute])]))
         for attribute, info in packed.parts.items()
     }
     out = torch.empty(32, packed.shape[1])
-    packed.packing[0].unpack(parts, out)
+    packed.encodings[0].unpack(parts, out)
     assert torch.equal(out, unpacked(packed)[16:48])
 
 
 @pytest.mark.parametrize("variant", ["nf4-double", "gpt2", "gpt2-int8"])
 def test_rows_cannot_be_cut_where_their_parts_cannot(made, variant):
-    assert all(packed.packing[0].row_steps is None for packed in find(made(variant)).values())
-    odd = {packed.shape[1] % 64 == 0: packed.packing[0].row_steps for packed in find(made("odd")).values()}
+    assert all(packed.row_steps() is None for packed in find(made(variant)).values())
+    odd = {packed.shape[1] % 64 == 0: packed.row_steps() for packed in find(made("odd")).values()}
     assert odd == {False: None, True: {"weight": 1, "absmax": 1}}
 
 
 def test_square_weights_of_a_conv1d_are_transposed_too(made):
     found, shapes = find(made("gpt2")), native_shapes(made("gpt2"))
     assert {name: packed.shape for name, packed in found.items()} == {name: shapes[name] for name in found}
-    assert all(packed.packing[0].transposed for packed in found.values())
+    assert all(packed.encodings[0].transposed for packed in found.values())
     assert (64, 64) in {packed.shape for packed in found.values()}
-    assert not any(packed.packing[0].transposed for packed in find(made("odd")).values())
+    assert not any(packed.encodings[0].transposed for packed in find(made("odd")).values())
 
 
 def test_packings_compare_by_what_they_are(made):
-    assert bnb.NF4(aligned=True) == bnb.NF4(aligned=True) and hash(bnb.NF4()) == hash(bnb.NF4())
-    assert len({bnb.NF4(), bnb.FP4(), bnb.NF4Transposed(), bnb.NF4(offset=0.5)}) == 4
-    offsets = {packed.packing[0] for packed in find(made("nf4-double")).values()}
+    assert bnb.NF4(nested=256) == bnb.NF4(nested=256) and hash(bnb.NF4()) == hash(bnb.NF4())
+    assert len({bnb.NF4(), bnb.FP4(), bnb.NF4(transposed=True), bnb.NF4(offset=0.5)}) == 4
+    offsets = {packed.encodings[0] for packed in find(made("nf4-double")).values()}
     assert len(offsets) > 1
-    assert len({packed.packing[0] for packed in find(made("nf4")).values()}) == 1
+    assert len({packed.encodings[0] for packed in find(made("nf4")).values()}) == 1
 
 
 @pytest.mark.parametrize("variant", ["nf4-double", "odd", "storage", "int8"])
@@ -326,14 +326,14 @@ def test_unknown_types_are_refused():
 def test_the_codes_are_those_of_bitsandbytes():
     from bitsandbytes.functional import get_4bit_type
 
-    for kind, values in bnb.CODES.items():
+    for kind, values in nf4.CODES.items():
         assert torch.equal(torch.tensor(values), get_4bit_type(kind, device="cpu"))
 
 
 def test_without_a_gpu_nothing_is_multiplied_packed(made):
     packed = find(made("nf4"))[NAME]
     parts = {attribute: read(info) for attribute, info in packed.parts.items()}
-    assert packed.packing[0].multiply(torch.randn(1, packed.shape[1]), parts, packed.shape, None) is None
+    assert packed.encodings[0].multiply(torch.randn(1, packed.shape[1]), parts, packed.shape, None) is None
 
 
 @pytest.mark.gpu
@@ -342,7 +342,7 @@ def test_without_a_gpu_nothing_is_multiplied_packed(made):
 def test_on_a_gpu(made, variant, library, monkeypatch):
     """With the library's kernels, and without them."""
     if not library:
-        monkeypatch.setattr(bnb, "has_4bit_kernels", lambda device: False)
+        monkeypatch.setattr(nf4, "has_kernels", lambda device: False)
     wanted, device = packed_bnb.dequantised(made(variant)), torch.device("cuda")
     for name, packed in find(made(variant)).items():
         parts = {attribute: read(info).to(device) for attribute, info in packed.parts.items()}
@@ -350,7 +350,7 @@ def test_on_a_gpu(made, variant, library, monkeypatch):
         for dtype in (torch.float32, torch.float16):
             wide = torch.empty(rows, columns + 5, dtype=dtype, device=device)
             for out in (torch.empty(rows, columns, dtype=dtype, device=device), wide[:, 2:-3]):
-                packed.packing[0].unpack(parts, out)
+                packed.encodings[0].unpack(parts, out)
                 rtol = 1e-6 if dtype == torch.float32 else 1e-3
                 torch.testing.assert_close(out.cpu(), wanted[name].to(dtype), rtol=rtol, atol=1e-8)
 
@@ -360,11 +360,11 @@ def test_on_a_gpu(made, variant, library, monkeypatch):
 @pytest.mark.parametrize("variant", ["nf4", "nf4-double", "fp4-double"])
 def test_the_kernel_of_the_library_on_a_gpu(made, variant, tokens):
     wanted, device, products = packed_bnb.dequantised(made(variant)), torch.device("cuda"), 0
-    assert ours.has_4bit_kernels(device)
+    assert nf4.has_kernels(device)
     for name, packed in find(made(variant)).items():
         parts = {attribute: read(info).to(device) for attribute, info in packed.parts.items()}
         x, bias = torch.randn(1, tokens, packed.shape[1]), torch.randn(packed.shape[0])
-        product = packed.packing[0].multiply(x.half().to(device), parts, packed.shape, bias.half().to(device))
+        product = packed.encodings[0].multiply(x.half().to(device), parts, packed.shape, bias.half().to(device))
         if product is not None:
             products += 1
             expected = x @ wanted[name].T + bias

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from airllm_nb.encoding import fp8, packing
-from airllm_nb.encoding.packing import Packed
+from airllm_nb.encoding import base, fp8
+from airllm_nb.encoding.base import Encoded
 from airllm_nb.errors import CheckpointError, UnsupportedModelError
 from airllm_nb.tensors.dtypes import TORCH_DTYPES
 from airllm_nb.tensors.index import ITEMSIZE, TensorInfo, read_index
@@ -58,7 +58,7 @@ def settings_of(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
 
 
-def find(folder: Path) -> dict[str, Packed]:
+def find(folder: Path) -> dict[str, Encoded]:
     fp8.check(settings_of(folder))
     return fp8.find(settings_of(folder), read_index(folder), {})
 
@@ -70,11 +70,11 @@ def read(info: TensorInfo) -> torch.Tensor:
     return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
-def unpacked(packed: Packed, dtype: torch.dtype = torch.float32, strided: bool = False) -> torch.Tensor:
+def unpacked(packed: Encoded, dtype: torch.dtype = torch.float32, strided: bool = False) -> torch.Tensor:
     rows, columns = packed.shape
     out = torch.full((rows, columns + 3 if strided else columns), torch.nan, dtype=dtype)
     view = out[:, 1 : columns + 1] if strided else out
-    packed.packing[0].unpack({attribute: read(info) for attribute, info in packed.parts.items()}, view)
+    packed.encodings[0].unpack({attribute: read(info) for attribute, info in packed.parts.items()}, view)
     if strided:
         assert out[:, 0].isnan().all() and out[:, columns + 1 :].isnan().all()
     return view
@@ -178,7 +178,7 @@ def test_every_byte():
 def test_chunk_borders_change_nothing(made, variant, values, monkeypatch):
     for packed in find(made(variant)).values():
         wanted = unpacked(packed)
-        monkeypatch.setattr(packing, "HOST_VALUES", values)
+        monkeypatch.setattr(base, "HOST_VALUES", values)
         assert torch.equal(unpacked(packed), wanted)
         monkeypatch.undo()
 
@@ -186,18 +186,18 @@ def test_chunk_borders_change_nothing(made, variant, values, monkeypatch):
 @pytest.mark.parametrize(("variant", "step"), [("blocks", 16), ("ragged", 24), ("channel", 1)])
 def test_rows_can_be_cut_between_blocks(made, variant, step):
     packed = find(made(variant))["model.layers.0.mlp.up_proj.weight"]
-    assert packed.packing[0].row_steps == {"weight": 1, "scale": step}
+    assert packed.encodings[0].row_steps(packed.shape[-1]) == {"weight": 1, "scale": step}
     parts = {
         attribute: read(info.rows(info.name, [(48 // {"weight": 1, "scale": step}[attribute], info.shape[0])]))
         for attribute, info in packed.parts.items()
     }
     out = torch.empty(packed.shape[0] - 48, packed.shape[1])
-    packed.packing[0].unpack(parts, out)
+    packed.encodings[0].unpack(parts, out)
     assert torch.equal(out, unpacked(packed)[48:])
 
 
 def test_a_matrix_with_one_scale_cannot_be_cut(made):
-    assert all(packed.packing[0].row_steps is None for packed in find(made("matrices")).values())
+    assert all(packed.encodings[0].row_steps(packed.shape[-1]) is None for packed in find(made("matrices")).values())
 
 
 def test_a_stack_of_matrices(tmp_path):
@@ -218,7 +218,7 @@ def test_a_stack_of_matrices(tmp_path):
         parts = {attribute: read(info) for attribute, info in packed.parts.items()}
         for number in range(3):
             out = torch.empty(32, 64)
-            packed.packing[0].unpack({attribute: part[number] for attribute, part in parts.items()}, out)
+            packed.encodings[0].unpack({attribute: part[number] for attribute, part in parts.items()}, out)
             torch.testing.assert_close(out, (values.float() * wide[name])[number], rtol=1e-6, atol=0)
 
 
@@ -263,7 +263,7 @@ def test_rows_and_whole_matrices_may_have_a_scale_beside_blocks(made, tmp_path):
     for shape, block in (((96, 1), (1, None)), ((96,), (1, None)), ((1,), (None, None)), ((), (None, None))):
         tensors = load_file(made("blocks") / "model.safetensors") | {f"{name}_scale_inv": torch.ones(shape)}
         save_file(tensors, tmp_path / "model.safetensors")
-        assert fp8.find(settings_of(made("blocks")), read_index(tmp_path), {})[name].packing == (fp8.FP8(block),)
+        assert fp8.find(settings_of(made("blocks")), read_index(tmp_path), {})[name].encodings == (fp8.FP8(block),)
 
 
 def test_without_a_word_of_blocks_they_are_those_of_transformers(tmp_path):
@@ -354,5 +354,5 @@ def test_on_a_gpu(made, variant):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             wide = torch.empty(rows, columns + 5, dtype=dtype, device=device)
             for out in (torch.empty(rows, columns, dtype=dtype, device=device), wide[:, 2:-3]):
-                packed.packing[0].unpack(parts, out)
+                packed.encodings[0].unpack(parts, out)
                 assert torch.equal(out.cpu(), wanted[name].to(dtype))

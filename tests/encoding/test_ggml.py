@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from airllm_nb.encoding import ggml, ggml_blocks, ggml_codebooks, packing
-from airllm_nb.encoding.ggml import packed_row_bytes, packing_of
+from airllm_nb.encoding import base, ggml, ggml_blocks, ggml_codebooks
+from airllm_nb.encoding.ggml import encoding_of, packed_row_bytes
 from airllm_nb.encoding.kernels import launch
 
 Kind = gguf.GGMLQuantizationType
@@ -63,7 +63,7 @@ def reference(kind: Kind, weight: torch.Tensor) -> torch.Tensor:
 
 
 def unpacked(kind: Kind, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    found = packing_of(int(kind))
+    found = encoding_of(int(kind))
     assert found is not None
     found.unpack({"weight": weight}, out)
     return out
@@ -81,13 +81,13 @@ def assert_close(kind: Kind, values: torch.Tensor, wanted: torch.Tensor) -> None
 
 
 def test_all_types_of_the_library_are_there() -> None:
-    assert {kind for kind in Kind if packing_of(int(kind)) is not None} == set(KINDS)
-    assert packing_of(9999) is None
+    assert {kind for kind in Kind if encoding_of(int(kind)) is not None} == set(KINDS)
+    assert encoding_of(9999) is None
     for kind in KINDS:
-        found = packing_of(int(kind))
+        found = encoding_of(int(kind))
         assert found.name == kind.name
-        assert dict(found.row_steps) == {"weight": 1}
-    assert len({packing_of(int(kind)) for kind in KINDS}) == len(KINDS)  # hashable, and no two are equal
+        assert found.row_steps(256) == {"weight": 1}
+    assert len({encoding_of(int(kind)) for kind in KINDS}) == len(KINDS)  # hashable, and no two are equal
     assert len(MADE) >= 7
 
 
@@ -130,7 +130,7 @@ def test_out_may_have_strides(kind: Kind, dtype: torch.dtype) -> None:
 def test_chunks_meet(kind: Kind, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_rows(kind, rows=7)
     whole = unpacked(kind, weight, new(7, torch.bfloat16))
-    monkeypatch.setattr(packing, "HOST_VALUES", values)
+    monkeypatch.setattr(base, "HOST_VALUES", values)
     assert torch.equal(unpacked(kind, weight, new(7, torch.bfloat16)), whole)
 
 
@@ -186,7 +186,7 @@ class Largest(TorchDispatchMode):
 
 @every_type
 def test_temporaries_are_those_of_a_chunk(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "HOST_VALUES", COLUMNS * 16)
+    monkeypatch.setattr(base, "HOST_VALUES", COLUMNS * 16)
     weight, out = random_rows(kind, rows=256), new(256, torch.bfloat16)
     unpacked(kind, weight, out)  # makes the tables, which stay
     with Largest() as largest:
@@ -215,7 +215,7 @@ def test_values_on_a_gpu(kind: Kind, has_kernels: bool, monkeypatch: pytest.Monk
         monkeypatch.setattr(launch, "usable", lambda device: False)
     weight = random_rows(kind, rows=33, columns=4096)
     wanted = reference(kind, weight)
-    monkeypatch.setattr(packing, "DEVICE_BYTES", int(4096 * 12 * packing_of(int(kind)).spare))
+    monkeypatch.setattr(base, "DEVICE_BYTES", int(4096 * 12 * encoding_of(int(kind)).spare))
     for shape, order in (((33, 4096), (0, 1)), ((4096, 33), (1, 0))):
         out = torch.full(shape, torch.nan, device="cuda").permute(order)
         assert_close(kind, unpacked(kind, weight.cuda(), out).cpu(), wanted)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from airllm_nb.encoding import gptq, packing
-from airllm_nb.encoding.packing import Packed
+from airllm_nb.encoding import base, gptq
+from airllm_nb.encoding.base import Encoded
 from airllm_nb.errors import CheckpointError, UnsupportedModelError
 from airllm_nb.tensors.index import TensorInfo, read_index
 
@@ -42,10 +42,10 @@ def made(tiny_llama: Callable[..., Path], tmp_path: Path) -> Callable[..., tuple
     return make
 
 
-def unpack(packed: Packed, stored: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def unpack(packed: Encoded, stored: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``[rows, columns]``."""
-    (packing,), (rows, columns) = packed.packing, packed.shape
-    assert packing.transposed and packing.row_steps is None
+    (packing,), (rows, columns) = packed.encodings, packed.shape
+    assert packing.transposed and packing.row_steps(columns) is None
     out = torch.full((columns, rows), torch.nan, dtype=dtype)
     packing.unpack({name: stored[info.name] for name, info in packed.parts.items()}, out)
     return out.t()
@@ -63,7 +63,7 @@ def test_weights_are_those_of_gptqmodel(made: Any, variant: dict[str, Any]) -> N
         assert packed.nbytes >= packed.parts["weight"].nbytes == wanted[name].numel() * settings["bits"] // 8
         is_ordered = settings["desc_act"] and settings["group_size"] != -1
         assert ("group_index" in packed.parts) == is_ordered
-        assert packed.packing[0].even is (True if is_ordered else None)
+        assert packed.encodings[0].even is (True if is_ordered else None)
         torch.testing.assert_close(unpack(packed, stored), wanted[name], rtol=1e-6, atol=1e-9)
         for half in (torch.bfloat16, torch.float16):
             assert torch.equal(unpack(packed, stored, half), wanted[name].to(half))
@@ -93,11 +93,11 @@ def test_chunks_and_strides_change_nothing(
     stored = load_file(folder / "model.safetensors")
     packed = gptq.find(settings, read_index(folder), {})[f"{STEM}.weight"]
     wanted = unpack(packed, stored).t()
-    monkeypatch.setattr(packing, "HOST_VALUES", values)
+    monkeypatch.setattr(base, "HOST_VALUES", values)
     room = torch.full((wanted.shape[0], wanted.shape[1] + 24), torch.nan)
     parts = {name: stored[info.name] for name, info in packed.parts.items()}
     copies = {name: value.clone() for name, value in parts.items()}
-    packed.packing[0].unpack(parts, room[:, 8:-16])
+    packed.encodings[0].unpack(parts, room[:, 8:-16])
     assert torch.equal(room[:, 8:-16], wanted)
     assert room[:, :8].isnan().all() and room[:, -16:].isnan().all()
     assert all(torch.equal(parts[name], copies[name]) for name in parts)
@@ -143,7 +143,7 @@ def test_rules_for_single_matrices(made: Any) -> None:
     save_file(stored, folder / "model.safetensors")
     gptq.check(settings)
     found = gptq.find(settings, read_index(folder), {})
-    assert found[f"{STEM}.weight"].packing == (gptq.GPTQ(8, 64, 1, True),)
+    assert found[f"{STEM}.weight"].encodings == (gptq.GPTQ(8, 64, 1, True),)
     assert (unpack(found[f"{STEM}.weight"], stored) - weight).abs().max() < 0.05
     # The others keep theirs, though it says nothing: of experts, matrices of both kinds may be stacked.
     assert all("group_index" in packed.parts for packed in found.values())
@@ -191,7 +191,7 @@ def test_rules_that_are_none_say_nothing(dynamic: Any) -> None:
     index = {name: _info(name.removeprefix("a."), *entry) for name, entry in WHOLE.items()}
     settings = {"bits": 4, "desc_act": False, "dynamic": dynamic}
     gptq.check(settings)
-    assert gptq.find(settings, index, {})["a.weight"].packing == (gptq.GPTQ(4, 32, 1),)
+    assert gptq.find(settings, index, {})["a.weight"].encodings == (gptq.GPTQ(4, 32, 1),)
 
 
 WHOLE: dict[str, tuple[Any, ...]] = {
@@ -244,10 +244,10 @@ def test_without_its_file_only_a_plain_no_lets_an_order_be_left_out(desc_act: An
 
 
 @pytest.fixture
-def ordered(tmp_path: Path) -> Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], Packed]]:
+def ordered(tmp_path: Path) -> Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], Encoded]]:
     """``ordered(g_idx)``: 64 outputs of 96 inputs in three groups, packed in a file, and what is found of it."""
 
-    def make(order: torch.Tensor) -> tuple[dict[str, torch.Tensor], Packed]:
+    def make(order: torch.Tensor) -> tuple[dict[str, torch.Tensor], Encoded]:
         weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
         parts = packed_gptq.pack(weight, 4, 32, False, order.clamp(0, 2))
         stored = {f"a.{part}": value for part, value in parts.items()} | {"a.g_idx": order.int()}
@@ -263,7 +263,7 @@ def test_the_order_that_lies_there_counts_whatever_the_config_says(ordered: Any)
     shuffled = torch.randperm(96, generator=torch.Generator().manual_seed(1))
     for order, even in ((shuffled // 32, True), (shuffled // 40, False)):
         stored, packed = ordered(order)
-        assert packed.packing == (gptq.GPTQ(4, 32, 1, even),) and "group_index" in packed.parts
+        assert packed.encodings == (gptq.GPTQ(4, 32, 1, even),) and "group_index" in packed.parts
         layer = packed_gptq.library("auto_gptq.nn_modules.qlinear.qlinear_cuda").QuantLinear(4, 32, 96, 64, False)
         layer.load_state_dict({name.removeprefix("a."): value for name, value in stored.items()})
         torch.testing.assert_close(unpack(packed, stored), layer.float()(torch.eye(96)).t(), rtol=1e-6, atol=1e-9)
@@ -271,7 +271,7 @@ def test_the_order_that_lies_there_counts_whatever_the_config_says(ordered: Any)
 
 def test_an_order_that_is_none_does_not_move(ordered: Any) -> None:
     stored, packed = ordered(torch.arange(96) // 32)
-    assert packed.parts.keys() == {"weight", "zeros", "scale"} and packed.packing == (gptq.GPTQ(4, 32, 1),)
+    assert packed.parts.keys() == {"weight", "zeros", "scale"} and packed.encodings == (gptq.GPTQ(4, 32, 1),)
     assert unpack(packed, stored).isfinite().all()
 
 
@@ -287,14 +287,14 @@ def test_groups_that_are_not_there_are_refused(ordered: Any, wrong: int, tmp_pat
 def test_even_groups_are_unpacked_as_any_are(ordered: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, whatever the chunks; an odd number of outputs has no words of eight bytes."""
     stored, packed = ordered(torch.randperm(96, generator=torch.Generator().manual_seed(1)) // 32)
-    parts, (packing_found,) = {name: stored[info.name] for name, info in packed.parts.items()}, packed.packing
+    parts, (packing_found,) = {name: stored[info.name] for name, info in packed.parts.items()}, packed.encodings
     # What a GPU does is done on the processor here.
     scale, words, groups = parts["scale"].float(), parts["weight"], parts["group_index"]
     minimum = packing_found._zeros(parts["zeros"]).float().mul_(scale).neg_()
     wanted = unpack(packed, stored, dtype).t()
     for outputs in (64, 53):
         for values in (1, 96 * 16, 1 << 18):
-            monkeypatch.setattr(packing, "HOST_VALUES", values)
+            monkeypatch.setattr(base, "HOST_VALUES", values)
             out = torch.full((96, 80), torch.nan, dtype=dtype)
             given = (part[:, :outputs] for part in (words, scale, minimum))
             packing_found._unpack_even(*given, groups, out[:, 3 : 3 + outputs])

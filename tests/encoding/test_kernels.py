@@ -14,9 +14,9 @@ import torch
 from kernel_cases import COLUMNS, PACKINGS, ROWS, WITH_PRODUCT, by_kernel, by_product, by_pytorch, empty, parts_of
 from test_ggml import Kind, every_type, random_rows, reference
 
-from airllm_nb.encoding.ggml import packing_of
+from airllm_nb.encoding.base import Encoding
+from airllm_nb.encoding.ggml import encoding_of
 from airllm_nb.encoding.kernels import launch
-from airllm_nb.encoding.packing import Packing
 
 HERE = Path(__file__).parent
 META = torch.device("meta")
@@ -107,7 +107,7 @@ def test_where_a_kernel_fails_pytorch_does_it_and_the_plan_counts_that(
 
 
 def test_a_kernel_takes_no_memory_beside_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    q4_k = packing_of(12)
+    q4_k = encoding_of(12)
     assert q4_k is not None
     assert q4_k.temporary_bytes(1 << 24, META) and GPTQ_4.temporary_bytes(1 << 24, META)
     monkeypatch.setattr(launch, "usable", lambda device: device.type == "meta")
@@ -121,7 +121,7 @@ def test_a_kernel_takes_no_memory_beside_the_matrix(monkeypatch: pytest.MonkeyPa
 @pytest.mark.gpu
 @pytest.mark.parametrize("found", PACKINGS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
+def test_on_a_gpu(found: Encoding, dtype: torch.dtype) -> None:
     parts = {name: part.cuda() for name, part in parts_of(found).items()}
     wanted = by_pytorch(found, parts, empty(ROWS, COLUMNS, dtype=dtype, device="cuda"))
     for transposed in (False, True):
@@ -132,7 +132,7 @@ def test_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("found", WITH_PRODUCT, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_products_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
+def test_products_on_a_gpu(found: Encoding, dtype: torch.dtype) -> None:
     parts = {name: part.cuda() for name, part in parts_of(found).items()}
     weight = by_pytorch(found, parts, empty(ROWS, COLUMNS, device="cuda"))
     weight = weight.t() if found.transposed else weight
@@ -148,7 +148,7 @@ def test_products_on_a_gpu(found: Packing, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @every_type
 def test_products_with_blocks_on_a_gpu(kind: Kind) -> None:
-    found, blocks = packing_of(int(kind)), random_rows(kind, rows=33, columns=4096)
+    found, blocks = encoding_of(int(kind)), random_rows(kind, rows=33, columns=4096)
     assert found is not None
     x = torch.randn(1, 1, 4096)
     wanted = torch.nn.functional.linear(x.double(), reference(kind, blocks).double())
@@ -159,7 +159,7 @@ def test_products_with_blocks_on_a_gpu(kind: Kind) -> None:
 @pytest.mark.gpu
 def test_they_are_used_on_a_gpu_and_take_no_memory() -> None:
     """A matrix as large as a 70B model's; on an old GPU, or without Triton, this fails and is meant to."""
-    device, q4_k = torch.device("cuda", 0), packing_of(12)
+    device, q4_k = torch.device("cuda", 0), encoding_of(12)
     assert launch.usable(device) and q4_k is not None
     blocks = torch.zeros(28672, 8192 // 256 * 144, dtype=torch.uint8, device=device)
     out = torch.full((28672, 8192), torch.nan, dtype=torch.bfloat16, device=device)
@@ -184,7 +184,7 @@ def test_a_gradient_passes() -> None:
 @pytest.mark.gpu
 def test_more_values_than_an_int_counts() -> None:
     """The last rows of a matrix of more than 2^31 values are its own."""
-    found, rows, columns = packing_of(8), 70_000, 32_768
+    found, rows, columns = encoding_of(8), 70_000, 32_768
     assert found is not None
     blocks = torch.zeros(rows, columns // 32 * 34, dtype=torch.uint8, device="cuda")
     blocks[-1] = torch.tensor([0, 0x3C, *range(32)], dtype=torch.uint8, device="cuda").repeat(columns // 32)

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from airllm_nb.encoding import mxfp4, packing
-from airllm_nb.encoding.packing import Packed
+from airllm_nb.encoding import base, mxfp4
+from airllm_nb.encoding.base import Encoded
 from airllm_nb.errors import CheckpointError
 from airllm_nb.tensors.index import TensorInfo, read_index
 
@@ -25,10 +25,10 @@ def folder(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return packed_mxfp4.make(tmp_path_factory.mktemp("mxfp4") / "gpt-oss", tiny_llama())
 
 
-def unpack(packed: Packed, stored: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def unpack(packed: Encoded, stored: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """``[experts, rows, columns]``, unpacked one expert at a time."""
-    (how,), (experts, rows, columns) = packed.packing, packed.shape
-    assert how.transposed and how.row_steps is None and packed.pieces == 1
+    (how,), (experts, rows, columns) = packed.encodings, packed.shape
+    assert how.transposed and how.row_steps(packed.shape[-1]) is None and packed.pieces == 1
     out = torch.full((experts, columns, rows), torch.nan, dtype=dtype)
     for expert in range(experts):
         how.unpack({part: stored[info.name][expert] for part, info in packed.parts.items()}, out[expert])
@@ -69,9 +69,9 @@ def test_chunks_and_strides_change_nothing(folder: Path, monkeypatch: pytest.Mon
     packed = mxfp4.find({}, read_index(folder), {})[STEM]
     parts = {part: stored[info.name][2] for part, info in packed.parts.items()}
     wanted = unpack(packed, stored, torch.float32)[2].t()
-    monkeypatch.setattr(packing, "HOST_VALUES", values)
+    monkeypatch.setattr(base, "HOST_VALUES", values)
     room = torch.full((wanted.shape[0], wanted.shape[1] + 24), torch.nan)
-    packed.packing[0].unpack(parts, room[:, 8:-16])
+    packed.encodings[0].unpack(parts, room[:, 8:-16])
     assert torch.equal(room[:, 8:-16], wanted)
     assert room[:, :8].isnan().all() and room[:, -16:].isnan().all()
 

@@ -11,12 +11,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from airllm_nb.encoding import packing
+from airllm_nb.encoding import base
+from airllm_nb.encoding.base import Encoding
 from airllm_nb.encoding.bnb import NF4, Int8
-from airllm_nb.encoding.ggml import packed_row_bytes, packing_of
+from airllm_nb.encoding.ggml import encoding_of, packed_row_bytes
 from airllm_nb.encoding.gptq import GPTQ
 from airllm_nb.encoding.mxfp4 import MXFP4
-from airllm_nb.encoding.packing import Packing
 
 META = torch.device("meta")
 MIB = 1 << 20
@@ -42,20 +42,20 @@ NESTED: Parts = {
     "nested_quant_map": (torch.float32, (256,)),
 }
 HALF: Parts = {"weight": (torch.uint8, (ROWS, COLUMNS // 2))}
-CASES: dict[str, tuple[Packing, Parts]] = {
+CASES: dict[str, tuple[Encoding, Parts]] = {
     **{f"gptq-{bits}": (GPTQ(bits, 128, 1), gptq(bits)) for bits in (2, 3, 4, 8)},
     "gptq-small-groups": (GPTQ(4, 32, 0), gptq(4, 32)),
     "gptq-ordered": (GPTQ(4, 128, 1, True), gptq(4, ordered=True)),
     "gptq-3-ordered": (GPTQ(3, 128, 1, True), gptq(3, ordered=True)),
     "gptq-uneven": (GPTQ(4, 128, 1, False), gptq(4, ordered=True)),
     "mxfp4": (MXFP4(), {**HALF, "scale": (torch.uint8, (ROWS, COLUMNS // 32))}),
-    "nf4": (NF4(64, aligned=True), {**HALF, "absmax": (torch.float32, (ROWS, COLUMNS // 64))}),
-    "nf4-nested": (NF4(64, 256, 0.1, True), HALF | NESTED),
+    "nf4": (NF4(), {**HALF, "absmax": (torch.float32, (ROWS, COLUMNS // 64))}),
+    "nf4-nested": (NF4(64, 256, 0.1), HALF | NESTED),
     "int8": (Int8(), {"weight": (torch.int8, (ROWS, COLUMNS)), "scale": (torch.float32, (ROWS,))}),
     **{
         kind.name: (found, {"weight": (torch.uint8, (ROWS, packed_row_bytes(kind.value, COLUMNS)))})
         for kind in gguf.GGMLQuantizationType
-        if (found := packing_of(kind.value)) is not None
+        if (found := encoding_of(kind.value)) is not None
     },
 }
 
@@ -81,7 +81,7 @@ class Live(TorchDispatchMode):
         return result
 
 
-def taken(found: Packing, parts: Parts, dtype: torch.dtype) -> int:
+def taken(found: Encoding, parts: Parts, dtype: torch.dtype) -> int:
     """Bytes beside the matrix; the tables of a format, some kilobytes, are there before."""
     given: Mapping[str, torch.Tensor] = {
         name: torch.empty(shape, dtype=kind, device=META) for name, (kind, shape) in parts.items()
@@ -100,7 +100,7 @@ def taken(found: Packing, parts: Parts, dtype: torch.dtype) -> int:
 def test_no_more_is_taken_than_promised(name: str, dtype: torch.dtype) -> None:
     found, parts = CASES[name]
     promised = found.temporary_bytes(ROWS * COLUMNS, META)
-    assert packing.DEVICE_BYTES <= promised < packing.DEVICE_BYTES + ROWS * COLUMNS / 2
+    assert base.DEVICE_BYTES <= promised < base.DEVICE_BYTES + ROWS * COLUMNS / 2
     assert taken(found, parts, dtype) <= promised
 
 
@@ -108,9 +108,9 @@ def test_no_more_is_taken_than_promised(name: str, dtype: torch.dtype) -> None:
 def test_most_of_it_is_used(name: str) -> None:
     """Chunks are as large as it allows: each costs its launches."""
     found, parts = CASES[name]
-    assert taken(found, parts, torch.bfloat16) >= 0.45 * packing.DEVICE_BYTES
+    assert taken(found, parts, torch.bfloat16) >= 0.45 * base.DEVICE_BYTES
 
 
 def test_a_small_matrix_takes_what_its_values_do() -> None:
     assert NF4(64).temporary_bytes(1 << 20, META) < 6 * MIB
-    assert NF4(64).temporary_bytes(1 << 40, torch.device("cpu")) == 4 * packing.HOST_VALUES
+    assert NF4(64).temporary_bytes(1 << 40, torch.device("cpu")) == 4 * base.HOST_VALUES

@@ -86,7 +86,7 @@ def test_8bit_is_within_one_percent(smollm2_folder, tmp_path):
 def test_a_store_is_a_model_of_its_own(smollm2_4bit, smollm2_folder):
     _, store = smollm2_4bit
     with AutoModel.from_pretrained(store) as model:
-        assert model._prepared.codec.name == "4bit"
+        assert model._prepared.codec.compression == "4bit"
         assert "Paris" in model.answer([{"role": "user", "content": "What is the capital of France?"}]).text
     with pytest.raises(OptionError, match="8bit"):
         AutoModel.from_pretrained(store, compression="8bit")

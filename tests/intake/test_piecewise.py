@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from airllm_nb import AutoModel
 from airllm_nb.checkpoint.hub import remote
-from airllm_nb.encoding.ours import get_codec
+from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.store.jobs import encode_jobs
 from airllm_nb.store.manifest import open_store
 from airllm_nb.store.portions import WeightFile, bytes_needed, plan_portions
@@ -239,7 +239,7 @@ def tokens(folder: Path) -> list[int]:
 def planned(folder: Path, target: Path) -> tuple[Any, list[Any]]:
     index = read_index(folder)
     weights = [WeightFile(path, target / path.name, path.stat().st_size, True) for path in index.files]
-    by_layer = functools.partial(encode_jobs, codec=get_codec(None), compressed=[], dtype=torch.bfloat16)
+    by_layer = functools.partial(encode_jobs, codec=get_encoding(None), compressed=[], dtype=torch.bfloat16)
     return index, plan_portions(index, weights, target, by_layer)
 
 

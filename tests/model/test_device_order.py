@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from airllm_nb.encoding import packing
-from airllm_nb.encoding.ggml import packing_of
-from airllm_nb.encoding.linear import Scratch
-from airllm_nb.encoding.packing import Packed
-from airllm_nb.model.packed import PackedLinear
+from airllm_nb.encoding import base
+from airllm_nb.encoding.base import Encoded
+from airllm_nb.encoding.ggml import encoding_of
+from airllm_nb.encoding.linear import EncodedLinear, Scratch
 from airllm_nb.model.placing import drop_unpacked, reserve_scratch, temporary_bytes
 from airllm_nb.stream.copier import CudaCopier
 from airllm_nb.tensors.index import TensorInfo
@@ -22,13 +21,13 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 Q8_0 = 8  # ggml's number
 
 
-def layer(rows: int, columns: int, scratch: Scratch, order: tuple[int, ...] | None = None) -> PackedLinear:
+def layer(rows: int, columns: int, scratch: Scratch, order: tuple[int, ...] | None = None) -> EncodedLinear:
     """A linear layer of Q8_0 whose values are ones; its rows lie in another order, if one is given."""
-    found = packing_of(Q8_0)
+    found = encoding_of(Q8_0)
     assert found is not None
     size = (rows, columns // 32 * 34)
-    packed = Packed((rows, columns), (found,), {"weight": TensorInfo("weight", "U8", size, ())}, order=order)
-    made = PackedLinear(nn.Linear(columns, rows, bias=False, device="meta"), packed, torch.float32, scratch)
+    packed = Encoded((rows, columns), (found,), {"weight": TensorInfo("weight", "U8", size, ())}, order=order)
+    made = EncodedLinear(packed, False, torch.float32, scratch)
     blocks = torch.ones(rows, columns // 32, 34, dtype=torch.uint8)
     blocks[..., :2] = torch.arange(1, rows + 1).half().view(torch.uint8).view(rows, 1, 2)
     made._parameters["weight"] = nn.Parameter(blocks.view(size), requires_grad=False)
@@ -78,8 +77,8 @@ def test_what_is_promised_beside_the_scratch_is_that_of_the_largest_matrix() -> 
     values = 1 << 12
     assert temporary_bytes(nn.Sequential(nn.Linear(2, 2)), META) == 0
     model = nn.Sequential(layer(32, 64, Scratch()), layer(64, 64, Scratch()))
-    assert temporary_bytes(model, META) == values * packing_of(Q8_0).spare
-    assert temporary_bytes(model, CPU) == 4 * min(values, packing.HOST_VALUES)
+    assert temporary_bytes(model, META) == values * encoding_of(Q8_0).spare
+    assert temporary_bytes(model, CPU) == 4 * min(values, base.HOST_VALUES)
 
 
 def test_copies_wait_for_what_was_queued_before_them(monkeypatch: pytest.MonkeyPatch) -> None:

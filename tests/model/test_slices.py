@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from airllm_nb.config import LoadOptions
+from airllm_nb.encoding.base import encoded
+from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.encoding.linear import EncodedLinear, Scratch
-from airllm_nb.encoding.ours import get_codec
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.errors import BudgetError, CheckpointError
 from airllm_nb.intake import planning, prepare
@@ -443,7 +444,7 @@ def tied_to_positions() -> nn.Module:
         Parent(other=OtherLinear(8, 4 * ROW_STEP, device="meta")),
         Parent(mixer=Taker(inner=Parent(proj=whole()))),
         Parent(few=whole(ROW_STEP)),
-        Parent(ragged=get_codec("8bit").module(nn.Linear(40, 4 * ROW_STEP), torch.float32, Scratch())),
+        Parent(ragged=EncodedLinear(encoded(get_encoding("8bit"), (4 * ROW_STEP, 40)), True, torch.float32, Scratch())),
         shared_twice(),
         tied_linears(),
         tied_to_positions(),

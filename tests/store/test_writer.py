@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from airllm_nb import AutoModel
 from airllm_nb.checkpoint.local import fingerprint_of
 from airllm_nb.checkpoint.originals import delete_original
-from airllm_nb.encoding.ours import get_codec
+from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.errors import CheckpointError, StoreError
 from airllm_nb.store import jobs as rows
 from airllm_nb.store import shard as shards
@@ -56,7 +56,7 @@ def make_checkpoint(folder: Path, layers: int = 4, size: int = 512) -> Path:
 def convert(source: Path, target: Path, codec: str = "8bit", **options):
     index = read_index(source)
     compressed = [name for name in index if "_proj" in name]
-    jobs = encode_jobs(index, get_codec(codec), compressed, torch.bfloat16)
+    jobs = encode_jobs(index, get_encoding(codec), compressed, torch.bfloat16)
     return write_store(target, jobs, StoreMeta(codec, "bfloat16", fingerprint_of(source, index.files)), **options)
 
 
@@ -94,12 +94,12 @@ def test_shards_open_with_the_reference_library(tmp_path, codec):
         offsets = [info.extents[0].offset for name, info in read_header(path).items() if not name.startswith(PAD)]
         assert min(offsets) % PAGE == 0 and all(offset % ALIGNMENT == 0 for offset in offsets)
     assert set(found) == set(store.index)
-    encoder, original = get_codec(codec), read_index(source)
+    encoder, original = get_encoding(codec), read_index(source)
     parameters = json.loads((store.folder / "manifest.json").read_text())["parameters"]
     with safe_open(source / "model.safetensors", "pt") as file:
         for name in original:
             tensor = file.get_tensor(name)
-            used = encoder if "_proj" in name else get_codec(None)
+            used = encoder if "_proj" in name else get_encoding(None)
             encoded = used.encode(tensor)
             for part in (part["attribute"] for part in parameters[name]["parts"]):
                 stored = found[name if part == "weight" else name.replace("weight", part)]
@@ -118,14 +118,14 @@ def test_chunks_and_several_extents_give_the_same_bytes(tmp_path, monkeypatch):
     path, start, size = index[name].extents[0].path, index[name].extents[0].offset, index[name].nbytes
     split = tuple(Extent(path, start + at, size // 4) for at in range(0, size, size // 4))
     pieces = {**index, name: TensorInfo(name, "BF16", index[name].shape, split)}
-    jobs = encode_jobs(pieces, get_codec("4bit"), [n for n in index if "_proj" in n], torch.bfloat16)
+    jobs = encode_jobs(pieces, get_encoding("4bit"), [n for n in index if "_proj" in n], torch.bfloat16)
     assert sums(write_store(tmp_path / "split", jobs, whole.meta).folder) == sums(whole.folder)
 
 
 def test_matrices_are_cast_and_vectors_and_kept_ones_are_not(tmp_path):
     save_file({"a.weight": torch.randn(4, 4), "a.bias": torch.randn(4), "k.weight": torch.randn(4, 4),
                "n.count": torch.arange(4).view(2, 2)}, tmp_path / "model.safetensors")  # fmt: skip
-    jobs = encode_jobs(read_index(tmp_path), get_codec(None), [], torch.float16, keep=["k.weight"])
+    jobs = encode_jobs(read_index(tmp_path), get_encoding(None), [], torch.float16, keep=["k.weight"])
     index = write_store(tmp_path / "store", jobs, META).index
     assert {name: info.dtype for name, info in index.items()} == {
         "a.weight": "F16", "a.bias": "F32", "k.weight": "F32", "n.count": "I64"}  # fmt: skip
@@ -140,7 +140,7 @@ def test_shard_names():
 def test_a_source_that_ends_early_is_named(tmp_path):
     source = make_checkpoint(tmp_path / "source")
     index = read_index(source)
-    jobs = encode_jobs(index, get_codec("8bit"), [], torch.bfloat16)
+    jobs = encode_jobs(index, get_encoding("8bit"), [], torch.bfloat16)
     os.truncate(source / "model.safetensors", 5000)
     with pytest.raises(CheckpointError, match=r"model\.safetensors ends at byte .*[Dd]ownload it again"):
         write_store(tmp_path / "store", jobs, META)

@@ -28,8 +28,8 @@ from tiny_models import IDS, run, streamed
 from airllm_nb import AutoModel
 from airllm_nb.checkpoint.gguf.header import read_gguf
 from airllm_nb.config import LoadOptions
+from airllm_nb.encoding.base import Encoding
 from airllm_nb.encoding.kernels import launch as kernels
-from airllm_nb.encoding.packing import Packing
 from airllm_nb.errors import OptionError
 from airllm_nb.model import placing, skeleton
 from airllm_nb.model.device import choose_dtype
@@ -222,10 +222,10 @@ def test_it_says_what_the_library_says(made: tuple[str, Path, Any], tmp_path: Pa
 
 def look(form: str, model: Any, is_here: bool) -> None:
     """Write down how the packed weights of a model that has run were computed on."""
-    runs, packed = RUNS.setdefault(form, Runs()), placing._packed_in(model.native)
+    runs, packed = RUNS.setdefault(form, Runs()), placing._encoded_in(model.native)
     runs.dtypes |= {"float32": None}
-    for packing in {one for weight in packed for one in weight._packed.packing}:
-        runs.kernels |= {packing.name} if type(packing).multiply is not Packing.multiply else set()
+    for packing in {one for weight in packed for one in weight._encoded.encodings}:
+        runs.kernels |= {packing.name} if type(packing).multiply is not Encoding.multiply else set()
         runs.has_ours |= packing.kernel in kernels.MULTIPLY
     if is_here:
         runs.keeps &= all(weight._kept is not None for weight in packed)

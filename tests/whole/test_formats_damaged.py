@@ -1,4 +1,4 @@
-"""Packed checkpoints that lost a part or say nonsense: one line that names the thing, never a wrong answer."""
+"""Encoded checkpoints that lost a part or say nonsense: one line that names the thing, never a wrong answer."""
 
 from __future__ import annotations
 

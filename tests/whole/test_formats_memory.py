@@ -69,7 +69,7 @@ def measured(options):
     after = anonymous()  # with the closed model still at hand, as in a notebook's variable
     over.set()
     sampler.join()
-    kept = [module.unpacked_bytes for module in model.native.modules() if getattr(module, "keeps", False)]
+    kept = [module.scratch_bytes for module in model.native.modules() if getattr(module, "keeps", False)]
     return {"peak": peak - rest, "after": after - rest, "finite": finite, "kept": sum(kept), "ring": plan["ring_bytes"],
             "device": plan["device_bytes"], **{tier: found["bytes"] for tier, found in plan["tiers"].items()}}
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import GiB, format_bytes
-from ...encoding.ggml import packing_of
-from ...encoding.packing import Packed, Packing, Plain
+from ...encoding.base import Encoded, Encoding, Plain
+from ...encoding.ggml import encoding_of
 from ...store.manifest import StoreMeta
 from ...tensors.index import Extent, TensorInfo
 from ...trace import ProgressCallback, silent
@@ -55,20 +55,20 @@ class InPlace:
     """
 
     tensors: dict[str, TensorInfo]
-    packed: dict[str, Packed]
+    packed: dict[str, Encoded]
     rest: tuple[str, ...]
 
 
 def in_place(weights: GGUFWeights) -> InPlace:
     """Sort the parameters of a file; nothing of the weights is read."""
     tensors: dict[str, TensorInfo] = {}
-    packed: dict[str, Packed] = {}
+    packed: dict[str, Encoded] = {}
     rest = []
     for name, spec in weights.specs.items():
         found = _placed(weights, name, spec)
         if found is None:
             rest.append(name)
-        elif isinstance(found, Packed):
+        elif isinstance(found, Encoded):
             packed[name] = found
         else:
             tensors[name] = found
@@ -115,7 +115,7 @@ class _Some:
         return self._weights[name]
 
 
-def _placed(weights: GGUFWeights, name: str, spec: Entry) -> TensorInfo | Packed | None:
+def _placed(weights: GGUFWeights, name: str, spec: Entry) -> TensorInfo | Encoded | None:
     sources, shape = weights.sources(name), spec.shape
     if len(shape) < 2 or any(source.shape[-1:] != shape[-1:] for source in sources):
         return None
@@ -137,13 +137,13 @@ def _placed(weights: GGUFWeights, name: str, spec: Entry) -> TensorInfo | Packed
         runs = [Extent(sources[0].path, sources[0].offset, nbytes)]
     info = _info(name, kind, shape, runs)
     if kind in _PLAIN:
-        return Packed(shape, (packing,), {"weight": info}, None, tuple(order.tolist())) if is_moved else info
+        return Encoded(shape, (packing,), {"weight": info}, None, tuple(order.tolist())) if is_moved else info
     pieces = None if len(shape) == 2 else 1
-    return Packed(shape, (packing,), {"weight": info}, pieces, tuple(order.tolist()) if is_moved else None)
+    return Encoded(shape, (packing,), {"weight": info}, pieces, tuple(order.tolist()) if is_moved else None)
 
 
-def _packing(kind: int) -> Packing | None:
-    return Plain() if kind in _PLAIN else packing_of(kind)
+def _packing(kind: int) -> Encoding | None:
+    return Plain() if kind in _PLAIN else encoding_of(kind)
 
 
 def _info(name: str, kind: int, shape: tuple[int, ...], extents: list[Extent]) -> TensorInfo:
@@ -154,7 +154,7 @@ def _info(name: str, kind: int, shape: tuple[int, ...], extents: list[Extent]) -
 
 
 @dataclass(frozen=True)
-class Stacked(Packing):
+class Stacked(Encoding):
     """Matrices below one another, as many rows each, that are packed in different ways and lie in parts of their own.
 
     Attributes
@@ -163,7 +163,7 @@ class Stacked(Packing):
         By the names of the parts, from the uppermost on.
     """
 
-    packings: tuple[tuple[str, Packing], ...]
+    packings: tuple[tuple[str, Encoding], ...]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", " + ".join(packing.name for _, packing in self.packings))
@@ -177,7 +177,7 @@ class Stacked(Packing):
         return max(packing.temporary_bytes(values, device) for _, packing in self.packings)
 
 
-def _stacked(sources: list[GGUFTensor], packings: list[Packing], order: Any, shape: tuple[int, ...]) -> Packed | None:
+def _stacked(sources: list[GGUFTensor], packings: list[Encoding], order: Any, shape: tuple[int, ...]) -> Encoded | None:
     """Of each expert the gate and the up, in a type of its own; ``None`` where their rows lie in another order."""
     import numpy as np
 
@@ -193,7 +193,7 @@ def _stacked(sources: list[GGUFTensor], packings: list[Packing], order: Any, sha
         whole = Extent(source.path, source.offset, source.nbytes)
         parts[part] = _info(part, source.ggml_type, (*rows.shape, shape[2]), [whole])
         stack.append((part, packings[which]))
-    return Packed(shape, (Stacked(tuple(stack)),), parts, 1)
+    return Encoded(shape, (Stacked(tuple(stack)),), parts, 1)
 
 
 def _row_order(weights: GGUFWeights, name: str, spec: Entry) -> Any:

@@ -1,7 +1,7 @@
 """Kernels of our own, where Triton is there (PyTorch for CUDA brings it on Linux) and the GPU is not too old.
 
 One unpacks a matrix, with no memory beside it; one multiplies the packed bytes with a single vector, the next token's,
-which then reads nothing else. PyTorch alone can do the same (:meth:`.Packing.unpack`) in some ten launches and with
+which then reads nothing else. PyTorch alone can do the same (:meth:`.Encoding.unpack`) in some ten launches and with
 memory for what is between them, which on a fast link takes longer than the copy. The first use of a kernel compiles it,
 for a second; Triton keeps what it compiled on disk.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from ..packing import Packing, Parts
+    from ..base import Encoding, Parts
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +30,20 @@ _usable: set[torch.device] = set()
 _failed: collections.Counter[_Key] = collections.Counter()
 
 
-def unpack(packing: Packing, parts: Parts, out: torch.Tensor) -> bool:
-    """What :meth:`.Packing.unpack` does, if there is a kernel for it; whether there was."""
-    if not out.numel() or not unpacks(packing, out.device):
+def unpack(encoding: Encoding, parts: Parts, out: torch.Tensor) -> bool:
+    """What :meth:`.Encoding.unpack` does, if there is a kernel for it; whether there was."""
+    if not out.numel() or not unpacks(encoding, out.device):
         return False
-    return _launch(_key("unpack", packing, out.device), lambda: _UNPACK[packing.kernel](packing, parts, out))
+    return _launch(_key("unpack", encoding, out.device), lambda: _UNPACK[encoding.kernel](encoding, parts, out))
 
 
-def unpacks(packing: Packing, device: torch.device) -> bool:
+def unpacks(encoding: Encoding, device: torch.device) -> bool:
     """Whether :func:`unpack` is to be expected to work."""
-    return packing.kernel in _UNPACK and usable(device) and _failed[_key("unpack", packing, device)] < 2
+    return encoding.kernel in _UNPACK and usable(device) and _failed[_key("unpack", encoding, device)] < 2
 
 
 def multiply(
-    packing: Packing, x: torch.Tensor, parts: Parts, rows: int, bias: torch.Tensor | None
+    encoding: Encoding, x: torch.Tensor, parts: Parts, rows: int, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """``x @ weight.T + bias`` for one vector, if there is a kernel for it.
 
@@ -51,13 +51,13 @@ def multiply(
     """
     has_gradient = torch.is_grad_enabled() and x.requires_grad  # which no kernel here passes on
     # With inputs in an order, unpacking is not slower.
-    if packing.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
+    if encoding.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
         return None
-    if not usable(x.device) or _failed[key := _key("multiply", packing, x.device)] > 1:
+    if not usable(x.device) or _failed[key := _key("multiply", encoding, x.device)] > 1:
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     vector = x.contiguous().view(-1)
-    return out if _launch(key, lambda: MULTIPLY[packing.kernel](packing, vector, parts, bias, out)) else None
+    return out if _launch(key, lambda: MULTIPLY[encoding.kernel](encoding, vector, parts, bias, out)) else None
 
 
 def usable(device: torch.device) -> bool:
@@ -81,8 +81,8 @@ def _try(device: torch.device) -> None:
         raise RuntimeError("a kernel gives wrong values on this GPU")
 
 
-def _key(what: str, packing: Packing, device: torch.device) -> _Key:
-    return what, f"{type(packing).__name__}: {packing.name}", device
+def _key(what: str, encoding: Encoding, device: torch.device) -> _Key:
+    return what, f"{type(encoding).__name__}: {encoding.name}", device
 
 
 def _launch(key: _Key, launch: Callable[[], None]) -> bool:
@@ -129,68 +129,68 @@ def _of_blocks(blocks: Any, packed: torch.Tensor, columns: int) -> tuple[torch.T
     return packed if table is None else table, {**constants, "GROUPS": _tile(columns) // blocks.group}
 
 
-def _unpack_fp8(packing: Any, parts: Parts, out: torch.Tensor) -> None:
+def _unpack_fp8(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_fp8
 
     rows, columns = out.shape
-    weight, arguments, constants = _of_fp8(packing, parts, rows, columns)
+    weight, arguments, constants = _of_fp8(encoding, parts, rows, columns)
     _run(triton_fp8.unpack_fp8, (rows, _tiles(columns)), out, weight, parts["scale"], out, *arguments, *out.stride(),
          **constants)  # fmt: skip
 
 
-def _multiply_fp8(packing: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def _multiply_fp8(encoding: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     from . import triton_fp8
 
     rows = out.shape[-1]
-    weight, arguments, constants = _of_fp8(packing, parts, rows, len(x))
+    weight, arguments, constants = _of_fp8(encoding, parts, rows, len(x))
     _run(triton_fp8.multiply_fp8, (rows,), out, x, weight, parts["scale"], x if bias is None else bias, out,
          *arguments, HAS_BIAS=bias is not None, **constants)  # fmt: skip
 
 
 def _of_fp8(
-    packing: Any, parts: Parts, rows: int, columns: int
+    encoding: Any, parts: Parts, rows: int, columns: int
 ) -> tuple[torch.Tensor, tuple[int, ...], dict[str, Any]]:
     """The bytes; columns, strides and the block; constants."""
-    weight, (height, width) = parts["weight"].view(rows, columns), packing.block
+    weight, (height, width) = parts["weight"].view(rows, columns), encoding.block
     height, width = height or rows, width or columns
     arguments = columns, weight.stride(0), -(-columns // width), height, width
-    constants = {"IS_E5M2": weight.dtype == torch.float8_e5m2, "IS_EXPONENT": packing.is_exponent}
+    constants = {"IS_E5M2": weight.dtype == torch.float8_e5m2, "IS_EXPONENT": encoding.is_exponent}
     return weight.view(torch.uint8), arguments, {**constants, "BLOCK": _tile(columns)}
 
 
-def _unpack_words(packing: Any, parts: Parts, out: torch.Tensor) -> None:
+def _unpack_words(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_words
 
-    (rows, columns), (tensors, strides, constants) = out.shape, _of_words(packing, parts)
+    (rows, columns), (tensors, strides, constants) = out.shape, _of_words(encoding, parts)
     grid = -(-rows // _ROWS), -(-columns // _COLUMNS)
-    _run(triton_words.unpack_words, grid, out, *tensors, out, rows, columns, *strides, *out.stride(), packing.group,
+    _run(triton_words.unpack_words, grid, out, *tensors, out, rows, columns, *strides, *out.stride(), encoding.group,
          **constants)  # fmt: skip
 
 
-def _multiply_words(packing: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+def _multiply_words(encoding: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     from . import triton_words
 
-    columns, (tensors, strides, constants) = out.shape[-1], _of_words(packing, parts)
+    columns, (tensors, strides, constants) = out.shape[-1], _of_words(encoding, parts)
     wide, tiles = -(-columns // _COLUMNS), -(-len(x) // _ROWS)
     share = -(-tiles // max(_PROGRAMS // wide, 1)) * _ROWS
     sums = torch.empty(-(-len(x) // share), columns, dtype=torch.float32, device=x.device)
     _run(triton_words.multiply_words, (len(sums), wide), out, x, *tensors, sums, len(x), columns, *strides,
-         packing.group, share, **constants)  # fmt: skip
+         encoding.group, share, **constants)  # fmt: skip
     product = sums.sum(0)
     out.view(-1).copy_(product if bias is None else product.add_(bias))
 
 
-def _of_words(packing: Any, parts: Parts) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, Any]]:
+def _of_words(encoding: Any, parts: Parts) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, Any]]:
     words, zeros, scale, groups = parts["weight"], parts["zeros"], parts["scale"], parts.get("group_index")
-    order = "listed" if groups is not None else "tiles" if packing.group % _ROWS == 0 else "runs"
-    constants = {"BITS": packing.bits, "OFFSET": packing.offset, "IS_AWQ": packing.is_interleaved, "ORDER": order}
+    order = "listed" if groups is not None else "tiles" if encoding.group % _ROWS == 0 else "runs"
+    constants = {"BITS": encoding.bits, "OFFSET": encoding.offset, "IS_AWQ": encoding.is_interleaved, "ORDER": order}
     strides = words.stride(0), zeros.stride(0), scale.stride(0)
     tensors = words, zeros, scale, words if groups is None else groups
     return tensors, strides, {**constants, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
 
 
-def _unpack_mxfp4(packing: Any, parts: Parts, out: torch.Tensor) -> None:
-    _run_mxfp4(parts["weight"].view(len(out), -1), parts["scale"].view(len(out), -1), packing.powers(out.device), out)
+def _unpack_mxfp4(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
+    _run_mxfp4(parts["weight"].view(len(out), -1), parts["scale"].view(len(out), -1), encoding.powers(out.device), out)
 
 
 def _run_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, out: torch.Tensor) -> None:
@@ -220,7 +220,7 @@ def _run(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any,
 _UNPACK: dict[str, Callable[..., None]] = {
     "blocks": _unpack_blocks, "fp8": _unpack_fp8, "words": _unpack_words, "mxfp4": _unpack_mxfp4,
 }  # fmt: skip
-# By :attr:`.Packing.kernel`.
+# By :attr:`.Encoding.kernel`.
 MULTIPLY: dict[str, Callable[..., None]] = {
     "blocks": _multiply_blocks, "fp8": _multiply_fp8, "words": _multiply_words,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Codecs against bitsandbytes and transformers themselves."""
+"""What we write, against bitsandbytes and transformers themselves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from airllm_nb.encoding import ours as codecs
-from airllm_nb.encoding.ours import Codec, EncodedLinear, Scratch, compressible, get_codec
+from airllm_nb.encoding import nf4
+from airllm_nb.encoding.base import Encoding, encoded
+from airllm_nb.encoding.formats import get_encoding
+from airllm_nb.encoding.linear import EncodedLinear, Scratch
 from airllm_nb.errors import OptionError
+from airllm_nb.model.placing import compressible
 from airllm_nb.tensors.dtypes import TORCH_DTYPES
 
 SHAPES = [(96, 128), (33, 100), (7, 9), (5, 1), (64, 32)]
@@ -23,10 +26,9 @@ def _seed():
     torch.manual_seed(0)
 
 
-def bound(codec: Codec, weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, scratch: Scratch):
-    """The codec's module in the place of a linear layer, with its parts bound as the executor binds them."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    module = codec.module(linear, dtype, scratch)
+def bound(codec: Encoding, weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, scratch: Scratch):
+    """A module in the place of a linear layer, with its parts bound as the executor binds them."""
+    module = EncodedLinear(encoded(codec, tuple(weight.shape)), bias is not None, dtype, scratch)
     for attribute, part in codec.encode(weight).items():
         assert module._parameters[attribute].shape == part.shape
         module._parameters[attribute] = nn.Parameter(part, requires_grad=False)
@@ -38,7 +40,7 @@ def bound(codec: Codec, weight: torch.Tensor, dtype: torch.dtype, bias: torch.Te
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", [None, "4bit", "8bit"])
 def test_parts_are_what_encode_gives(name, shape):
-    codec, weight = get_codec(name), torch.randn(shape)
+    codec, weight = get_encoding(name), torch.randn(shape)
     encoded = codec.encode(weight)
     parts = codec.parts(shape, "F32")
     assert [part.attribute for part in parts] == list(encoded)
@@ -51,8 +53,8 @@ def test_parts_are_what_encode_gives(name, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", ["4bit", "8bit"])
 def test_encoding_in_chunks_of_rows_gives_the_same_bytes(name, shape):
-    codec, weight = get_codec(name), torch.randn(shape).bfloat16()
-    whole, step = codec.encode(weight), codec.row_step(shape)
+    codec, weight = get_encoding(name), torch.randn(shape).bfloat16()
+    whole, step = codec.encode(weight), codec.encodable_rows(shape)
     chunks = [codec.encode(weight[first : first + step]) for first in range(0, shape[0], step)]
     for attribute, tensor in whole.items():
         assert torch.equal(torch.cat([chunk[attribute].reshape(-1) for chunk in chunks]), tensor.reshape(-1))
@@ -64,7 +66,7 @@ def test_4bit_is_what_bitsandbytes_stores():
     weight = torch.randn(96, 128).bfloat16()
     reference = bnb.nn.Params4bit(weight.clone(), compress_statistics=False, quant_type="nf4", requires_grad=False)
     reference = reference.to("cpu")
-    encoded = get_codec("4bit").encode(weight)
+    encoded = get_encoding("4bit").encode(weight)
     assert torch.equal(encoded["weight"].reshape(-1), reference.data.reshape(-1))
     assert torch.equal(encoded["absmax"].reshape(-1), reference.quant_state.absmax)
 
@@ -73,11 +75,11 @@ def test_4bit_is_what_bitsandbytes_stores():
 def test_4bit_dequantises_by_the_definition(shape):
     """bitsandbytes' own CPU kernel does not, where blocks cross rows."""
     weight = torch.randn(shape) * torch.tensor([1.0, 8.0]).repeat(shape[0])[: shape[0], None]
-    encoded = get_codec("4bit").encode(weight)
+    encoded = get_encoding("4bit").encode(weight)
     packed = encoded["weight"].reshape(-1).long()
-    code = codecs._code("nf4", torch.device("cpu"))[torch.stack([packed >> 4, packed & 15], 1).view(-1)]
+    code = nf4._code("nf4", torch.device("cpu"))[torch.stack([packed >> 4, packed & 15], 1).view(-1)]
     expected = code[: weight.numel()] * encoded["absmax"].reshape(-1).repeat_interleave(64)[: weight.numel()]
-    module = bound(get_codec("4bit"), weight, torch.float32, None, Scratch())
+    module = bound(get_encoding("4bit"), weight, torch.float32, None, Scratch())
     assert torch.equal(module._dequantise(), expected.view(shape))
 
 
@@ -90,7 +92,7 @@ def test_4bit_forward_equals_bitsandbytes(dtype, tokens, with_bias):
     weight, x = (torch.randn(96, 128) * 0.02).to(dtype), torch.randn(2, tokens, 128).to(dtype)
     bias = torch.randn(96).to(dtype) if with_bias else None
     packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    module = bound(get_codec("4bit"), weight, dtype, bias, Scratch())
+    module = bound(get_encoding("4bit"), weight, dtype, bias, Scratch())
     assert torch.equal(module(x), bnb.matmul_4bit(x, packed.t(), quant_state=state, bias=bias))
 
 
@@ -99,7 +101,7 @@ def test_4bit_forward_equals_bitsandbytes(dtype, tokens, with_bias):
 @pytest.mark.parametrize("name", ["4bit", "8bit"])
 def test_forward_is_near_the_plain_layer(name, shape, dtype):
     weight, bias, x = torch.randn(shape) * 0.02, torch.randn(shape[0]), torch.randn(3, shape[1])
-    module = bound(get_codec(name), weight.to(dtype), dtype, bias.to(dtype), Scratch())
+    module = bound(get_encoding(name), weight.to(dtype), dtype, bias.to(dtype), Scratch())
     expected = nn.functional.linear(x, weight)
     error = (module(x.to(dtype)).float() - bias.to(dtype).float() - expected).norm() / expected.norm()
     assert error < (0.2 if name == "4bit" else 0.008) + 300 * torch.finfo(dtype).eps
@@ -109,14 +111,14 @@ def test_forward_is_near_the_plain_layer(name, shape, dtype):
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 100.0, 1e4])
 def test_8bit_keeps_its_precision_at_any_scale(scale):
     weight = torch.randn(64, 256) * scale
-    module = bound(get_codec("8bit"), weight, torch.float32, None, Scratch())
+    module = bound(get_encoding("8bit"), weight, torch.float32, None, Scratch())
     relative = (module._dequantise() - weight).norm() / weight.norm()
     assert relative < (0.006 if scale > 1e-4 else 0.03)
 
 
 def test_8bit_keeps_constant_and_zero_blocks():
     weight = torch.cat([torch.zeros(1, 64), torch.full((1, 64), 0.5), torch.full((1, 64), -2.0)])
-    assert torch.equal(bound(get_codec("8bit"), weight, torch.float32, None, Scratch())._dequantise(), weight)
+    assert torch.equal(bound(get_encoding("8bit"), weight, torch.float32, None, Scratch())._dequantise(), weight)
 
 
 def test_8bit_is_lossless_on_weights_that_were_quantised_before():
@@ -125,12 +127,12 @@ def test_8bit_is_lossless_on_weights_that_were_quantised_before():
     levels[..., 0], levels[..., 1] = 0, 15
     step, least = torch.rand(32, 8, 1) * 0.01 + 0.001, -torch.rand(32, 8, 1) * 0.1
     weight = (least.half().float() + levels * step.half().float()).view(32, 256)
-    got = bound(get_codec("8bit"), weight, torch.float32, None, Scratch())._dequantise()
+    got = bound(get_encoding("8bit"), weight, torch.float32, None, Scratch())._dequantise()
     assert (got - weight).norm() / weight.norm() < 5e-4
 
 
 def test_bytes_on_disk():
-    parts = [get_codec(name).parts((4096, 4096), "BF16") for name in (None, "4bit", "8bit")]
+    parts = [get_encoding(name).parts((4096, 4096), "BF16") for name in (None, "4bit", "8bit")]
     plain, four, eight = (sum(part.nbytes for part in encoded) for encoded in parts)
     assert four / plain == pytest.approx(0.28125)
     assert eight / plain == pytest.approx(0.5625)
@@ -138,8 +140,8 @@ def test_bytes_on_disk():
 
 def test_one_scratch_serves_a_model_and_grows_to_the_largest():
     scratch = Scratch()
-    small = bound(get_codec("8bit"), torch.randn(8, 32), torch.float32, None, scratch)
-    large = bound(get_codec("8bit"), torch.randn(64, 64), torch.float32, None, scratch)
+    small = bound(get_encoding("8bit"), torch.randn(8, 32), torch.float32, None, scratch)
+    large = bound(get_encoding("8bit"), torch.randn(64, 64), torch.float32, None, scratch)
     with torch.inference_mode():
         large(torch.randn(1, 64))
     address = scratch.view((1,), torch.float32, torch.device("cpu")).data_ptr()
@@ -154,7 +156,7 @@ def test_one_scratch_serves_a_model_and_grows_to_the_largest():
 
 @pytest.mark.parametrize("name", ["4bit", "8bit"])
 def test_rebinding_leaves_nothing_of_the_last_weight(name):
-    codec, x = get_codec(name), torch.randn(2, 64)
+    codec, x = get_encoding(name), torch.randn(2, 64)
     first, second = torch.randn(32, 64), torch.randn(32, 64)
     module = bound(codec, first, torch.float32, None, Scratch())
     module(x)
@@ -165,7 +167,7 @@ def test_rebinding_leaves_nothing_of_the_last_weight(name):
 
 @pytest.mark.parametrize("name", ["4bit", "8bit"])
 def test_timer_runs_around_dequantisation_only_when_set(name):
-    module, entered = bound(get_codec(name), torch.randn(32, 64), torch.float32, None, Scratch()), []
+    module, entered = bound(get_encoding(name), torch.randn(32, 64), torch.float32, None, Scratch()), []
 
     @contextlib.contextmanager
     def timer():
@@ -180,16 +182,16 @@ def test_timer_runs_around_dequantisation_only_when_set(name):
 
 def test_unknown_codec_and_missing_bitsandbytes_are_clear(monkeypatch):
     with pytest.raises(OptionError, match="5bit"):
-        get_codec("5bit")
-    codecs._bitsandbytes.cache_clear()
+        get_encoding("5bit")
+    nf4._bitsandbytes.cache_clear()
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     try:
         with pytest.raises(OptionError, match="pip install bitsandbytes"):
-            get_codec("4bit").require()
-        get_codec("8bit").require()
-        assert get_codec("4bit").parts((64, 64), "BF16")
+            get_encoding("4bit").require()
+        get_encoding("8bit").require()
+        assert get_encoding("4bit").parts((64, 64), "BF16")
     finally:
-        codecs._bitsandbytes.cache_clear()
+        nf4._bitsandbytes.cache_clear()
 
 
 # --- against transformers
@@ -205,7 +207,7 @@ def tiny_llama(**options):
 
 
 def encode_model(model: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
-    scratch, codec = Scratch(), get_codec(name)
+    scratch, codec = Scratch(), get_encoding(name)
     for module_name in compressible(model):
         linear = model.get_submodule(module_name)
         bias = None if linear.bias is None else linear.bias.data.to(dtype)
