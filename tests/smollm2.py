@@ -7,8 +7,8 @@ from pathlib import Path
 
 from airllm_nb.checkpoint.gguf.weights import convert_gguf
 from airllm_nb.checkpoint.hub.sample import sample_gguf
-from airllm_nb.checkpoint.source import resolve
 from airllm_nb.config import LoadOptions
+from airllm_nb.intake.find.resolve import resolve
 
 
 def smollm2_gguf() -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from airllm_nb.checkpoint.local import fingerprint_of
 from airllm_nb.encoding.formats import get_encoding
+from airllm_nb.intake.find.local import fingerprint_of
 from airllm_nb.store.jobs import encode_jobs
 from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.writer import write_store

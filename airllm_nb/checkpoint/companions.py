@@ -7,7 +7,9 @@ more people. Copies are open to no more than the files were.
 from __future__ import annotations
 
 import logging
+import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..config import format_bytes
@@ -15,14 +17,24 @@ from ..disk import MOST_BYTES, entries, read_bytes, status
 from ..errors import CheckpointError
 from ..store.atomic import write_atomically
 from ..store.names import MANIFEST, POINTER
+from ..tensors.index import BIN_INDEX_FILE, INDEX_FILE
 from ..tensors.inside import inside
-from .layout import Choice, companions
 from .originals import is_own
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _TEMPLATES = "additional_chat_templates"
+# Besides the weights: config, tokenizer, templates. Never code, and no weights of another framework.
+_COMPANIONS = re.compile(r"[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
+# Megabytes of a training's history.
+_NOT_NEEDED = {"trainer_state.json"}
+
+
+def companions(names: Iterable[str], index: str | None = None) -> tuple[str, ...]:
+    """The small files beside the weights: config, tokenizer, templates and the ``index`` that names the weights."""
+    unwanted = ({INDEX_FILE, BIN_INDEX_FILE} - {index}) | _NOT_NEEDED
+    return tuple(sorted(name for name in names if _COMPANIONS.fullmatch(name) and name not in unwanted))
 
 
 def own_companions(folder: Path) -> list[str]:
@@ -37,7 +49,7 @@ def own_companions(folder: Path) -> list[str]:
     if templates.is_dir() and not templates.is_symlink():
         above += entries(templates)
     names = [path.relative_to(folder).as_posix() for path in above if path.name not in (MANIFEST, POINTER)]
-    found = [name for name in companions(names, Choice("safetensors", None, ())) if _is_copied(folder, name)]
+    found = [name for name in companions(names) if _is_copied(folder, name)]
     return sorted(found, key=lambda name: name == CONFIG)
 
 

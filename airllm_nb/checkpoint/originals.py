@@ -1,4 +1,4 @@
-"""The weight files that stores are made from: which are there, and deleting those that a store replaces."""
+"""Deleting the weight files that a store replaces: those of a folder, and of the Hub's cache."""
 
 from __future__ import annotations
 
@@ -6,19 +6,9 @@ import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ..disk import entries
 from ..store.manifest import Store
-from .layout import layouts
-from .picks import NOT_A_MODEL
 
 log = logging.getLogger(__name__)
-
-
-def weight_names(folder: Path) -> list[str]:
-    """The files of a folder that a model could be loaded from, whole or not."""
-    names = [path.name for path in entries(folder) if path.is_file()]
-    found = {name for _, files in layouts(names) for name in files}
-    return sorted(found.union(n for n in names if n.endswith(".gguf") and not NOT_A_MODEL.search(n.lower())))
 
 
 def delete_original(

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.hub.repository import repository_folder
-from ..checkpoint.identity import fingerprints_at
 from ..config import cache_dir
 from ..disk import expanded, free_disk, told
 from ..errors import SourceError, StoreError
+from ..intake.find.identity import fingerprints_at
 from ..store.listing import CachedStore, cached_stores, remove_store
 from ..store.names import ADAPTER, BESIDE, POINTER
 

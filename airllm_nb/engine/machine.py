@@ -29,7 +29,8 @@ def measure(prepared: Prepared) -> Machine:
     :mod:`~airllm_nb.stream.trial`.
     """
     device, is_cpu = prepared.device, prepared.device.type == "cpu"
-    files = {piece.extent.path for unit in prepared.units for piece in unit.stream.pieces[:1]} - {NOWHERE}
+    units = prepared.units if prepared.sizes_from == "files" else ()  # what is not here cannot be measured
+    files = {piece.extent.path for unit in units for piece in unit.stream.pieces[:1]} - {NOWHERE}
     file = max(files, key=lambda file: status(file).st_size, default=None)
     direct = file is not None and _reads_directly(prepared, file)
     disk = disk_bandwidth(file, direct) if file else FALLBACK

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 
 from ..config import LoadOptions
@@ -31,9 +30,7 @@ class Preview:
     def __init__(self, model: str | Path, options: LoadOptions, *, progress: ProgressCallback = silent):
         self.budgets = self._free = budgets_of(options)
         self._prepared = prepare.prepare(model, options, self._free, progress=progress, weights=False)
-        # Files that are not here cannot be measured.
-        here = self._prepared.sizes_from == "files"
-        self._machine = measure(self._prepared if here else replace(self._prepared, units=[]))
+        self._machine = measure(self._prepared)
 
     @property
     def has_device(self) -> bool:
@@ -49,7 +46,7 @@ class Preview:
             If it does not fit.
         """
         self.budgets = Budgets(vram or self._free.vram, ram or self._free.ram)
-        self._prepared.cut(self.budgets)  # large matrices are sliced by the budgets
+        planning.cut(self._prepared, self.budgets)  # large matrices are sliced by the budgets
         made = planning.plan(self._prepared, self._machine, self.budgets, self._prepared.planned)[0]
         return with_fit(made, self._prepared, self._spaces)
 

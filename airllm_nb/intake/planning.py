@@ -1,137 +1,60 @@
-"""A model that is ready to be placed: what it needs, where its units go on a machine, what runs at once."""
+"""A model that is prepared: cut into units, what it needs beside them, where they go on a machine."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from ..checkpoint.lora.adapter import Adapter
-from ..checkpoint.source import Source
-from ..config import LoadOptions, format_bytes
+from ..config import format_bytes
 from ..decode.settings import checkpoint_defaults
-from ..encoding.base import Encoding
-from ..encoding.linear import Scratch
 from ..errors import BudgetError
 from ..model import adapter as lora
 from ..model.attention import ALIBI, NTK
 from ..model.device import Budgets, has_memory, total_ram
 from ..model.placing import keep_unpacked, temporary_bytes
-from ..model.skeleton import ModelUnit, Weight, collect_weights, cut_units, is_tied
+from ..model.skeleton import collect_weights, cut_units, is_tied
 from ..model.slices import slice_limit, slice_linears
-from ..plan.needs import DEFAULT_LENGTH, activation_bytes, cache_bytes, context_length, returned_bytes
+from ..plan.needs import activation_bytes, cache_bytes, returned_bytes
 from ..plan.residency import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
 from ..plan.work import Work, choose_chunk
-from ..store.locks import Hold, hold
 from ..stream.ring import align
-from ..tensors.index import TensorInfo
+from .prepared import Prepared
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["Prepared", "check_ram", "cut", "generation_config", "needs", "plan", "tokens_at_once"]
 
 # What CUDA's matrix libraries take for themselves.
 _WORKSPACE = {"cpu": 0, "cuda": 64 << 20}
 
 
-@dataclass
-class Prepared:
-    """A model that is found, understood and cut into units, but holds no memory yet.
-
-    It knows no budget: what plans is given one, and :func:`cut` cuts anew where it asks for other units.
-
-    Attributes
-    ----------
-    tensors
-        Where its parameters lie, by the names that the skeleton has for them.
-    units, small, sizes, fixed_needs
-        What :func:`cut` makes of it: what is streamed, what always stays; the units as the plan knows them, of which a
-        table that is also the head takes no bytes of its own; device memory that every run needs alike.
-    sizes_from
-        ``"files"`` that are here, ``"headers"`` on the Hub, or the ``"config"`` alone; ``why_config`` may say why.
-    written_once
-        Bytes beside the compressed store that are written before the model can run.
-    piecewise
-        Bytes that the disk must have room for where each weight file is downloaded, encoded and deleted before the
-        next; ``None`` where the whole download comes first.
-    packed_as
-        How the checkpoint's own weights are packed, for people; empty where they are plain.
-    adapter
-        The LoRA adapter that is applied, if any.
-    kept_bytes
-        RAM for matrices that lie packed and are kept as they were unpacked.
-    held
-        Keeps the folders that are read from being removed, until it is closed.
-    """
-
-    source: Source
-    options: LoadOptions
-    config: Any
-    device: torch.device
-    dtype: torch.dtype
-    codec: Encoding
-    scratch: Scratch
-    skeleton: Any
-    tensors: Mapping[str, TensorInfo]
-    folder: Path
-    sizes_from: str = "files"
-    why_config: str = ""
-    written_once: int = 0
-    piecewise: int | None = None
-    packed_as: str = ""
-    adapter: Adapter | None = None
-    kept_bytes: int = 0
-    held: Hold = field(default_factory=hold)
-    units: list[ModelUnit] = field(default_factory=list)
-    small: list[Weight] = field(default_factory=list)
-    sizes: list[UnitSize] = field(default_factory=list)
-    fixed_needs: Needs = field(default_factory=Needs)
-    _limit: int | None = None
-    _deltas: list[Weight] | None = None
-
-    @property
-    def context(self) -> int | None:
-        """The longest sequence, in tokens: what was asked for, which may be more than the model was made for."""
-        return self.options.max_seq_len or context_length(self.config)
-
-    @property
-    def planned(self) -> Work:
-        """What memory is kept for before anything is asked."""
-        length = self.options.max_seq_len or min(self.context or DEFAULT_LENGTH, DEFAULT_LENGTH)
-        return Work(length, self.options.batch_size, length, masked=self.options.batch_size > 1)
-
-    @property
-    def encoding(self) -> str | None:
-        """How the weights are encoded, for people; ``None`` where they are plain."""
-        return (self.codec.compression if self.codec.compression != "none" else self.packed_as) or None
-
-    def cut(self, budgets: Budgets) -> None:
-        """Cut the model into units that pass through ``budgets``; nothing is done where it is cut so already."""
-        has_room = has_memory(self.options, self.device)
-        if (limit := slice_limit(*budgets, has_room)) == self._limit:
-            return
-        self._limit, skeleton = limit, self.skeleton
-        tensors = slice_linears(skeleton, self.tensors, limit)
-        self.units, self.small = cut_units(skeleton, collect_weights(skeleton, tensors, self.dtype))
-        if self._deltas is None:  # what is cut anew is not run
-            self._deltas = lora.attach(skeleton, self.adapter, self.dtype)
-        self.small += self._deltas
-        self.sizes = [
-            UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
-            for unit in self.units
-        ]
-        casts = max((unit.cast_bytes for unit in self.units), default=0)
-        dequantised = max((getattr(module, "scratch_bytes", 0) for module in skeleton.modules()), default=0)
-        # What we write takes nothing beside the scratch: one kernel unpacks it, or chunks in a processor's cache.
-        temporary = temporary_bytes(skeleton, self.device) if self.packed_as else 0
-        self.fixed_needs = Needs(
-            small=sum(weight.elements * weight.dtype.itemsize for weight in self.small),
-            scratch=casts + dequantised + temporary + _WORKSPACE[self.device.type],
-        )
-        if self.packed_as and not has_room:
-            beside = needs(self, self.planned, self.planned.sizes[0]).total
-            self.kept_bytes = keep_unpacked(skeleton, budgets.ram - sum(unit.nbytes for unit in self.sizes) - beside)
+def cut(prepared: Prepared, budgets: Budgets) -> None:
+    """Cut the model into units that pass through ``budgets``; nothing is done where it is cut so already."""
+    skeleton, has_room = prepared.skeleton, has_memory(prepared.options, prepared.device)
+    if (limit := slice_limit(*budgets, has_room)) == prepared.slice_limit:
+        return
+    prepared.slice_limit = limit
+    tensors = slice_linears(skeleton, prepared.tensors, limit)
+    prepared.units, prepared.small = cut_units(skeleton, collect_weights(skeleton, tensors, prepared.dtype))
+    if prepared.deltas is None:  # what is cut anew is not run
+        prepared.deltas = lora.attach(skeleton, prepared.adapter, prepared.dtype)
+    prepared.small += prepared.deltas
+    prepared.sizes = [
+        UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
+        for unit in prepared.units
+    ]
+    # What we write takes nothing beside the scratch: one kernel unpacks it, or chunks in a processor's cache.
+    temporary = temporary_bytes(skeleton, prepared.device) if prepared.packed_as else 0
+    casts = max((unit.cast_bytes for unit in prepared.units), default=0)
+    dequantised = max((getattr(module, "scratch_bytes", 0) for module in skeleton.modules()), default=0)
+    prepared.fixed_needs = Needs(
+        small=sum(weight.elements * weight.dtype.itemsize for weight in prepared.small),
+        scratch=casts + dequantised + temporary + _WORKSPACE[prepared.device.type],
+    )
+    if prepared.packed_as and not has_room:
+        beside = needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
+        room = budgets.ram - sum(unit.nbytes for unit in prepared.sizes) - beside
+        prepared.kept_bytes = keep_unpacked(skeleton, room)
 
 
 def needs(prepared: Prepared, work: Work, tokens: int) -> Needs:

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..checkpoint.gguf.split import part_names, whole_name
-from ..checkpoint.local import Source, fingerprint_of
-from ..checkpoint.originals import delete_original, is_own, weight_names
+from ..checkpoint.originals import delete_original, is_own
+from ..checkpoint.source import Source
 from ..config import LoadOptions, cache_dir
 from ..disk import expanded, is_file
 from ..errors import FileError, OptionError, SourceError, StoreError
@@ -25,6 +25,7 @@ from ..store.manifest import Store, open_store
 from ..store.names import ADAPTERS, POINTER, StoreName
 from ..stream.trial import MACHINE
 from ..tensors.inside import inside
+from .find.local import fingerprint_of, weight_names
 from .replacements import (
     DAMAGED,
     FOLDER,

@@ -1,4 +1,4 @@
-"""From a name to a prepared model: source, config, skeleton, units, sizes.
+"""From a name to a prepared model, in five steps: find, understand, place, write what is missing, bind.
 
 Nothing of the weights is read here, except where a store must be written first, and of weights that the config ties
 though the checkpoint has both: those must be equal.
@@ -8,43 +8,39 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from ..checkpoint.hub.headers import Headers
-from ..checkpoint.picks import Room
-from ..checkpoint.source import Source, read_config, resolve
+from ..checkpoint.source import Source, read_config
 from ..config import LoadOptions
 from ..decode.ids import guard_positions
-from ..encoding.base import Encoding
 from ..encoding.formats import get_encoding
-from ..encoding.linear import Scratch
 from ..encoding.names import stand_ins
 from ..errors import OptionError, UnsupportedModelError
 from ..model import adapter as lora
 from ..model.architecture import check_supported, native_config
 from ..model.calls import mark_taken
 from ..model.device import Budgets, budgets_of, choose_device, choose_dtype, has_memory
-from ..model.placing import compress, compressible, place
+from ..model.placing import compress, compressible
+from ..model.placing import place as place_packed
 from ..model.skeleton import build, collect_weights
 from ..model.tying import untie
 from ..plan.needs import check_positions
 from ..store.locks import hold
-from ..store.manifest import Store
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import Extent, TensorInfo
 from ..trace import Progress, ProgressCallback, silent
-from . import in_place as at_rest
 from . import pointer, written
-from .planning import Prepared
-
-if TYPE_CHECKING:
-    import torch
+from .containers.container import Weights
+from .containers.store import StoreContainer
+from .find.picks import Room
+from .find.resolve import resolve
+from .planning import cut
+from .prepared import Prepared
 
 log = logging.getLogger(__name__)
 
-NONE = get_encoding(None)
 # Where a weight that is not here would be.
 NOWHERE = Path("(not downloaded)")
 
@@ -58,148 +54,149 @@ def prepare(
     Parameters
     ----------
     free
-        By which a file of several is chosen and matrices are sliced; else those of ``options``.
+        By which one of several files is chosen and large matrices are sliced; else those of ``options``.
     weights
         ``False`` stops before weights are downloaded or converted: sizes then come from the headers of the files, also
         of those that are on the Hub only, or from the config alone.
     """
-    device = choose_device(options)
-    model = pointer.meant(model, options.layer_shards_saving_path)
-    store = pointer.opened_store(model, options, finish=weights)
-    codec = get_encoding(store.meta.codec if store else options.compression)
-    codec.require(device)
-    vram, ram = free = free or budgets_of(options)
-    room = Room(ram=ram, vram=vram if has_memory(options, device) else 0)
-    source = _of_store(store) if store else _resolve(model, options, progress, room, weights=False)
-    headers = Headers(source, options, progress)
-    holds = functools.cache(lambda: at_rest.holds(source, headers, store))
-    config = native_config(read_config(source), options.trust_remote_code, holds)
-    stored = None if options.dtype or getattr(config, "dtype", None) else at_rest.stored_dtype(source, headers)
-    dtype = choose_dtype(options, config, stored, device)
-    progress(Progress("build", 0, 1, "models", source.name))
-    skeleton, scratch = build(config, dtype, device, options.attn_implementation, holds), Scratch()
+    free = free or budgets_of(options)
+    prepared = Prepared(model, options, progress, weights)
+    find(prepared, free)
+    understand(prepared)
+    place(prepared)
+    write(prepared)
+    bind(prepared, free)
+    return prepared
+
+
+def find(prepared: Prepared, free: Budgets) -> None:
+    """The name → which files, what reads them, and how weights are encoded."""
+    options, device = prepared.options, choose_device(prepared.options)
+    prepared.device = device
+    prepared.room = Room(ram=free.ram, vram=free.vram if has_memory(options, device) else 0)
+    prepared.model = pointer.meant(prepared.model, options.layer_shards_saving_path)
+    store = pointer.opened_store(prepared.model, options, finish=prepared.weights)
+    prepared.codec = get_encoding(store.meta.codec if store else options.compression)
+    prepared.codec.require(device)
+    container = StoreContainer(store) if store else None
+    source = container.source if container else _resolve(prepared, weights=False)
+    prepared.headers = Headers(source, options, prepared.progress)
+    prepared.found(source, container)
+
+
+def understand(prepared: Prepared) -> None:
+    """Config and headers → the native model without weights, its dtype, and whether it can be what was asked for."""
+    options, container, source = prepared.options, prepared.container, prepared.source
+    holds = functools.cache(container.holds)
+    prepared.config = config = native_config(read_config(source), options.trust_remote_code, holds)
+    stored = None if options.dtype or getattr(config, "dtype", None) else container.stored_dtype()
+    prepared.dtype = dtype = choose_dtype(options, config, stored, prepared.device)
+    prepared.progress(Progress("build", 0, 1, "models", source.name))
+    prepared.skeleton = skeleton = build(config, dtype, prepared.device, options.attn_implementation, holds)
     check_positions(skeleton, options.max_seq_len)
     mark_taken(skeleton)
     guard_positions(skeleton)
     # Before the model is downloaded or converted: an adapter of another one is refused here.
-    adapter = lora.open_adapter(skeleton, options, progress=progress, weights=weights)
-    packed_as = at_rest.packed_as(source, headers) if codec.compression == "none" or store is None else ""
-    _check_codec(codec, source, skeleton, packed_as, options)
-    resolved = functools.partial(_resolve, model, options, progress, room, weights=True)
-    source, found, known, once, piecewise = (
-        _Found(source, at_rest.Weights(store.folder, store.index)) if store else
-        _find(source, skeleton, codec, dtype, headers, options, progress, resolved, weights)
-    )  # fmt: skip
-    if there := found or known:
-        untie(skeleton, there.tensors, there.packed, whole=weights)
-    compress(skeleton, codec, dtype, scratch)
-    origin = "config" if known is None or codec.compression != "none" else "files" if source.files else "headers"
-    read, origin = (found, "files") if found else (_planned(skeleton, codec, source, known), origin)
-    held = hold(*found.folders, *([adapter.file.parent] if adapter else [])) if found else hold()
-    try:
-        placed = place(skeleton, read.packed, dtype, scratch)
-        tensors = lora.replace_weights(skeleton, adapter, {**read.tensors, **placed})
-        made = Prepared(
-            source, options, config, device, dtype, codec, scratch, skeleton, tensors, read.folder, origin,
-            headers.why_not, once, piecewise, _as_packed(packed_as, read), adapter, held=held,
-        )  # fmt: skip
-        made.cut(free)
-    except BaseException:
-        held.close()  # at once: whoever keeps the exception keeps what it refers to
-        raise
-    progress(Progress("build", 1, 1, "models", source.name))
-    return made
+    prepared.adapter = lora.open_adapter(skeleton, options, progress=prepared.progress, weights=prepared.weights)
+    _check_codec(prepared)
 
 
-def _check_codec(codec: Encoding, source: Source, skeleton: Any, packed_as: str, options: LoadOptions) -> None:
-    if codec.compression != "none" and packed_as and source.format != "gguf":
-        raise OptionError(f"{source.name} is packed already ({packed_as}) and streams as it is; leave out "
-                          f"compression={codec.compression!r}, or load the unquantised checkpoint")  # fmt: skip
-    if codec.compression != "none" and packed_as:
-        level = logging.WARNING if options.delete_original else logging.INFO  # for good, then
+def _check_codec(prepared: Prepared) -> None:
+    if not prepared.is_compressed:
+        return
+    name, packed_as, codec = prepared.source.name, prepared.container.packed_as, prepared.codec.compression
+    if packed_as and prepared.source.format != "gguf":
+        raise OptionError(f"{name} is packed already ({packed_as}) and streams as it is; leave out "
+                          f"compression={codec!r}, or load the unquantised checkpoint")  # fmt: skip
+    if packed_as:
+        level = logging.WARNING if prepared.options.delete_original else logging.INFO  # for good, then
         log.log(level, "%s is packed already (%s) and streams as it is; compression=%r quantises it a second time, "
-                "which is slower and worse, and may be larger", source.name, packed_as, codec.compression)  # fmt: skip
-    if codec.compression != "none" and not compressible(skeleton):
-        raise UnsupportedModelError(f"nothing in {type(skeleton).__name__} can be compressed (only nn.Linear matrices "
-                                    "are); load it without compression")  # fmt: skip
+                "which is slower and worse, and may be larger", name, packed_as, codec)  # fmt: skip
+    if not compressible(prepared.skeleton):
+        raise UnsupportedModelError(f"nothing in {type(prepared.skeleton).__name__} can be compressed (only nn.Linear "
+                                    "matrices are); load it without compression")  # fmt: skip
 
 
-class _Found(NamedTuple):
-    """What is known of the weights.
-
-    Attributes
-    ----------
-    source
-        With what of it is here now.
-    weights
-        Where they are, if they are here.
-    known
-        What is known of them otherwise.
-    once, piecewise
-        As of :class:`~airllm_nb.intake.planning.Prepared`.
-    """
-
-    source: Source
-    weights: at_rest.Weights | None
-    known: at_rest.Weights | None = None
-    once: int = 0
-    piecewise: int | None = None
-
-
-def _find(
-    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, headers: Headers, options: LoadOptions,
-    progress: ProgressCallback, resolved: Callable[[], Source], weights: bool,
-) -> _Found:  # fmt: skip
-    """The weights, downloaded and written as far as ``weights`` asks for it."""
-    found = written.find(source, skeleton, codec, dtype, options)
+def place(prepared: Prepared) -> None:
+    """What is here → where each weight is read; else what headers say of them."""
+    prepared.at_rest = written.find(prepared)
+    if prepared.at_rest or (prepared.weights and prepared.source.files):
+        return
     # Before a load downloads anything too: a layout that cannot be streamed is refused here.
-    known = None if found or (weights and source.files) else at_rest.expected(source, skeleton, headers)
-    if weights and known is not None:
-        # What the checkpoint lacks is said before it is downloaded.
-        whole = _planned(skeleton, NONE, source, known)
-        collect_weights(skeleton, {**whole.tensors, **stand_ins(whole.packed)}, dtype)
-    once = 0 if found else written.to_write(source, skeleton, codec, dtype, options, known)
-    if found is None and not weights:
-        pieces = written.piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
-        return _Found(source, None, known, once, pieces.nbytes if pieces and pieces.is_better() else None)
-    if found is None:
-        with written.alone(source, codec, dtype, options, progress):
+    known, once = prepared.container.in_place(prepared.skeleton), prepared.container.written_once(prepared.dtype)
+    if known is None:
+        return
+    tensors = {name: info for name, info in known.tensors.items() if name not in once}
+    prepared.known = Weights(known.folder, tensors, known.packed)
+    if prepared.weights:  # what the checkpoint lacks is said before it is downloaded
+        whole = _expected(prepared)
+        collect_weights(prepared.skeleton, {**whole.tensors, **stand_ins(whole.packed)}, prepared.dtype)
+
+
+def write(prepared: Prepared) -> None:
+    """Download and convert what is missing; of a plan, how many bytes that would be."""
+    if prepared.at_rest is None and not prepared.weights:
+        prepared.written_once = written.bytes_once(prepared)
+        pieces = written.piecewise(prepared)
+        prepared.piecewise = pieces.nbytes if pieces and pieces.is_better() else None
+        return
+    if prepared.at_rest is None:
+        with written.alone(prepared):
             # Looked for again: another process may have written it meanwhile, and deleted what it was made from.
-            found = written.find(source, skeleton, codec, dtype, options)
-            if found is None:
-                found = written.write_piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
-            if found is None:
-                source = resolved()
-                found = written.write(source, skeleton, codec, dtype, options, progress)
-    if found and options.delete_original:
-        pointer.replace_original(source, found.folder)
-    return _Found(source, found, known, once)
+            prepared.at_rest = written.find(prepared) or written.write_piecewise(prepared)
+            if prepared.at_rest is None:
+                prepared.found(_resolve(prepared, weights=True))
+                prepared.at_rest = written.write(prepared)
+    if prepared.weights and prepared.options.delete_original and not isinstance(prepared.container, StoreContainer):
+        pointer.replace_original(prepared.source, prepared.at_rest.folder)
 
 
-def _as_packed(kind: str, weights: at_rest.Weights) -> str:
+def bind(prepared: Prepared, free: Budgets) -> None:
+    """Put what computes on the weights as they lie into the model, pair it with their bytes, and cut it into units."""
+    skeleton, dtype, adapter = prepared.skeleton, prepared.dtype, prepared.adapter
+    if there := prepared.at_rest or prepared.known:
+        untie(skeleton, there.tensors, there.packed, whole=prepared.weights)
+    compress(skeleton, prepared.codec, dtype, prepared.scratch)
+    there = prepared.at_rest or _expected(prepared)
+    prepared.folder = there.folder
+    if prepared.at_rest:
+        prepared.held = hold(*there.folders, *([adapter.file.parent] if adapter else []))
+    try:
+        prepared.packed_as = _packed_as(prepared.container.packed_as, there)
+        placed = place_packed(skeleton, there.packed, dtype, prepared.scratch)
+        prepared.tensors = lora.replace_weights(skeleton, adapter, {**there.tensors, **placed})
+        cut(prepared, free)
+    except BaseException:
+        prepared.held.close()  # at once: whoever keeps the exception keeps what it refers to
+        raise
+    prepared.progress(Progress("build", 1, 1, "models", prepared.source.name))
+
+
+def _expected(prepared: Prepared) -> Weights:
+    """Weights that are not here yet: those of the checkpoint that are known, the rest as the skeleton has it."""
+    known, sizes = prepared.known, sizes_only(prepared.skeleton)
+    if known is None or (prepared.is_compressed and not prepared.weights):
+        return Weights(prepared.source.folder, sizes)
+    once = prepared.container.written_once(prepared.dtype)
+    rest = {name: info for name, info in sizes.items() if name in once}
+    return Weights(prepared.source.folder, {**known.tensors, **rest}, known.packed)
+
+
+def _packed_as(kind: str, weights: Weights) -> str:
     """As in ``"GGUF: Q4_K, Q6_K"``; empty where nothing is packed."""
     names = sorted({encoding.name for weight in weights.packed.values() for encoding in weight.encodings})
     return (kind if names == [kind] else f"{kind}: {', '.join(names)}") if names else ""
 
 
-def _planned(skeleton: Any, codec: Encoding, source: Source, known: at_rest.Weights | None) -> at_rest.Weights:
-    """Weights that are not written yet: those of the checkpoint that are ``known``, the rest as the skeleton has it."""
-    if codec.compression != "none" or known is None:
-        return at_rest.Weights(source.folder, sizes_only(skeleton))
-    once = at_rest.written_once(source, skeleton.dtype)
-    rest = {name: info for name, info in sizes_only(skeleton).items() if name in once}
-    return at_rest.Weights(source.folder, {**known.tensors, **rest}, known.packed)
+def _resolve(prepared: Prepared, weights: bool) -> Source:
+    model, options = prepared.model, prepared.options
 
-
-def _resolve(model: str | Path, options: LoadOptions, progress: ProgressCallback, room: Room, weights: bool) -> Source:
     def check(config: dict[str, Any]) -> None:
         check_supported(config, options.trust_remote_code, str(model))
 
-    return resolve(model, options, progress=progress, weights=weights, check_config=check, room=room)
-
-
-def _of_store(store: Store) -> Source:
-    return Source(store.folder.name, store.folder, "safetensors", store.files, store.nbytes, store.meta.source)
+    return resolve(
+        model, options, progress=prepared.progress, weights=weights, check_config=check, room=prepared.room
+    )  # fmt: skip
 
 
 def sizes_only(skeleton: Any) -> dict[str, TensorInfo]:

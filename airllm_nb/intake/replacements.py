@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..checkpoint.local import digest
 from ..config import cache_dir
 from ..disk import read_json, status
 from ..errors import FileError
@@ -22,6 +21,7 @@ from ..store.atomic import write_atomically
 from ..store.listing import origin_of
 from ..store.names import POINTER
 from ..tensors.inside import inside
+from .find.local import digest
 
 log = logging.getLogger(__name__)
 

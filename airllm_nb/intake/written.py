@@ -1,4 +1,4 @@
-"""Whether a model's bytes are here: in the checkpoint's own files, or in a store that is found, or written once."""
+"""What must be written before a model can run: whether it is here, how many bytes it would be, and the writing."""
 
 from __future__ import annotations
 
@@ -8,21 +8,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..checkpoint.bin.pickles import convert_pickles
 from ..checkpoint.companions import copy_companions, own_companions
-from ..checkpoint.gguf.in_place import write_rest
-from ..checkpoint.gguf.weights import convert_gguf
-from ..checkpoint.hub.headers import Headers
-from ..checkpoint.legacy.normalised import write_normalised
-from ..checkpoint.mapping import map_checkpoint
-from ..checkpoint.rewrite import is_complete
-from ..checkpoint.source import Source, store_folder
-from ..config import LoadOptions
+from ..checkpoint.source import Source
 from ..disk import status
-from ..encoding.base import Encoding
-from ..encoding.formats import get_encoding
 from ..errors import StoreError
 from ..model.placing import compressible
 from ..model.skeleton import kept_in_float32
@@ -30,181 +19,156 @@ from ..model.tying import untie
 from ..store.jobs import encode_jobs
 from ..store.listing import remove_store
 from ..store.locks import hold, locked
-from ..store.manifest import Store, StoreMeta, open_store
+from ..store.manifest import Store, open_store
 from ..store.names import BESIDE, MANIFEST
 from ..store.shard import ShardJob
 from ..store.writer import write_store
 from ..tensors.files import Unchanged
-from ..tensors.index import TensorInfo, read_index
-from ..trace import ProgressCallback
-from .in_place import Weights, dtype_name, expected, gguf_in_place, index_in_place, mapped, normalised_names
+from ..tensors.index import TensorInfo
+from .containers.container import Weights
 from .piecewise import Piecewise, is_piecewise
-
-if TYPE_CHECKING:
-    import torch
+from .prepared import Prepared
 
 log = logging.getLogger(__name__)
 
+# In the place of a codec: of a store of plain weights.
+WHOLE = "none"
 
-def find(source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
-    """What is here already and needs nothing written; ``None`` when there is work to do."""
-    if codec.compression == "none" and source.format == "gguf":
-        return _gguf(source, skeleton, dtype, options)
-    folder, index = source.folder, index_in_place(source, dtype.itemsize) if codec.compression == "none" else None
-    if index is None and (codec.compression != "none" or source.format != "safetensors"):
-        folder = _folder(source, codec.compression, dtype, options)
-        store = _whole(folder)
-        index = store.index if store is not None and (folder / "config.json").is_file() else None
-    if index is None or codec.compression != "none":
-        return None if index is None else Weights(folder, index)
-    names = normalised_names(source)
-    extra = _whole(_folder(source, BESIDE, dtype, options)) if names else None
-    if names and extra is None:
+
+def find(prepared: Prepared) -> Weights | None:
+    """The weights, if all are here and nothing needs to be written; ``None`` when there is work to do."""
+    kind = prepared.codec.compression
+    if prepared.to_write.encoded:
+        store = _whole(prepared.store(kind))
+        return Weights(store.folder, store.index) if store and _has_config(store.folder) else None
+    plain = _plain(prepared)
+    if plain is None or not prepared.to_write.once:
+        return plain
+    beside = _whole(prepared.store(BESIDE))
+    if beside is None:
         return None
-    tensors, packed = mapped(index, source, skeleton)
-    return Weights(folder, {**tensors, **(extra.index if extra else {})}, packed)
+    # Of a GGUF file config and tokenizer are there too.
+    folder = beside.folder if _has_config(beside.folder) else plain.folder
+    return Weights(folder, {**plain.tensors, **beside.index}, plain.packed)
+
+
+def _plain(prepared: Prepared) -> Weights | None:
+    """What is read in place of files that are here, or in the store of plain weights that was made of them."""
+    container, skeleton = prepared.container, prepared.skeleton
+    if not prepared.to_write.whole:
+        return container.in_place(skeleton) if prepared.source.files else None
+    store = _whole(prepared.store(WHOLE))
+    plain = container.native(store.index, skeleton) if store and _has_config(store.folder) else None
+    return Weights(store.folder, plain.tensors, plain.packed) if store and plain else None
+
+
+def bytes_once(prepared: Prepared) -> int:
+    """Bytes of plain weights that :func:`write` puts on the disk, beside a compressed store."""
+    is_whole, once, _ = prepared.to_write
+    if (not is_whole and not once) or _is_store(prepared.store(WHOLE if is_whole else BESIDE)):
+        return 0
+    parameters = prepared.skeleton.named_parameters()
+    if is_whole:
+        return sum(tensor.numel() * tensor.element_size() for _, tensor in parameters)
+    return sum(tensor.numel() * prepared.dtype.itemsize for name, tensor in parameters if name in once)
 
 
 @contextmanager
-def alone(
-    source: Source, codec: Encoding, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
-) -> Iterator[None]:
+def alone(prepared: Prepared) -> Iterator[None]:
     """Be the one that writes what is missing, its download included; another process that is comes first.
 
     What :func:`find` says may be another thing then.
     """
-    in_place = codec.compression == "none" and (
-        source.format != "bin" or index_in_place(source, dtype.itemsize) is not None
-    )
-    if in_place and source.format != "gguf" and not normalised_names(source):
+    is_whole, once, is_encoded = prepared.to_write
+    if not (is_whole or once or is_encoded):
         yield
         return
-    folder = _folder(source, BESIDE if in_place else codec.compression, dtype, options)
-    with locked(folder, progress):
-        _keep_private(folder, source)
+    folder = prepared.store(prepared.codec.compression if is_whole or is_encoded else BESIDE)
+    with locked(folder, prepared.progress):
+        _keep_private(folder, prepared.source)
         yield
 
 
-def to_write(
-    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions, known: Weights | None
-) -> int:
-    """Bytes in ``dtype`` that :func:`write` puts on the disk beside the compressed store.
-
-    Parameters
-    ----------
-    known
-        What of the checkpoint is read in place, where that is known.
-    """
-    parameters = skeleton.named_parameters()
-    if source.format == "gguf" and (source.gguf_file or source.header) and codec.compression == "none":
-        once = gguf_in_place(source, dtype_name(dtype)).rest
-        return sum(tensor.numel() * dtype.itemsize for name, tensor in parameters if name in once)
-    if source.format == "gguf" or (
-        source.format == "bin" and known is None and index_in_place(source, dtype.itemsize) is None
-    ):
-        done = _is_store(_folder(source, "none", dtype, options))
-        return 0 if done else sum(tensor.numel() * tensor.element_size() for _, tensor in parameters)
-    once = normalised_names(source)
-    if not once or _is_store(_folder(source, BESIDE, dtype, options)):
-        return 0
-    return sum(tensor.numel() * dtype.itemsize for name, tensor in parameters if name in once)
-
-
-def write(
-    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
-) -> Weights:
-    """Write the store that is missing, from what an earlier start left; the source's files must be here."""
-    with hold(source.folder):
-        return _write(source, skeleton, codec, dtype, options, progress)
-
-
-def _write(
-    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback
-) -> Weights:
-    if source.gguf_file is not None and codec.compression == "none":
-        rest, name = gguf_in_place(source, dtype_name(dtype)).rest, dtype_name(dtype)
-        write_rest(source.gguf_file, rest, _folder(source, BESIDE, dtype, options), name,
-                   _meta(source, codec, dtype), progress)  # fmt: skip
-        written = _gguf(source, skeleton, dtype, options)
-        assert written is not None
-        return written
-    once = _folder(source, BESIDE, dtype, options)
-    was_there, once_was_there = _is_store(_folder(source, "none", dtype, options)), _is_store(once)
-    index, plain = index_in_place(source, dtype.itemsize), source.folder
-    if index is None:
-        plain = _rewritten(source, dtype, options, progress)
-        index = open_store(plain).index  # type: ignore[union-attr]
-    tensors, packed = mapped(index, source, skeleton)
-    if rows := normalised_names(source):
-        tensors |= write_normalised(
-            once, tensors, rows, dtype, _meta(source, get_encoding(None), dtype), progress
-        ).index
-    if codec.compression == "none":
-        return Weights(plain, tensors, packed)
-    folder = _folder(source, codec.compression, dtype, options)
-    own_companions(plain)  # before the weights: what cannot be copied should not cost a conversion first
-    jobs = _jobs(tensors, skeleton, codec, dtype)
-    beside = functools.partial(copy_companions, plain)
-    meta = _meta(source, codec, dtype)
-    sources = Unchanged(extent.path for info in tensors.values() for extent in info.extents)
-    store = write_store(folder, jobs, meta, progress=progress, beside=beside, origin=source.origin,
-                        revision=source.revision or "", unchanged=sources)  # fmt: skip
-    if not (folder / "config.json").is_file():  # a store that was finished before these came first
-        beside(folder)
-    # Written a moment ago, as a step on the way: what it held is in the store now.
-    if plain != source.folder and not was_there:
-        _discard(plain)
-    if once.is_dir() and not once_was_there:
-        _discard(once)
-    return Weights(folder, store.index)
-
-
-def write_piecewise(
-    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions,
-    progress: ProgressCallback, headers: Headers, known: Weights | None,
-) -> Weights | None:  # fmt: skip
-    """As :func:`write`, each file downloaded, encoded and deleted before the next; ``None`` where that is no better."""
-    if known is None and is_piecewise(_folder(source, codec.compression, dtype, options)):
-        known = expected(source, skeleton, headers)
-    pieces = piecewise(source, skeleton, codec, dtype, options, progress, headers, known)
-    if pieces is None or not pieces.is_better():
-        return None
-    store = pieces.write(functools.partial(copy_companions, source.folder))
+def write(prepared: Prepared) -> Weights:
+    """Write the stores that are missing, from what an earlier start left; the source's files must be here."""
+    whole, beside = prepared.store(WHOLE), prepared.store(BESIDE)
+    steps = [folder for folder in (whole, beside) if not _is_store(folder)]
+    with hold(prepared.source.folder):
+        plain = _write_plain(prepared, whole, beside)
+        if not prepared.to_write.encoded:
+            return plain
+        store = _encode(prepared, plain)
+    for folder in steps:  # written a moment ago, as a step on the way: what it held is in the store now
+        if folder.is_dir():
+            _discard(folder)
     return Weights(store.folder, store.index)
 
 
-def piecewise(
-    source: Source, skeleton: Any, codec: Encoding, dtype: torch.dtype, options: LoadOptions,
-    progress: ProgressCallback, headers: Headers, known: Weights | None,
-) -> Piecewise | None:  # fmt: skip
+def _write_plain(prepared: Prepared, whole: Path, beside: Path) -> Weights:
+    container, dtype, progress = prepared.container, prepared.dtype, prepared.progress
+    is_whole, once, _ = prepared.to_write
+    if is_whole:
+        whole.mkdir(parents=True, exist_ok=True)
+        _keep_private(whole, prepared.source)
+        container.rewrite(whole, (), {}, dtype, progress)
+    plain = _plain(prepared)
+    assert plain is not None, "its files are here"
+    if not once:
+        return plain
+    container.rewrite(beside, once, plain.tensors, dtype, progress)
+    extra = _whole(beside)
+    assert extra is not None, "it was written"
+    return Weights(beside if _has_config(beside) else plain.folder, {**plain.tensors, **extra.index}, plain.packed)
+
+
+def _encode(prepared: Prepared, plain: Weights) -> Store:
+    own_companions(plain.folder)  # before the weights: what cannot be copied should not cost a conversion first
+    jobs, source = _jobs(plain.tensors, prepared), prepared.source
+    beside = functools.partial(copy_companions, plain.folder)
+    sources = Unchanged(extent.path for info in plain.tensors.values() for extent in info.extents)
+    store = write_store(prepared.store(prepared.codec.compression), jobs, prepared.meta, progress=prepared.progress,
+                        beside=beside, origin=source.origin, revision=source.revision or "",
+                        unchanged=sources)  # fmt: skip
+    if not _has_config(store.folder):  # of a finished store somebody deleted it
+        beside(store.folder)
+    return store
+
+
+def write_piecewise(prepared: Prepared) -> Weights | None:
+    """As :func:`write`, each file downloaded, encoded and deleted before the next; ``None`` where that is no better."""
+    if prepared.known is None and is_piecewise(prepared.store(prepared.codec.compression)):
+        prepared.known = prepared.container.in_place(prepared.skeleton)
+    pieces = piecewise(prepared)
+    if pieces is None or not pieces.is_better():
+        return None
+    store = pieces.write(functools.partial(copy_companions, prepared.source.folder))
+    return Weights(store.folder, store.index)
+
+
+def piecewise(prepared: Prepared) -> Piecewise | None:
     """What would write the store from one file of the Hub after the other; ``None`` where that cannot be done."""
-    if codec.compression == "none" or source.format == "gguf" or source.repo_id is None or normalised_names(source):
+    source, known, (is_whole, once, is_encoded) = prepared.source, prepared.known, prepared.to_write
+    if not is_encoded or is_whole or once or source.repo_id is None or known is None or known.packed:
         return None
-    if known is None or known.packed:
-        return None
-    folder, meta = _folder(source, codec.compression, dtype, options), _meta(source, codec, dtype)
-    jobs_of = functools.partial(_jobs, skeleton=skeleton, codec=codec, dtype=dtype)
-    return Piecewise(source, known.tensors, headers, folder, jobs_of, meta, options, progress)
+    jobs_of = functools.partial(_jobs, prepared=prepared)
+    return Piecewise(source, known.tensors, prepared.headers, prepared.store(prepared.codec.compression), jobs_of,
+                     prepared.meta, prepared.options, prepared.progress)  # fmt: skip
 
 
-def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Encoding, dtype: torch.dtype) -> list[ShardJob]:
+def _jobs(tensors: Mapping[str, TensorInfo], prepared: Prepared) -> list[ShardJob]:
+    skeleton, dtype = prepared.skeleton, prepared.dtype
     untie(skeleton, tensors)
     names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
     exact = [name for name in tensors if is_exact(name)]
-    return encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)
-
-
-def _gguf(source: Source, skeleton: Any, dtype: torch.dtype, options: LoadOptions) -> Weights | None:
-    """A GGUF file and what was written once beside it; ``None`` if that is not done."""
-    folder = _folder(source, BESIDE, dtype, options)
-    if source.gguf_file is None or not is_complete(folder, _meta(source, get_encoding(None), dtype)):
-        return None
-    found, extra = gguf_in_place(source, dtype_name(dtype)), read_index(folder)
-    return Weights(folder, map_checkpoint({**found.tensors, **extra}, skeleton), found.packed)
+    return encode_jobs(tensors, prepared.codec, names, dtype, keep=exact, device=skeleton.device)
 
 
 def _is_store(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _whole(folder: Path) -> Store | None:
@@ -222,16 +186,6 @@ def _discard(folder: Path) -> None:
         remove_store(folder)
 
 
-def _rewritten(source: Source, dtype: torch.dtype, options: LoadOptions, progress: ProgressCallback) -> Path:
-    """A folder of plain safetensors, written once from pickles or GGUF."""
-    folder, name = _folder(source, "none", dtype, options), dtype_name(dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    _keep_private(folder, source)
-    if source.format == "gguf":
-        return convert_gguf(source, folder, name, progress=progress)
-    return convert_pickles(source, folder, name, progress=progress)
-
-
 def _keep_private(folder: Path, source: Source) -> None:
     """Who may not read the weights may not read what is made of them."""
     modes = [status(file).st_mode for file in source.files if file.is_file()]  # or another process deleted it
@@ -240,11 +194,3 @@ def _keep_private(folder: Path, source: Source) -> None:
         closed |= 0 if all(mode & read for mode in modes) else who
     if closed:
         folder.chmod(stat.S_IMODE(status(folder).st_mode) & ~closed)
-
-
-def _folder(source: Source, codec: str, dtype: torch.dtype, options: LoadOptions) -> Path:
-    return store_folder(source, codec, dtype_name(dtype), options)
-
-
-def _meta(source: Source, codec: Encoding, dtype: torch.dtype) -> StoreMeta:
-    return StoreMeta(codec.compression, dtype_name(dtype), source.fingerprint)

@@ -29,6 +29,7 @@ MAX_HEADER = 100_000_000
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 # How the names of tensors that only fill holes begin, in files of ours.
 PAD = "__pad."
 

@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airllm_nb.checkpoint.bin.in_place import pickle_index
 from airllm_nb.checkpoint.bin.pickles import PickledWeights, convert_pickles, load_pickle
-from airllm_nb.checkpoint.source import resolve
 from airllm_nb.config import LoadOptions
 from airllm_nb.errors import CheckpointError
+from airllm_nb.intake.find.resolve import resolve
 from airllm_nb.tensors.index import read_index
 from airllm_nb.trace import Progress
 

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from airllm_nb.checkpoint.gguf.header import read_gguf
 from airllm_nb.checkpoint.gguf.weights import GGUFWeights, convert_gguf, gguf_config, supported_architectures
 from airllm_nb.checkpoint.hub import sample
-from airllm_nb.checkpoint.source import read_config, resolve
+from airllm_nb.checkpoint.source import read_config
 from airllm_nb.config import LoadOptions
 from airllm_nb.errors import CheckpointError, SourceError, UnsupportedModelError
+from airllm_nb.intake.find.resolve import resolve
 from airllm_nb.tensors.index import read_index
 
 OPTIONS = LoadOptions()

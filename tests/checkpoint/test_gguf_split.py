@@ -14,9 +14,9 @@ from airllm_nb import AutoModel
 from airllm_nb.checkpoint.gguf.header import read_gguf
 from airllm_nb.checkpoint.gguf.split import part_names, whole_name
 from airllm_nb.checkpoint.gguf.weights import GGUFWeights, gguf_config
-from airllm_nb.checkpoint.source import resolve
 from airllm_nb.config import LoadOptions
 from airllm_nb.errors import CheckpointError
+from airllm_nb.intake.find.resolve import resolve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([[5, 9, 3, 40, 41, 7]])

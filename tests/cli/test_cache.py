@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from airllm_nb.checkpoint.identity import by_commit, by_contents, fingerprints_at
 from airllm_nb.cli import main
 from airllm_nb.errors import SourceError, StoreError
+from airllm_nb.intake.find.identity import by_commit, by_contents, fingerprints_at
 from airllm_nb.intake.pointer import POINTER, meant
 from airllm_nb.store.locks import hold, locked
 from airllm_nb.store.manifest import StoreMeta

@@ -362,7 +362,7 @@ def test_the_folder_beside_a_file_stands_for_the_file(tmp_path: Path, caplog: py
 def test_a_store_of_a_file_stands_for_itself(tmp_path: Path) -> None:
     """Whole, though it was made of one."""
     from airllm_nb.checkpoint.gguf.weights import convert_gguf
-    from airllm_nb.checkpoint.source import resolve
+    from airllm_nb.intake.find.resolve import resolve
 
     source = resolve(tiny_llama_gguf(tmp_path / "tiny.gguf"), LoadOptions())
     whole = convert_gguf(source, tmp_path / "tiny--none--float32--00000001", "float32")

@@ -15,7 +15,7 @@ from test_cache import jobs
 from test_piecewise import Loader
 
 from airllm_nb import LoadOptions
-from airllm_nb.checkpoint.identity import by_commit, by_contents, stored
+from airllm_nb.intake.find.identity import by_commit, by_contents, stored
 from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.writer import write_store
 

@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from airllm_nb import AutoModel
-from airllm_nb.checkpoint.local import fingerprint_of
 from airllm_nb.checkpoint.originals import delete_original
 from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.errors import CheckpointError, StoreError
+from airllm_nb.intake.find.local import fingerprint_of
 from airllm_nb.store import jobs as rows
 from airllm_nb.store import shard as shards
 from airllm_nb.store import writer as stores

@@ -79,9 +79,6 @@ def test_what_passes_stays_below(name: str) -> None:
 # module: what is joined to a folder there that is no constant, and why it may be
 JOINS = {
     "checkpoint.companions": {"name"},  # a folder is made for what was found below another
-    "checkpoint.hub.repository": {"choice.index", "gguf"},  # a constant; what the user named is looked for
-    "checkpoint.identity": {"choice.index"},  # a constant
-    "checkpoint.local": {"choice.index", "name"},  # a constant; what the user named
     "checkpoint.lora.files": {"weights", "_choose({file.name for file in entries(folder)}, repo_id)",
                               "_choose({file.name for file in entries(path)}, path)",  # one of two constants
                               "str(StoreName(file.parent.name, ADAPTER, '', key))"},  # a folder's own name
@@ -89,7 +86,10 @@ JOINS = {
     # made of a cleaned name
     "checkpoint.source": {"str(StoreName(source.name, codec_name or 'none', dtype, source.fingerprint[:8]))"},
     "cli.doctor": {"name", "old"},  # /sys
-    "intake.in_place": {"source.wanted[0]", "name", "file"},  # checked by whoever found the source; constants
+    "intake.containers.safetensors": {"source.wanted[0]", "name", "file"},  # the source is checked; constants
+    "intake.find.hub": {"choice.index", "gguf"},  # a constant; what the user named is looked for
+    "intake.find.identity": {"choice.index"},  # a constant
+    "intake.find.local": {"choice.index", "name"},  # a constant; what the user named
     "intake.pointer": {"key", "name"},  # keys are checked when they are read; what the user named
     "intake.replacements": {"key"},  # compared, not opened
     "store.manifest": {"shard['file']"},  # of a manifest that was checked

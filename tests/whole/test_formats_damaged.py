@@ -28,11 +28,13 @@ from airllm_nb import AutoModel
 from airllm_nb.checkpoint.gguf import in_place as gguf_packed
 from airllm_nb.checkpoint.gguf import weights as gguf
 from airllm_nb.checkpoint.gguf.header import read_gguf
-from airllm_nb.checkpoint.source import Source, resolve
+from airllm_nb.checkpoint.source import Source, read_config
 from airllm_nb.config import LoadOptions
 from airllm_nb.encoding import formats
 from airllm_nb.errors import AirLLMError, CheckpointError
-from airllm_nb.intake import in_place
+from airllm_nb.intake.containers.gguf import sorted_weights
+from airllm_nb.intake.find.resolve import resolve
+from airllm_nb.intake.native import native_weights
 from airllm_nb.tensors.index import CheckpointIndex, Extent, TensorInfo, read_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,10 +122,10 @@ def elsewhere(index: CheckpointIndex) -> dict[str, TensorInfo]:
 def test_a_lost_scale_is_noticed_from_headers_alone(made: Callable[[str], Path], name: str) -> None:
     folder = made(name)
     source, index, skeleton = source_of(folder), elsewhere(read_index(folder)), skeleton_of(folder)
-    assert in_place.mapped(index, source, skeleton)[1]
+    assert native_weights(index, read_config(source), source, skeleton)[1]
     del index[max(name for name in index if name.endswith(("scale_inv", "SCB")))]
     with pytest.raises(CheckpointError, match="has no scale beside it"):
-        in_place.mapped(index, source, skeleton)
+        native_weights(index, read_config(source), source, skeleton)
 
 
 def test_integers_that_belong_there_are_left_alone(made: Callable[[str], Path]) -> None:
@@ -131,11 +133,11 @@ def test_integers_that_belong_there_are_left_alone(made: Callable[[str], Path]) 
     folder, table = made("fp8"), "model.layers.0.mlp.table"
     source, index, skeleton = source_of(folder), dict(read_index(folder)), skeleton_of(folder)
     skeleton.get_submodule("model.layers.0.mlp").register_buffer("table", torch.zeros(4, dtype=torch.int32))
-    whole = in_place.mapped(index, source, skeleton)
+    whole = native_weights(index, read_config(source), source, skeleton)
     at = (Extent(folder / "model.safetensors", 0, 16),)
     index[table] = TensorInfo(table, "I32", (4,), at)
     index["vision.proj.weight"] = TensorInfo("vision.proj.weight", "F8_E4M3", (4, 4), at)
-    plain, packed = in_place.mapped(index, source, skeleton)
+    plain, packed = native_weights(index, read_config(source), source, skeleton)
     assert plain.keys() == whole[0].keys() | {table}
     assert packed.keys() == whole[1].keys()
 
@@ -234,12 +236,12 @@ def _mamba(path: Path) -> Path:
 
 def test_a_gguf_file_is_sorted_once(tmp_path: Path) -> None:
     path = tiny_llama_gguf(tmp_path / "tiny.gguf")
-    first = in_place.gguf_in_place(source_of(path), "float32")
-    assert in_place.gguf_in_place(source_of(path), "float32") is first
-    assert in_place.gguf_in_place(source_of(path), "bfloat16") is not first
+    first = sorted_weights(path, "float32")
+    assert sorted_weights(path, "float32") is first
+    assert sorted_weights(path, "bfloat16") is not first
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
-    assert in_place.gguf_in_place(source_of(path), "float32") is not first
+    assert sorted_weights(path, "float32") is not first
     path.unlink()
     other = tiny_llama_gguf(path, inner=128)
     name = "model.layers.0.mlp.up_proj.weight"
-    assert in_place.gguf_in_place(source_of(other), "float32").packed[name].shape == (128, 64)
+    assert sorted_weights(other, "float32").packed[name].shape == (128, 64)

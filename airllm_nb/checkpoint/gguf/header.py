@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,10 @@ from ...disk import open_file, status
 from ...errors import CheckpointError, UnsupportedModelError
 from ...tensors import pages
 from ..sizes import Holds, check_sizes
+from .cursor import called, damaged, walk
 from .split import part_names
 
-# GGUF value type → struct format; 8 is a string and 9 an array.
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-_MAX_DIMS = 4
 _DEFAULT_ALIGNMENT = 32
-# Far above what any model has; what a file of zeros would take minutes to walk through, or gigabytes to hold.
-_MAX_STRINGS, _MAX_TEXT = 1 << 22, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -75,55 +68,7 @@ class GGUFFile:
     def check_sizes(self) -> None:
         """Refuse a model that is larger by its metadata than by its tensors."""
         own = {name: value for name, value in self.metadata.items() if name.startswith(f"{self.architecture}.")}
-        check_sizes(own, lambda: self.holds, str(self.path))
-
-
-class _Cursor:
-    """A position in the mapped file that never runs past its end."""
-
-    def __init__(self, data: mmap.mmap, path: Path):
-        self.data, self.path, self.pos = data, path, 0
-
-    def skip(self, nbytes: int) -> int:
-        start, self.pos = self.pos, self.pos + nbytes
-        if self.pos > len(self.data):
-            raise damaged(self.path, f"its header runs past the end of the file ({len(self.data):,} bytes)")
-        return start
-
-    def scalar(self, code: str) -> Any:
-        return struct.unpack_from(f"<{code}", self.data, self.skip(struct.calcsize(f"<{code}")))[0]
-
-    def string(self) -> str:
-        length = self.scalar("Q")
-        start = self.skip(length)
-        if length > _MAX_TEXT:
-            raise damaged(self.path, f"the text at byte {start:,} should take {length:,} bytes")
-        try:
-            return self.data[start : start + length].decode("utf-8")
-        except UnicodeDecodeError:
-            raise damaged(self.path, f"the text at byte {start:,} is not UTF-8") from None
-
-    def value(self, kind: int) -> Any:
-        if kind in SCALARS:
-            return self.scalar(SCALARS[kind])
-        if kind == STRING:
-            return self.string()
-        if kind == ARRAY:
-            return self._array()
-        raise damaged(self.path, f"value type {kind} at byte {self.pos:,} is unknown")
-
-    def _array(self) -> int:
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind in SCALARS:
-            self.skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
-        elif kind == STRING:
-            if count > _MAX_STRINGS:
-                raise damaged(self.path, f"an array at byte {self.pos:,} should hold {count:,} texts")
-            for _ in range(count):
-                self.skip(self.scalar("Q"))
-        else:
-            raise damaged(self.path, f"an array of value type {kind} at byte {self.pos:,} is not allowed")
-        return int(count)
+        check_sizes(own, lambda: self.holds, called(self.path))
 
 
 def read_gguf(path: Path) -> GGUFFile:
@@ -152,27 +97,7 @@ def read_part(path: Path) -> GGUFFile:
     if size < 24:
         raise damaged(path, f"it has only {size} bytes")
     with open_file(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(data, path)
-        if data[cursor.skip(4) : 4] != b"GGUF":
-            raise CheckpointError(f"{path} is not a GGUF file (it does not begin with 'GGUF'); download it again or "
-                                  "name a folder of safetensors")  # fmt: skip
-        version = cursor.scalar("I")
-        if version not in (2, 3):
-            raise UnsupportedModelError(f"{path} is GGUF version {version} (big-endian or too old or new); versions 2 "
-                                        "and 3 work, convert it again with llama.cpp")  # fmt: skip
-        tensor_count, kv_count = cursor.scalar("Q"), cursor.scalar("Q")
-        metadata = {}
-        for _ in range(kv_count):
-            if (key := cursor.string()) in metadata:
-                raise damaged(path, f"its metadata has {key!r} twice")
-            metadata[key] = cursor.value(cursor.scalar("I"))
-        table: dict[str, _Entry] = {}
-        for _ in range(tensor_count):
-            name, entry = _entry(cursor)
-            if name in table:
-                raise damaged(path, f"it holds the tensor {name!r} twice")
-            table[name] = entry
-        end = cursor.pos
+        metadata, table, end = walk(data, path)
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise damaged(path, f"general.alignment is {alignment!r}")
@@ -206,11 +131,11 @@ def _joined(path: Path, count: int) -> GGUFFile:
     """All parts of a split file, whichever of them is named."""
     paths = [path.with_name(name) for name in part_names(path.name)]
     if len(paths) != count:
-        raise CheckpointError(f"{path} is one of {count} parts and is not named as one; give it back its name, "
+        raise CheckpointError(f"{called(path)} is one of {count} parts and is not named as one; give it back its name, "
                               f"NAME-00001-of-{count:05}.gguf, as all parts have it")  # fmt: skip
     if missing := [part for part in paths if not part.is_file()]:
-        raise CheckpointError(f"{path} is one of {count} parts, of which {missing[0].name} is missing beside it "
-                              f"({len(missing)} in all); download it too")  # fmt: skip
+        raise CheckpointError(f"{called(path)} is one of {count} parts, of which {missing[0].name} is missing beside "
+                              f"it ({len(missing)} in all); download it too")  # fmt: skip
     parts = [read_part(part) for part in paths]
     tensors: dict[str, GGUFTensor] = {}
     for number, part in enumerate(parts):
@@ -223,26 +148,14 @@ def _joined(path: Path, count: int) -> GGUFFile:
     return GGUFFile(paths[0], parts[0].metadata, tensors)
 
 
-# Shape, type and offset.
-_Entry = tuple[tuple[int, ...], int, int]
-
-
-def _entry(cursor: _Cursor) -> tuple[str, _Entry]:
-    name, dims = cursor.string(), cursor.scalar("I")
-    if dims > _MAX_DIMS:
-        raise damaged(cursor.path, f"tensor {name!r} has {dims} dimensions")
-    shape = tuple(cursor.scalar("Q") for _ in range(dims))
-    return name, (shape[::-1], cursor.scalar("I"), cursor.scalar("Q"))
-
-
 def _checked(
     path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int, start: int, size: int
 ) -> GGUFTensor:
     offset += start
     sizes = _block_sizes()
     if kind not in sizes:
-        raise UnsupportedModelError(f"{path}: tensor {name!r} has the GGML type {kind}, which the installed gguf "
-                                    "package does not know; pip install -U gguf")  # fmt: skip
+        raise UnsupportedModelError(f"{called(path)}: tensor {name!r} has the GGML type {kind}, which the installed "
+                                    "gguf package does not know; pip install -U gguf")  # fmt: skip
     block, nbytes = sizes[kind]
     if shape and shape[-1] % block:
         raise damaged(path, f"the rows of tensor {name!r} ({shape[-1]} values) are no whole blocks of {block}")
@@ -281,8 +194,3 @@ def dequantised(tensor: GGUFTensor) -> Any:
     except NotImplementedError:
         raise UnsupportedModelError(f"{tensor.path}: tensor {tensor.name!r} is {kind.name}, which the installed gguf "
                                     "package cannot dequantise; pip install -U gguf") from None  # fmt: skip
-
-
-def damaged(path: Path, what: str) -> CheckpointError:
-    """The error for a file whose header cannot be true."""
-    return CheckpointError(f"{os.fspath(path)} is truncated or damaged: {what}; download the file again")

@@ -9,20 +9,16 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...config import GiB, format_bytes
 from ...encoding.base import Encoded, Encoding, Plain
 from ...encoding.ggml import encoding_of
-from ...store.manifest import StoreMeta
 from ...tensors.index import Extent, TensorInfo
-from ...trace import ProgressCallback, silent
-from ..rewrite import rewrite
-from .header import GGUFTensor, read_gguf
-from .weights import GGUFWeights, gguf_config, save_companions
+from .header import GGUFTensor
+from .weights import GGUFWeights
 
 if TYPE_CHECKING:
     import torch
@@ -79,40 +75,6 @@ def in_place(weights: GGUFWeights) -> InPlace:
                 "another layout: they are written once, unpacked, which takes %s",
                 weights.file.path.name, len(large), large[0], format_bytes(nbytes))  # fmt: skip
     return InPlace(tensors, packed, tuple(rest))
-
-
-def write_rest(path: Path, names: Collection[str], folder: Path, dtype: str, meta: StoreMeta,
-               progress: ProgressCallback = silent) -> Path:  # fmt: skip
-    """Write what cannot be streamed in place, with config and tokenizer, into ``folder``, once.
-
-    Raises
-    ------
-    CheckpointError, UnsupportedModelError
-        If the file is damaged, or its tokenizer is not one that transformers reads.
-    StoreError
-        If the folder cannot be written.
-    """
-    file = read_gguf(path)
-    config = gguf_config(file)
-
-    def companions(target: Path) -> None:
-        save_companions(file, config, target, dtype)
-
-    weights = _Some(GGUFWeights(file, config, dtype), names)
-    return rewrite(
-        folder, weights, meta, companions, progress, str(path), {tensor.path for tensor in file.tensors.values()}
-    )
-
-
-class _Some:
-    """Some of the weights of a file."""
-
-    def __init__(self, weights: GGUFWeights, names: Collection[str]):
-        self._weights = weights
-        self.specs = {name: weights.specs[name] for name in names}
-
-    def __getitem__(self, name: str) -> Any:
-        return self._weights[name]
 
 
 def _placed(weights: GGUFWeights, name: str, spec: Entry) -> TensorInfo | Encoded | None:

@@ -11,7 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .header import GGUFFile, damaged, dequantised
+from .cursor import damaged
+from .header import GGUFFile, dequantised
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,8 @@ from ...tensors.dtypes import DTYPE_NAMES
 from ...trace import ProgressCallback, silent
 from ..rewrite import is_complete, rewrite
 from ..sizes import limited
-from .header import GGUFFile, GGUFTensor, damaged, dequantised, read_gguf
+from .cursor import called, damaged
+from .header import GGUFFile, GGUFTensor, dequantised, read_gguf
 from .rope import TENSORS, scale_rope
 
 if TYPE_CHECKING:
@@ -57,21 +58,23 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, file: GGUFFile, config: Any, dtype: str):
+        from transformers import AutoModelForCausalLM
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.file, self.dtype = file, getattr(torch, dtype)
-        with limited(f"model of type {config.model_type}", lambda: file.holds):
-            model = _skeleton(config)
+        with limited(f"model of type {config.model_type}", lambda: file.holds), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
         self.architecture = type(model).__name__
         self._processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
         self._names = _name_map(model, self._processor)
         self._sources = _group(file, self._names)
-        tied = _tied_names(model) if getattr(config, "tie_word_embeddings", False) else set()
+        keys = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None)
+        tied = set(keys or ()) if getattr(config, "tie_word_embeddings", False) else set()
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()
                   if name not in tied or name in self._sources}  # fmt: skip
         missing = [name for name in wanted if name not in self._sources]
         if missing:
-            raise UnsupportedModelError(f"{file.path}: no tensor of this {file.architecture} file gives "
+            raise UnsupportedModelError(f"{called(file.path)}: no tensor of this {file.architecture} file gives "
                                         f"{missing[0]!r} ({len(missing)} parameters in all); use the model's "
                                         "safetensors checkpoint")  # fmt: skip
         self.specs = {name: Entry(name, DTYPE_NAMES[self.dtype], shape) for name, shape in wanted.items()}
@@ -117,13 +120,17 @@ class GGUFWeights(Mapping[str, torch.Tensor]):
         return merged["tensors"][name]
 
 
-def convert_gguf(source: Source, folder: Path, dtype: str, *, progress: ProgressCallback = silent) -> Path:
+def convert_gguf(
+    source: Source, folder: Path, dtype: str, names: Collection[str] = (), *, progress: ProgressCallback = silent
+) -> Path:
     """Dequantise a GGUF file into ``folder``, once: a complete Hugging Face checkpoint, tokenizer included.
 
     Parameters
     ----------
     dtype
         ``"float32"``, ``"bfloat16"`` or ``"float16"``; every weight gets it.
+    names
+        The weights that are written, where the others are streamed from the file itself.
 
     Raises
     ------
@@ -139,11 +146,13 @@ def convert_gguf(source: Source, folder: Path, dtype: str, *, progress: Progress
     file = read_gguf(source.gguf_file)
     config = gguf_config(file)
     weights = GGUFWeights(file, config, dtype)
+    weights.specs = {name: weights.specs[name] for name in names} if names else weights.specs
 
     def companions(target: Path) -> None:
         save_companions(file, config, target, dtype)
 
-    return rewrite(folder, weights, meta, companions, progress, source.origin, source.files)
+    origin = str(source.gguf_file) if names else source.origin  # beside a file that stays where it is
+    return rewrite(folder, weights, meta, companions, progress, origin, source.files)
 
 
 def gguf_config(file: GGUFFile) -> Any:
@@ -228,13 +237,6 @@ def _set_special_tokens(tokenizer: Any, file: GGUFFile) -> None:
                 setattr(tokenizer, f"{ours}_token", token)
 
 
-def _skeleton(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 class _Names:
     """What transformers' name map asks of a model, two levels deep.
 
@@ -276,14 +278,9 @@ def _group(file: GGUFFile, names: dict[str, str]) -> dict[str, list[GGUFTensor]]
     return groups
 
 
-def _tied_names(model: Any) -> set[str]:
-    tied = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or {}
-    return set(tied)
-
-
 def _unsupported(file: GGUFFile, known: tuple[str, ...]) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{file.path}: GGUF architecture {file.architecture!r} is not one that transformers "
-                                 f"maps here; these work: {', '.join(known)}")  # fmt: skip
+    return UnsupportedModelError(f"{called(file.path)}: GGUF architecture {file.architecture!r} is not one that "
+                                 f"transformers maps here; these work: {', '.join(known)}")  # fmt: skip
 
 
 @contextmanager
@@ -296,5 +293,5 @@ def _guard(file: GGUFFile) -> Iterator[None]:
     except ImportError as error:
         raise UnsupportedModelError(f"reading GGUF files needs a package: {str(error).splitlines()[0]}") from None
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(f"{file.path}: transformers cannot read its metadata ({type(error).__name__}: "
+        raise CheckpointError(f"{called(file.path)}: transformers cannot read its metadata ({type(error).__name__}: "
                               f"{str(error).splitlines()[0] if str(error) else 'no detail'})") from error  # fmt: skip

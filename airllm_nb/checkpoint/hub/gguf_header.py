@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import struct
 import tempfile
 from pathlib import Path
 
 from ...errors import CheckpointError, UnsupportedModelError
 from ...tensors.inside import inside
-from ..gguf.header import ARRAY, SCALARS, STRING, GGUFTensor, damaged, read_gguf, read_part
+from ..gguf.cursor import Truncated, call, damaged, walk
+from ..gguf.header import GGUFTensor, read_gguf, read_part
 from ..gguf.rope import TENSORS as ROPE_TENSORS
 from ..gguf.split import part_names
 from .ranges import Ranges
@@ -35,22 +35,19 @@ def gguf_header(repo_id: str, commit: str, name: str, token: str | None) -> Path
         If the server sends whole files only.
     """
     folder = inside(Path(_folder().name), f"{repo_id.replace('/', '--')}/{commit}")
-    try:
-        for part in part_names(name):
-            path = inside(folder, part)
-            if not path.is_file():
-                _make(path, Ranges(repo_id, commit, token, part))
-        read_gguf(inside(folder, name))
-    except (CheckpointError, UnsupportedModelError) as error:
-        said = str(error).replace(f"{folder}/", f"{repo_id}:").replace(".gguf.part ", ".gguf ")
-        raise type(error)(said) from None
-    return inside(folder, name)
+    for part in part_names(name):
+        path = inside(folder, part)
+        if not path.is_file():
+            call(path, f"{repo_id}:{part}")
+            call(_unfinished(path), f"{repo_id}:{part}")
+            _make(path, Ranges(repo_id, commit, token, part))
+    return read_gguf(inside(folder, name)).path
 
 
 def _make(path: Path, file: Ranges) -> None:
     data, size = _fetched(file, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = _unfinished(path)
     with part.open("wb") as target:
         target.write(data)
         target.truncate(size)
@@ -60,6 +57,10 @@ def _make(path: Path, file: Ranges) -> None:
             target.seek(tensor.offset)
             target.write(file.read(tensor.offset, tensor.nbytes))
     part.replace(path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
 
 
 def _rope_tensors(data: bytes, path: Path) -> list[GGUFTensor]:
@@ -76,62 +77,19 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def _fetched(file: Ranges, path: Path) -> tuple[bytes, int]:
     data = file.read(0, FIRST)
-    while not _is_whole(data) and len(data) < file.size:
+    while not _is_whole(data, path) and len(data) < file.size:
         if len(data) >= LONGEST:
             raise damaged(path, f"its header is longer than {LONGEST:,} bytes")
         data += file.read(len(data), len(data))
     return data, file.size
 
 
-class _Short(Exception):
-    """More bytes are needed."""
-
-
-def _is_whole(data: bytes) -> bool:
+def _is_whole(data: bytes, path: Path) -> bool:
     """Whether the header ends in ``data``; also of what is no GGUF header, which another reader refuses."""
     try:
-        _walk(data)
-    except _Short:
+        walk(data, path)
+    except Truncated:
         return False
+    except (CheckpointError, UnsupportedModelError):
+        return True
     return True
-
-
-def _walk(data: bytes) -> None:
-    at = 8
-    if data[:4] != b"GGUF":
-        return
-
-    def number(code: str) -> int:
-        nonlocal at
-        size = struct.calcsize(code)
-        if at + size > len(data):
-            raise _Short
-        at += size
-        return int(struct.unpack_from(f"<{code}", data, at - size)[0])
-
-    def skip(nbytes: int) -> None:
-        nonlocal at
-        at += nbytes
-        if at > len(data):
-            raise _Short
-
-    def skip_value(kind: int) -> None:
-        if kind == STRING:
-            skip(number("Q"))
-        elif kind == ARRAY:
-            kind, count = number("I"), number("Q")
-            if kind in SCALARS:
-                skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
-            elif kind == STRING:
-                for _ in range(count):
-                    skip(number("Q"))
-        elif kind in SCALARS:
-            skip(struct.calcsize(f"<{SCALARS[kind]}"))
-
-    tensors, pairs = number("Q"), number("Q")
-    for _ in range(pairs):
-        skip(number("Q"))
-        skip_value(number("I"))
-    for _ in range(tensors):
-        skip(number("Q"))
-        skip(8 * number("I") + 12)

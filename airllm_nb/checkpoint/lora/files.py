@@ -16,8 +16,8 @@ from ...tensors.index import Extent, TensorInfo, read_header
 from ...trace import ProgressCallback
 from ..hub.errors import explained, unreachable
 from ..hub.headers import Headers
-from ..hub.repository import Repository, offline
-from ..source import HUB_ID, Source
+from ..hub.repository import HUB_ID, Repository, offline
+from ..source import Source
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

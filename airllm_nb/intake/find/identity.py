@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..config import LoadOptions, cache_dir
-from ..disk import status
-from ..errors import AirLLMError, CheckpointError
-from ..store.listing import CachedStore, cached_stores
-from ..store.names import StoreName
-from ..tensors.index import SINGLE_FILE, shard_names
-from .hub.repository import cached_commit, cached_contents, repository_folder
+from ...checkpoint.hub.repository import cached_commit, cached_contents, repository_folder
+from ...config import LoadOptions, cache_dir
+from ...disk import status
+from ...errors import AirLLMError, CheckpointError
+from ...store.listing import CachedStore, cached_stores
+from ...store.names import StoreName
+from ...tensors.index import SINGLE_FILE, shard_names
 from .layout import choose
 from .local import clean_name, digest, here
 from .picks import Room
@@ -34,6 +35,23 @@ def by_contents(repo_id: str, contents: Mapping[str, str], weights: Collection[s
 def by_commit(repo_id: str, commit: str, weights: Collection[str]) -> str:
     """The fingerprint of a repository where its contents are not known, and in stores of earlier versions."""
     return digest([repo_id, commit, *weights])
+
+
+def fingerprint(
+    name: str, repo_id: str, commit: str, weights: Collection[str], contents: Mapping[str, str], options: LoadOptions
+) -> str:
+    """By what is in the files, unless a store of an earlier version is there, which has the commit's."""
+    base = Path(options.layer_shards_saving_path or cache_dir())
+    old, new = by_commit(repo_id, commit, weights), by_contents(repo_id, contents, weights)
+    if not new:  # a cache without links does not say it, but a store may know its commit
+        finished = (store for store in cached_stores(base.absolute()) if store.state == "finished")
+        same = (store for store in finished if store.source.isalnum())  # it becomes part of a path
+        named = repo_id, commit, name
+        return next((store.source for store in same if (store.origin, store.revision, store.model) == named), old)
+    # Without compression the store is called none or normalised.
+    of_this = f"{glob.escape(name)}--{options.compression or 'no*'}--*--"
+    has_old, has_new = (any(base.glob(of_this + said[:8])) for said in (old, new))
+    return old if has_old and not has_new else new
 
 
 def fingerprints_at(origin: str) -> set[str]:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk import read_json
-from ..errors import CheckpointError, UnsupportedModelError
+from ...disk import read_json
+from ...errors import CheckpointError, UnsupportedModelError
 
 _TRANSFORMERS = "use the transformers version of the model (with config.json and model.safetensors)"
 _OF_OTHERS: tuple[tuple[str, str], ...] = (
@@ -33,10 +33,11 @@ _OF_OTHERS: tuple[tuple[str, str], ...] = (
 _DATA = re.compile(r".*\.(parquet|arrow|jsonl(\.gz|\.zst)?|csv|tsv)|dataset_infos\.json|dataset_dict\.json")
 
 
-def why_not(names: Collection[str], where: str) -> str:
+def why_not(names: Collection[str], where: str, base: str = "") -> str:
     """What a checkpoint without loadable weights is, and the way out, as the rest of a sentence."""
     if "adapter_config.json" in names:
-        return f"holds a LoRA adapter (adapter_config.json), not a model; load its base model with --adapter {where}"
+        model = f"its base model {base}" if base else "its base model"
+        return f"holds a LoRA adapter (adapter_config.json), not a model; load {model} with --adapter {where}"
     if "model_index.json" in names:
         return "is a diffusers pipeline, not a causal language model"
     for pattern, line in _OF_OTHERS:
@@ -53,9 +54,11 @@ def why_not(names: Collection[str], where: str) -> str:
 
 def with_hint(error: CheckpointError, folder: Path, names: Collection[str]) -> CheckpointError:
     """Name what was probably meant: an adapter's base model, or a folder below (a snapshot in the Hub's cache)."""
+    if any(name.endswith(".gguf") for name in names):
+        return error
     if "adapter_config.json" in names and (base := _base_model(folder)):
-        return CheckpointError(str(error).replace("its base model", f"its base model {base}"))
-    if "config.json" in names or any(name.endswith(".gguf") for name in names):
+        return CheckpointError(f"{folder} {why_not(names, str(folder), base)}")
+    if "config.json" in names:
         return error
     below = sorted({path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/config.json")})
     if not below:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from ..config import format_bytes
-from ..errors import CheckpointError
-from ..tensors.index import INDEX_FILE, SINGLE_FILE
+from ...checkpoint.gguf.split import part_names, whole_name
+from ...checkpoint.source import Format
+from ...config import format_bytes
+from ...errors import CheckpointError
+from ...tensors.index import BIN_INDEX_FILE, INDEX_FILE, SINGLE_FILE
 from .foreign import why_not
-from .gguf.split import part_names, whole_name
 from .picks import Room, incomplete, listed, missing_parts, models, pick
 
-Format = Literal["safetensors", "bin", "gguf"]
-
-BIN_INDEX_FILE = "pytorch_model.bin.index.json"
 BIN_FILE = "pytorch_model.bin"
 
 _LAYOUTS: tuple[tuple[Format, str, str, str], ...] = (
@@ -25,11 +22,7 @@ _LAYOUTS: tuple[tuple[Format, str, str, str], ...] = (
     ("bin", BIN_INDEX_FILE, BIN_FILE, ".bin"),
 )
 
-# Besides the weights: config, tokenizer, templates. Never code, and no weights of another framework.
-_COMPANIONS = re.compile(r"[^/]+\.(json|jinja|txt|model|tiktoken)|additional_chat_templates/[^/]+\.jinja")
 _NOT_THE_MODEL = re.compile(r"(adapter|consolidated|optimizer|training_args|scheduler|rng_state).*")
-# Megabytes of a training's history.
-_NOT_NEEDED = {"trainer_state.json"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def choose(
     gguf
         The GGUF file that the user named, if any.
     room
-        What the machine has, see :func:`~airllm_nb.checkpoint.picks.pick`.
+        What the machine has, see :func:`~airllm_nb.intake.find.picks.pick`.
     here
         The names of the files that need no disk.
     keep_format
@@ -142,12 +135,6 @@ def layouts(top: list[str]) -> list[tuple[Choice, list[str]]]:
         elif files and named:
             made.append((Choice(kind, None, tuple(files)), files))
     return made
-
-
-def companions(names: Iterable[str], choice: Choice) -> tuple[str, ...]:
-    """The small files beside the weights: config, tokenizer, templates and the index of the chosen format."""
-    unwanted = ({INDEX_FILE, BIN_INDEX_FILE} - {choice.index}) | _NOT_NEEDED
-    return tuple(sorted(name for name in names if _COMPANIONS.fullmatch(name) and name not in unwanted))
 
 
 def whole_gguf(path: Path) -> tuple[Path, ...]:

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from gguf_files import write
 
-from airllm_nb.checkpoint.layout import Choice, choose
-from airllm_nb.checkpoint.picks import Room, models, pick, quantisation
-from airllm_nb.checkpoint.source import read_config, resolve
+from airllm_nb.checkpoint.source import read_config
 from airllm_nb.config import GiB, LoadOptions
 from airllm_nb.errors import CheckpointError
+from airllm_nb.intake.find.layout import Choice, choose
+from airllm_nb.intake.find.picks import Room, models, pick, quantisation
+from airllm_nb.intake.find.resolve import resolve
 
 OPTIONS = LoadOptions()
 # What an 8B model really has: bytes a file, as they are published.
@@ -252,8 +253,9 @@ def test_a_folder_of_several_files_is_chosen_from_too(tmp_path: Path, caplog: py
 CALLS = """
 import json, shutil, sys
 from airllm_nb.checkpoint.hub import gguf_header
-from airllm_nb.checkpoint.picks import Room
-from airllm_nb.checkpoint.source import read_config, resolve
+from airllm_nb.intake.find.picks import Room
+from airllm_nb.checkpoint.source import read_config
+from airllm_nb.intake.find.resolve import resolve
 from airllm_nb.config import LoadOptions
 
 usage = shutil.disk_usage

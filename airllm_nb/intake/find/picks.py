@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ..config import GiB, format_bytes
-from ..errors import CheckpointError
-from .gguf.split import part_names, whole_name
+from ...checkpoint.gguf.split import part_names, whole_name
+from ...config import GiB, format_bytes
+from ...errors import CheckpointError
 
 # Left on a disk beside a download.
 DISK_MARGIN = GiB

@@ -13,9 +13,10 @@ from typing import Any
 import hub_server
 import pytest
 
-from airllm_nb.checkpoint.source import Source, read_config, resolve, store_folder
+from airllm_nb.checkpoint.source import Source, read_config, store_folder
 from airllm_nb.config import LoadOptions
 from airllm_nb.errors import CheckpointError, SourceError, UnsupportedModelError
+from airllm_nb.intake.find.resolve import resolve
 
 OPTIONS = LoadOptions()
 CONFIG = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
@@ -201,8 +202,9 @@ def test_the_store_has_a_readable_unique_name(tmp_path: Path) -> None:
 
 CALLS = """
 import json, shutil, sys
-from airllm_nb.checkpoint import source
+from airllm_nb.checkpoint.source import read_config
 from airllm_nb.config import LoadOptions
+from airllm_nb.intake.find.resolve import resolve
 
 def ask(name, weights=True, free=None, check=None, **options):
     seen = []
@@ -211,13 +213,13 @@ def ask(name, weights=True, free=None, check=None, **options):
     if free is not None:
         shutil.disk_usage = lambda _: type("Usage", (), {"free": free})
     try:
-        found = source.resolve(name, LoadOptions.create(**options), weights=weights, progress=seen.append,
-                               check_config=refuse if check else None)
+        found = resolve(name, LoadOptions.create(**options), weights=weights, progress=seen.append,
+                        check_config=refuse if check else None)
     except Exception as error:
         return {"error": type(error).__name__, "text": str(error)}
     return {"files": [path.name for path in found.files], "folder": str(found.folder), "format": found.format,
             "revision": found.revision, "nbytes": found.nbytes, "name": found.name, "progress": seen[-1:],
-            "gguf": str(found.gguf_file), "config": source.read_config(found) if found.format != "gguf" else None}
+            "gguf": str(found.gguf_file), "config": read_config(found) if found.format != "gguf" else None}
 
 print(json.dumps([ask(**call) for call in json.loads(sys.argv[1])]))
 """

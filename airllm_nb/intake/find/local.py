@@ -1,74 +1,25 @@
-"""A checkpoint on this machine: what is known of it, and how a folder or a GGUF file becomes one."""
+"""A folder or a GGUF file on this machine → a :class:`~airllm_nb.checkpoint.source.Source`."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..disk import entries, expanded, read_bytes, read_json, status
-from ..errors import CheckpointError, SourceError, UnsupportedModelError
-from ..tensors.index import INDEX_FILE, shard_names
-from ..tensors.inside import inside
+from ...checkpoint.gguf.split import whole_name
+from ...checkpoint.source import Format, Source, config_of, read_config
+from ...disk import entries, expanded, read_bytes, status
+from ...errors import CheckpointError, SourceError
+from ...tensors.index import BIN_INDEX_FILE, INDEX_FILE, shard_names
+from ...tensors.inside import inside
 from .foreign import with_hint
-from .gguf.split import whole_name
-from .hub.repository import CheckConfig
-from .layout import BIN_INDEX_FILE, Format, choose, whole_gguf
-from .picks import Room
+from .layout import choose, layouts, whole_gguf
+from .picks import NOT_A_MODEL, Room
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint is on this machine.
-
-    Attributes
-    ----------
-    name
-        Short name for people and for folder names.
-    folder
-        Where config and tokenizer are (for GGUF: the folder of the file).
-    format
-        ``"safetensors"``, ``"bin"`` or ``"gguf"``.
-    files
-        The weight files; empty when the weights were not asked for and are not here.
-    nbytes
-        Size of the weight files, also of those that are not here yet; 0 when unknown.
-    fingerprint
-        Changes when the weights change: by what is in the files on the Hub, or names, sizes and times of local files.
-    gguf_file, repo_id, revision
-        Where they apply; ``revision`` is the commit hash.
-    wanted
-        Of a Hub id, the names of all weight files in ``folder``, also of those that are not here.
-    missing
-        How many of ``nbytes`` are not here yet; ``None`` when unknown.
-    header
-        Of a GGUF file that is not here, a file as long as that one with its header alone: good for its config and its
-        table of tensors, and for nothing else.
-    why
-        Where there were several files to choose from: what was taken and why, one line for people.
-    """
-
-    name: str
-    folder: Path
-    format: Format
-    files: tuple[Path, ...]
-    nbytes: int
-    fingerprint: str
-    gguf_file: Path | None = None
-    repo_id: str | None = None
-    revision: str | None = None
-    wanted: tuple[str, ...] = ()
-    missing: int | None = 0
-    header: Path | None = None
-    why: str = ""
-
-    @property
-    def origin(self) -> str:
-        """Hub id or path, for people."""
-        return self.repo_id or str(self.gguf_file or self.folder)
+CheckConfig = Callable[[dict[str, Any]], None]
 
 
 def here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
@@ -82,7 +33,7 @@ def here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
     path = expanded(text)
     if path.is_dir():
         if check is not None and (path / "config.json").is_file():
-            check(_config_of(path.absolute()))  # before a word about weights that could not be used anyway
+            check(config_of(path.absolute()))  # before a word about weights that could not be used anyway
         return checked(_folder(path.absolute(), room), check)
     if path.is_file():
         return _file(path.absolute())
@@ -93,37 +44,6 @@ def here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
         choice = choose(_sizes(path.absolute()), str(path.absolute()), name)  # which says what is there instead
         return _file(inside(path.absolute(), choice.weights[0]))
     return None
-
-
-def read_config(source: Source) -> dict[str, Any]:
-    """The checkpoint's config as a dict; of a GGUF file, the native config that it stands for.
-
-    Raises
-    ------
-    CheckpointError
-        If config.json is missing, no JSON object, or names no architecture.
-    """
-    if gguf := source.gguf_file or source.header:
-        from .gguf.header import read_gguf
-        from .gguf.weights import gguf_config
-
-        try:
-            return dict(gguf_config(read_gguf(gguf)).to_dict())
-        except UnsupportedModelError as error:
-            name = f"{source.repo_id}:{gguf.name}"
-            raise UnsupportedModelError(str(error).replace(str(source.header), name)) from None
-    return _config_of(source.folder)
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("model_type", ""), str) or not isinstance(config.get("architectures") or [], list):
-        raise CheckpointError(f"{folder / 'config.json'} is damaged: model_type should be text and "
-                              "architectures a list; download it again")  # fmt: skip
-    if not config.get("model_type") and not config.get("architectures"):
-        raise CheckpointError(f"{folder / 'config.json'} names no model_type and no architectures; it is not "
-                              "the config of a transformers model")  # fmt: skip
-    return config
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -167,6 +87,13 @@ def _local(folder: Path, kind: Format, files: tuple[Path, ...]) -> Source:
     fingerprint, nbytes = fingerprint_of(folder, files), sum(status(file).st_size for file in files)
     name = clean_name(Path(whole_name(gguf.name)).stem if gguf else _folder_name(folder))
     return Source(name, folder, kind, files, nbytes, fingerprint, gguf)
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The files of a folder that a model could be loaded from, whole or not."""
+    names = [path.name for path in entries(folder) if path.is_file()]
+    found = {name for _, files in layouts(names) for name in files}
+    return sorted(found.union(n for n in names if n.endswith(".gguf") and not NOT_A_MODEL.search(n.lower())))
 
 
 def fingerprint_of(folder: Path, files: Iterable[Path]) -> str:
