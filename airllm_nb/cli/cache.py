@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import format_bytes
+from ..engine.kept import CachedStore, Kept, choose, is_only_copy, kept_stores, remove_store, source_is_here
 from ..errors import AirLLMError, OptionError
 from ..flags import in_flags
 from .commands import write, write_json
-
-if TYPE_CHECKING:
-    from ..engine.kept import CachedStore, Kept
 
 
 def cache(given: argparse.Namespace) -> int:
@@ -22,8 +20,6 @@ def cache(given: argparse.Namespace) -> int:
 
 
 def _list(given: argparse.Namespace) -> int:
-    from ..engine.kept import kept_stores
-
     kept = kept_stores(given.shards)
     if given.json:
         write_json({"folder": str(kept.folder), "stores": [_facts(store) for store in kept.stores],
@@ -42,8 +38,6 @@ def _list(given: argparse.Namespace) -> int:
 
 
 def _remove(given: argparse.Namespace) -> int:
-    from ..engine.kept import choose, kept_stores
-
     ways = bool(given.names) + given.unfinished + given.all
     if ways != 1:
         what = "give only one of" if ways else "say what to remove:"
@@ -58,8 +52,6 @@ def _remove(given: argparse.Namespace) -> int:
 
 def _spared(given: argparse.Namespace, chosen: list[CachedStore]) -> dict[str, str]:
     """Why stores stay that nobody named and nobody was asked about."""
-    from ..engine.kept import is_only_copy
-
     if not (given.all and given.yes):
         return {}
     return {store.name: f"{store.name} is the only copy of {store.made_from} on this machine; name it to remove it"
@@ -68,8 +60,6 @@ def _spared(given: argparse.Namespace, chosen: list[CachedStore]) -> dict[str, s
 
 def _agreed(chosen: list[CachedStore]) -> bool:
     """What somebody at a terminal answers."""
-    from ..engine.kept import is_only_copy
-
     if not sys.stdin.isatty():
         raise OptionError(f"this would remove {_counted(chosen)}, and nobody is there to be asked; add --yes")
     for store in chosen:
@@ -81,8 +71,6 @@ def _agreed(chosen: list[CachedStore]) -> bool:
 
 
 def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore], spared: dict[str, str]) -> int:
-    from ..engine.kept import remove_store
-
     removed: dict[str, int] = {}
     refused = dict(spared)
     # What somebody agreed to earlier, and a kill or a full stop cut short.
@@ -112,8 +100,6 @@ def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore], s
 
 
 def _facts(store: CachedStore) -> dict[str, Any]:
-    from ..engine.kept import is_only_copy, source_is_here
-
     return {"name": store.name, "folder": str(store.folder), "model": store.model, "codec": store.codec,
             "holds": store.what, "dtype": store.dtype, "bytes": store.nbytes, "state": store.state,
             "in_use": _in_use(store), "last_used": _when(store.used, "%Y-%m-%dT%H:%M:%S"),
@@ -122,8 +108,6 @@ def _facts(store: CachedStore) -> dict[str, Any]:
 
 
 def _row(store: CachedStore) -> tuple[str, ...]:
-    from ..engine.kept import is_only_copy, source_is_here
-
     only = " (not here any more: the only copy)" if is_only_copy(store) else ""
     here = only or {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]
     return (store.name, store.what or "-", store.dtype or "-", format_bytes(store.nbytes),

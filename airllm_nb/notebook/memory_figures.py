@@ -12,29 +12,8 @@ from matplotlib.figure import Figure
 
 from ..config import format_bytes, format_seconds
 from ..trace import MemorySample, Trace, prediction
-from .canvas import (
-    FAINT,
-    INK,
-    LARGE,
-    MUTED,
-    PARTS,
-    SMALL,
-    STYLE,
-    TIER_NAMES,
-    TIERS,
-    WIDTH,
-    Entry,
-    Picture,
-    bare,
-    fill,
-    key,
-    key_height,
-    nothing,
-    panel,
-    sheet,
-    ticks,
-    write,
-)  # fmt: skip
+from . import canvas
+from .canvas import Entry, Picture
 
 PART_NAMES = {
     "weights": "resident weights",
@@ -63,28 +42,28 @@ def plan_bar(plan: Any, figure: Figure | None = None) -> Picture:
     figure
         Of an earlier picture: it is cleared and drawn on.
     """
-    device, tiers = plan.machine.has_device, [tier for tier in TIERS if tier in plan.tiers]
-    with matplotlib.rc_context(STYLE):
+    device, tiers = plan.machine.has_device, [tier for tier in canvas.TIERS if tier in plan.tiers]
+    with matplotlib.rc_context(canvas.STYLE):
         parts = _budget_entries(plan) if device else []
-        figure = sheet(267 + key_height(parts, 14) if device else 158, figure)
-        write(figure, 14, 12, f"Weights: {_tier_total(plan)} in {len(plan.units)} units", weight="bold")
-        axes = panel(figure, 14, 40, WIDTH - 28, 34)
+        figure = canvas.sheet(267 + canvas.key_height(parts, 14) if device else 158, figure)
+        canvas.write(figure, 14, 12, f"Weights: {_tier_total(plan)} in {len(plan.units)} units", weight="bold")
+        axes = canvas.panel(figure, 14, 40, canvas.WIDTH - 28, 34)
         factor, unit = _bytes_axis(axes, sum(one.nbytes for one in plan.units))
         _draw_units(axes, plan, tiers, factor)
         axes.set_xlabel(unit, labelpad=1)
-        entries = [Entry(TIERS[tier], _tier_text(plan, tier)) for tier in tiers]
-        key(figure, 14, 124, entries)
+        entries = [Entry(canvas.TIERS[tier], _tier_text(plan, tier)) for tier in tiers]
+        canvas.key(figure, 14, 124, entries)
         if device:
             _draw_budget(figure, plan)
-            key(figure, 14, 258, parts)
+            canvas.key(figure, 14, 258, parts)
         expected = prediction(plan.sweep_seconds, plan.bound_by)
-        write(figure, WIDTH - 14, 12, expected, ha="right")
+        canvas.write(figure, canvas.WIDTH - 14, 12, expected, ha="right")
     return Picture(figure, plan_text(plan))
 
 
 def plan_text(plan: Any) -> str:
     """The alt text of :func:`plan_bar`."""
-    tiers = ", ".join(_tier_text(plan, tier) for tier in TIERS if tier in plan.tiers)
+    tiers = ", ".join(_tier_text(plan, tier) for tier in canvas.TIERS if tier in plan.tiers)
     text = f"Weights {_tier_total(plan)} in {len(plan.units)} units: {tiers}."
     if plan.machine.has_device:
         parts = ", ".join(f"{name} {format_bytes(nbytes)}" for name, nbytes in budget_parts(plan).items())
@@ -114,7 +93,7 @@ def _tier_text(plan: Any, tier: str) -> str:
     count = plan.tiers.count(tier)
     meaning = "" if plan.machine.has_device else IN_PLACE[tier]
     units = f"{count} unit{'s' * (count != 1)}"
-    return f"{TIER_NAMES[tier]} {format_bytes(plan.tier_bytes(tier))} ({units}{meaning})"
+    return f"{canvas.TIER_NAMES[tier]} {format_bytes(plan.tier_bytes(tier))} ({units}{meaning})"
 
 
 def _draw_units(axes: Axes, plan: Any, tiers: Sequence[str], factor: float) -> None:
@@ -127,21 +106,21 @@ def _draw_units(axes: Axes, plan: Any, tiers: Sequence[str], factor: float) -> N
                 boxes.append((at, at + unit.nbytes * factor, 0.0, 1.0))
                 at += unit.nbytes * factor
                 edges.append(at)
-        fill(axes, boxes, TIERS[tier], tier)
+        canvas.fill(axes, boxes, canvas.TIERS[tier], tier)
     axes.set_xlim(0, at or 1)
-    wide = (WIDTH - 28) / max(len(edges), 1)
+    wide = (canvas.WIDTH - 28) / max(len(edges), 1)
     axes.vlines(edges[:-1], 0, 1, color="white", linewidth=min(1.2, wide / 8))
 
 
 def _draw_budget(figure: Figure, plan: Any) -> None:
     used, budget = format_bytes(plan.device_bytes), format_bytes(plan.vram_budget)
-    write(figure, 14, 158, f"VRAM: {used} of {budget}", weight="bold")
-    axes = panel(figure, 14, 184, WIDTH - 28, 26)
+    canvas.write(figure, 14, 158, f"VRAM: {used} of {budget}", weight="bold")
+    axes = canvas.panel(figure, 14, 184, canvas.WIDTH - 28, 26)
     factor, unit = _bytes_axis(axes, plan.vram_budget)
     at = 0.0
     for name, nbytes in budget_parts(plan).items():
         if nbytes:
-            fill(axes, [(at, at + nbytes * factor, 0.0, 1.0)], PARTS[name.lower()], name)
+            canvas.fill(axes, [(at, at + nbytes * factor, 0.0, 1.0)], canvas.PARTS[name.lower()], name)
         at += nbytes * factor
     axes.set_xlim(0, at or 1)
     axes.set_xlabel(unit, labelpad=1)
@@ -149,15 +128,15 @@ def _draw_budget(figure: Figure, plan: Any) -> None:
 
 def _budget_entries(plan: Any) -> list[Entry]:
     parts = budget_parts(plan).items()
-    return [Entry(PARTS[name.lower()], f"{name} {format_bytes(nbytes)}") for name, nbytes in parts if nbytes]
+    return [Entry(canvas.PARTS[name.lower()], f"{name} {format_bytes(nbytes)}") for name, nbytes in parts if nbytes]
 
 
 def _bytes_axis(axes: Axes, largest: float) -> tuple[float, str]:
     """Makes it a bar with bytes below; returns what bytes are multiplied by, and the name of the unit."""
     factor, unit = _scale(largest)
     axes.set_ylim(0, 1)
-    bare(axes)
-    ticks(axes.xaxis, 9)
+    canvas.bare(axes)
+    canvas.ticks(axes.xaxis, 9)
     return factor, unit
 
 
@@ -181,19 +160,19 @@ def vram_timeline(trace: Trace, figure: Figure | None = None) -> Picture:
     """
     samples, plan = sorted(list(trace.memory), key=lambda sample: sample.seconds), trace.plan
     if not samples:
-        return nothing("No memory samples yet.", figure)
+        return canvas.nothing("No memory samples yet.", figure)
     device = trace.of_device
     parts = [memory_parts(sample, plan) if device else {"process": sample.allocated} for sample in samples]
     budget = plan.get("vram_budget") if device else None
     peak = max(samples, key=lambda sample: sample.reserved)
     shown = _every(samples, peak)
     names = [name for name in parts[0] if any(part[name] for part in parts)] or list(parts[0])[:1]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(canvas.STYLE):
         tall = 238 if device else 110
-        figure = sheet(92 + tall, figure)
+        figure = canvas.sheet(92 + tall, figure)
         title = "VRAM" if device else "Resident set of the process (no GPU memory)"
-        write(figure, 14, 12, title, fontsize=LARGE, weight="bold")
-        axes = panel(figure, 62, 44, 548, tall)
+        canvas.write(figure, 14, 12, title, fontsize=canvas.LARGE, weight="bold")
+        axes = canvas.panel(figure, 62, 44, 548, tall)
         top = max([peak.reserved + (peak.others if device else 0), budget or 0]
                   + [sum(part.values()) for part in parts])  # fmt: skip
         factor, unit = _scale(top)
@@ -203,10 +182,10 @@ def vram_timeline(trace: Trace, figure: Figure | None = None) -> Picture:
         axes.set_ylim(0, max(top * factor * 1.14, 1e-9))
         axes.set_ylabel(unit)
         axes.set_xlabel("seconds")
-        ticks(axes.xaxis, 7)
-        ticks(axes.yaxis, 6 if device else 3)
+        canvas.ticks(axes.xaxis, 7)
+        canvas.ticks(axes.yaxis, 6 if device else 3)
         if budget:
-            axes.axhline(budget * factor, color=INK, linewidth=1.4, linestyle=(0, (5, 3)))
+            axes.axhline(budget * factor, color=canvas.INK, linewidth=1.4, linestyle=(0, (5, 3)))
         _mark_peak(axes, peak, factor)
         _list_parts(figure, parts[-1], names, budget)
     return Picture(figure, memory_text(trace))
@@ -256,37 +235,37 @@ def _every(samples: Sequence[MemorySample], peak: MemorySample) -> list[int]:
 def _stack(axes: Axes, times: Sequence[float], layers: Sequence[Sequence[float]], names: Sequence[str]) -> None:
     below = np.zeros(len(times))
     for name, layer in zip(names, layers, strict=True):
-        above, look = below + np.array(layer), PARTS[name]
+        above, look = below + np.array(layer), canvas.PARTS[name]
         axes.fill_between(
             times, below, above, facecolor=look.face, edgecolor=look.edge, hatch=look.hatch or None, linewidth=0.6,
             label=name,
         )  # fmt: skip
         below = above
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.grid(axis="y", color=canvas.FAINT, linewidth=0.6)
 
 
 def _mark_peak(axes: Axes, peak: MemorySample, factor: float) -> None:
     height, right = peak.reserved * factor, axes.get_xlim()[1]
-    axes.plot([peak.seconds], [height], marker="v", color=INK, markersize=7, clip_on=False, zorder=5)
+    axes.plot([peak.seconds], [height], marker="v", color=canvas.INK, markersize=7, clip_on=False, zorder=5)
     side = "left" if peak.seconds < right / 2 else "right"
     away = 9 if side == "left" else -9
     axes.annotate(
         f"peak {format_bytes(peak.reserved)}", (peak.seconds, height), xytext=(away, 7), textcoords="offset points",
-        ha=side, va="center", fontsize=SMALL, zorder=6,
+        ha=side, va="center", fontsize=canvas.SMALL, zorder=6,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )  # fmt: skip
 
 
 def _list_parts(figure: Figure, now: Mapping[str, int], names: Sequence[str], budget: int | None) -> None:
     """The legend, in the order of the stack, with what each part takes now."""
-    left, right, top = 634, WIDTH - 14, 46.0
+    left, right, top = 634, canvas.WIDTH - 14, 46.0
     if budget:
-        write(figure, left + 11, top + 6, "– –", weight="bold", ha="center", va="center")
-        write(figure, left + 29, top, "budget", fontsize=SMALL)
-        write(figure, right, top, format_bytes(budget), fontsize=SMALL, ha="right")
+        canvas.write(figure, left + 11, top + 6, "– –", weight="bold", ha="center", va="center")
+        canvas.write(figure, left + 29, top, "budget", fontsize=canvas.SMALL)
+        canvas.write(figure, right, top, format_bytes(budget), fontsize=canvas.SMALL, ha="right")
         top += 30
-    write(figure, right, top, "now", fontsize=SMALL, color=MUTED, ha="right")
+    canvas.write(figure, right, top, "now", fontsize=canvas.SMALL, color=canvas.MUTED, ha="right")
     for name in reversed(names):
         top += 21
-        key(figure, left, top, [Entry(PARTS[name], PART_NAMES[name])])
-        write(figure, right, top, format_bytes(now[name]), fontsize=SMALL, ha="right")
+        canvas.key(figure, left, top, [Entry(canvas.PARTS[name], PART_NAMES[name])])
+        canvas.write(figure, right, top, format_bytes(now[name]), fontsize=canvas.SMALL, ha="right")

@@ -24,7 +24,7 @@ from .cards import Line
 from .dashboard import WIDTH, close, image_html, view_of
 from .loading import Loading
 from .memory_figures import plan_bar
-from .progress_line import ProgressLine
+from .progress_line import ProgressLine, Sink
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class Panel:
         self._said.value = html.escape(text)
 
 
-class _Said:
+class _Said(Sink):
     """A progress line inside the panel."""
 
     def __init__(self, say: Callable[[str], None]):
@@ -174,9 +174,6 @@ class _Said:
 
     def draw(self, text: str) -> None:
         self._say(text)
-
-    def erase(self) -> None:
-        self._say("")
 
     def replace(self, shown: Any) -> None:
         self._say(repr(shown))

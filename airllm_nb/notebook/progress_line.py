@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from IPython.display import display
 
@@ -17,17 +17,21 @@ from .environment import output_of
 INTERVAL = 0.25
 
 
-class Sink(Protocol):
-    """Where the line is drawn."""
+class Sink:
+    """Where the line is drawn: here nowhere, and only what remains is shown."""
 
     def draw(self, text: str) -> None: ...
 
-    def erase(self) -> None: ...
+    def erase(self) -> None:
+        self.draw("")
 
-    def replace(self, shown: Any) -> None: ...
+    def replace(self, shown: Any) -> None:
+        """Leave ``shown`` where the line was."""
+        self.erase()
+        display(shown)
 
 
-class KernelSink:
+class KernelSink(Sink):
     """A display that is updated in place."""
 
     def __init__(self) -> None:
@@ -36,11 +40,7 @@ class KernelSink:
     def draw(self, text: str) -> None:
         self._put({"text/plain": text}, raw=True)
 
-    def erase(self) -> None:
-        self.draw("")
-
     def replace(self, shown: Any) -> None:
-        """Leave ``shown`` where the line was."""
         self._put(shown)
 
     def _put(self, shown: Any, **how: Any) -> None:
@@ -50,7 +50,7 @@ class KernelSink:
             self._handle.update(shown, **how)
 
 
-class TerminalSink:
+class TerminalSink(Sink):
     """A line that is written over itself, cut to the width of the terminal."""
 
     def draw(self, text: str) -> None:
@@ -59,24 +59,6 @@ class TerminalSink:
         width = shutil.get_terminal_size().columns - 1
         sys.stdout.write(f"\r\x1b[K{text[:width]}")
         sys.stdout.flush()
-
-    def erase(self) -> None:
-        self.draw("")
-
-    def replace(self, shown: Any) -> None:
-        self.erase()
-        display(shown)
-
-
-class NoSink:
-    """Shows what remains, and nothing that would not."""
-
-    def draw(self, text: str) -> None: ...
-
-    def erase(self) -> None: ...
-
-    def replace(self, shown: Any) -> None:
-        display(shown)
 
 
 class ProgressLine:
@@ -121,7 +103,7 @@ class ProgressLine:
 def progress_line(shell: Any, dashboard: str = "bar") -> ProgressLine:
     """The line that fits where this cell's output goes; ``dashboard="none"`` shows no progress at all."""
     where = "captured" if dashboard == "none" else output_of(shell)
-    sinks: dict[str, type[Any]] = {"kernel": KernelSink, "terminal": TerminalSink, "captured": NoSink}
+    sinks: dict[str, type[Sink]] = {"kernel": KernelSink, "terminal": TerminalSink, "captured": Sink}
     return ProgressLine(sinks[where]())
 
 

@@ -14,41 +14,11 @@ from matplotlib.figure import Figure
 from ..config import format_seconds
 from ..timeline import SweepView, union, verdict, zoom
 from ..trace import Span
-from .canvas import (
-    BLUE,
-    FAINT,
-    INK,
-    LANE_NAMES,
-    LANES,
-    LARGE,
-    MUTED,
-    SMALL,
-    STYLE,
-    TIER_NAMES,
-    TIERS,
-    TINY,
-    WAIT_NAMES,
-    WAITS,
-    WIDTH,
-    Entry,
-    Look,
-    Picture,
-    bare,
-    fill,
-    key,
-    key_height,
-    moved,
-    nothing,
-    panel,
-    sheet,
-    text_width,
-    ticks,
-    wrapped,
-    write,
-)  # fmt: skip
+from . import canvas
+from .canvas import Entry, Look, Picture
 
 LEFT, RIGHT, ROW = 122, 132, 27
-PLOT = WIDTH - LEFT - RIGHT
+PLOT = canvas.WIDTH - LEFT - RIGHT
 # Bars of one lane in one colour: about five pixels each.
 MOST_BARS = 120
 NO_SWEEP = "No sweep is recorded yet."
@@ -88,31 +58,35 @@ def overlap(
         Of an earlier picture: it is cleared and drawn on, which is faster.
     """
     if view is None or not view.lanes:
-        return nothing(NO_SWEEP if view is None else verdict(view, plan), figure)
+        return canvas.nothing(NO_SWEEP if view is None else verdict(view, plan), figure)
     close, rows = zoom(view), lanes(view)
-    text = wrapped(verdict(view, plan), WIDTH - 28)
+    text = canvas.wrapped(verdict(view, plan), canvas.WIDTH - 28)
     entries, has_close = _legend(view), close is not view and "compute" in close.lanes
-    top, tall = 51 + (key_height(entries, LEFT) or -7), ROW * len(rows)
+    top, tall = 51 + (canvas.key_height(entries, LEFT) or -7), ROW * len(rows)
     below = top + tall + (65 + tall + 40 if has_close else 0) + 52
-    with matplotlib.rc_context(STYLE):
-        figure = sheet(below + 34 + 19 * len(text), figure)
-        write(figure, 14, 12, title or "One sweep", fontsize=LARGE, weight="bold")
-        write(figure, WIDTH - 14, 13, _headline(view), ha="right")
-        key(figure, LEFT, 44, entries)
+    with matplotlib.rc_context(canvas.STYLE):
+        figure = canvas.sheet(below + 34 + 19 * len(text), figure)
+        canvas.write(figure, 14, 12, title or "One sweep", fontsize=canvas.LARGE, weight="bold")
+        canvas.write(figure, canvas.WIDTH - 14, 13, _headline(view), ha="right")
+        canvas.key(figure, LEFT, 44, entries)
         scale = _scale(view.seconds)
-        axes = panel(figure, LEFT, top, PLOT, tall)
+        axes = canvas.panel(figure, LEFT, top, PLOT, tall)
         _draw(axes, view, rows, view.start, scale)
         if has_close:
             _mark(axes, view, close, scale)
             top += tall + 65
-            write(figure, LEFT, top - 22, f"{len(close.lanes['compute'])} units from the middle", color=MUTED)
-            axes = panel(figure, LEFT, top, PLOT, tall + 40)
+            canvas.write(
+                figure, LEFT, top - 22, f"{len(close.lanes['compute'])} units from the middle", color=canvas.MUTED
+            )
+            axes = canvas.panel(figure, LEFT, top, PLOT, tall + 40)
             _draw(axes, close, lanes(close), view.start, scale, units=True)
         _time_label(axes, scale)
         name = "Overlap efficiency" if view.streams else "Computing"
-        write(figure, 14, below, f"{name} {view.efficiency:.0%}", fontsize=LARGE, weight="bold", color=BLUE)
+        canvas.write(
+            figure, 14, below, f"{name} {view.efficiency:.0%}", fontsize=canvas.LARGE, weight="bold", color=canvas.BLUE
+        )
         for at, line in enumerate(text):
-            write(figure, 14, below + 25 + 19 * at, line)
+            canvas.write(figure, 14, below + 25 + 19 * at, line)
     return Picture(figure, overlap_text(view, title, plan))
 
 
@@ -120,19 +94,19 @@ def compare(views: Sequence[SweepView | None], titles: Sequence[str]) -> Picture
     """Runs one above the other, on one scale of seconds since their sweep began."""
     runs = [(view, title) for view, title in zip(views, titles, strict=True) if view is not None and view.lanes]
     if not runs:
-        return nothing(NO_SWEEP)
+        return canvas.nothing(NO_SWEEP)
     rows = [lanes(view) for view, _ in runs]
     longest = max(view.seconds for view, _ in runs)
     entries = list(dict.fromkeys(entry for view, _ in runs for entry in _legend(view)))
-    scale, top = _scale(longest), 23 + key_height(entries, LEFT)
+    scale, top = _scale(longest), 23 + canvas.key_height(entries, LEFT)
     tall = [22.0 * len(row) for row in rows]
-    with matplotlib.rc_context(STYLE):
-        figure = sheet(top + sum(tall) + 58 * len(runs) + 22)
-        key(figure, LEFT, 12, entries)
+    with matplotlib.rc_context(canvas.STYLE):
+        figure = canvas.sheet(top + sum(tall) + 58 * len(runs) + 22)
+        canvas.key(figure, LEFT, 12, entries)
         for (view, title), row, height in zip(runs, rows, tall, strict=True):
-            write(figure, 14, top, title, weight="bold")
-            write(figure, WIDTH - 14, top, _headline(view), ha="right")
-            axes = panel(figure, LEFT, top + 24, PLOT, height)
+            canvas.write(figure, 14, top, title, weight="bold")
+            canvas.write(figure, canvas.WIDTH - 14, top, _headline(view), ha="right")
+            axes = canvas.panel(figure, LEFT, top + 24, PLOT, height)
             _draw(axes, view, row, view.start, scale, length=longest)
             top += height + 58
         _time_label(axes, scale)
@@ -155,10 +129,10 @@ def lanes(view: SweepView) -> list[Lane]:
             continue
         rate = view.nbytes[stage] / view.busy[stage] if view.busy[stage] else 0.0
         bars = thin(spans, window, _looks(stage, view.tiers))
-        rows.append(Lane(LANE_NAMES[stage], bars, view.busy[stage] / view.seconds, rate))
+        rows.append(Lane(canvas.LANE_NAMES[stage], bars, view.busy[stage] / view.seconds, rate))
     if view.streams and "compute" in view.lanes:
-        bars = thin(view.gaps, window, lambda gap: WAITS[gap.stage])
-        rows.append(Lane(LANE_NAMES["wait"], bars, sum(view.waited.values()) / view.seconds, 0.0))
+        bars = thin(view.gaps, window, lambda gap: canvas.WAITS[gap.stage])
+        rows.append(Lane(canvas.LANE_NAMES["wait"], bars, sum(view.waited.values()) / view.seconds, 0.0))
     return rows
 
 
@@ -185,8 +159,8 @@ def thin(
 
 def _looks(stage: str, tiers: Mapping[str, str]) -> Callable[[Span], Look]:
     if stage not in ("read", "copy"):
-        return lambda span: LANES[stage]
-    looks = {tier: moved(stage, tier) for tier in (None, *TIERS)}
+        return lambda span: canvas.LANES[stage]
+    looks = {tier: canvas.moved(stage, tier) for tier in (None, *canvas.TIERS)}
     return lambda span: looks[tiers.get(span.unit)]
 
 
@@ -195,10 +169,12 @@ def _legend(view: SweepView) -> list[Entry]:
     entries = []
     for stage, text, tiers in (("copy", "from {}", ("disk", "ram")), ("read", "read, then kept in {}", ("ram",))):
         moving = {view.tiers.get(span.unit) for span in view.lanes.get(stage, ())}
-        entries += [Entry(moved(stage, tier), text.format(TIER_NAMES[tier])) for tier in tiers if tier in moving]
+        entries += [
+            Entry(canvas.moved(stage, tier), text.format(canvas.TIER_NAMES[tier])) for tier in tiers if tier in moving
+        ]
     if view.streams:
         waited = view.waited
-        entries += [Entry(WAITS[cause], name) for cause, name in WAIT_NAMES.items()
+        entries += [Entry(canvas.WAITS[cause], name) for cause, name in canvas.WAIT_NAMES.items()
                     if waited[cause] >= 0.005 * view.seconds]  # fmt: skip
     return entries
 
@@ -239,17 +215,22 @@ def _draw(
     end = view.start + (length or view.seconds)
     axes.set_xlim((view.start - origin) * factor, (end - origin) * factor)
     axes.set_ylim(count + (1.45 if units else 0), 0)
-    bare(axes)
-    ticks(axes.xaxis, 6)
-    axes.grid(axis="x", color=FAINT, linewidth=0.6)
+    canvas.bare(axes)
+    canvas.ticks(axes.xaxis, 6)
+    axes.grid(axis="x", color=canvas.FAINT, linewidth=0.6)
     for at, lane in enumerate(rows):
         looks: dict[Look, list[Bar]] = defaultdict(list)
         for bar in lane.bars:
             looks[bar.look].append(bar)
         for look, bars in looks.items():
             boxes = [((bar.start - origin) * factor, (bar.end - origin) * factor, at + 0.14, at + 0.86) for bar in bars]
-            fill(axes, boxes, look, lane.name)
-        around = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": SMALL, "color": INK}
+            canvas.fill(axes, boxes, look, lane.name)
+        around = {
+            "transform": axes.get_yaxis_transform(),
+            "va": "center",
+            "fontsize": canvas.SMALL,
+            "color": canvas.INK,
+        }
         axes.text(-0.012, at + 0.5, lane.name, ha="right", **around)
         rate = f"  {_rate(lane.rate)}" if lane.rate else ""
         axes.text(1.012, at + 0.5, f"{lane.share:.0%}{rate}", ha="left", **around)
@@ -260,7 +241,7 @@ def _draw(
 def _mark(axes: Axes, view: SweepView, close: SweepView, scale: tuple[float, str]) -> None:
     """Where the close-up is in the whole sweep."""
     start, end = ((moment - view.start) * scale[0] for moment in (close.start, close.end))
-    axes.axvspan(start, end, facecolor="none", edgecolor=INK, linewidth=1.2, zorder=3)
+    axes.axvspan(start, end, facecolor="none", edgecolor=canvas.INK, linewidth=1.2, zorder=3)
 
 
 def _name_units(axes: Axes, view: SweepView, row: int, origin: float, factor: float) -> None:
@@ -269,17 +250,17 @@ def _name_units(axes: Axes, view: SweepView, row: int, origin: float, factor: fl
     starts = [view.start, *(span.end for span in spans[:-1])]
     blocks: dict[Look, list[tuple[float, float, float, float]]] = defaultdict(list)
     for span, start, name in zip(spans, starts, _short([span.unit for span in spans]), strict=True):
-        look = TIERS.get(view.tiers.get(span.unit, ""), LANES["compute"])
+        look = canvas.TIERS.get(view.tiers.get(span.unit, ""), canvas.LANES["compute"])
         blocks[look].append(((start - origin) * factor, (span.end - origin) * factor, row + 0.2, row + 1.4))
-        width = max(text_width(line, TINY) for line in name.split("\n"))
+        width = max(canvas.text_width(line, canvas.TINY) for line in name.split("\n"))
         if width + 4 <= (span.end - start) / view.seconds * PLOT:
             middle = (start + span.end) / 2
-            axes.text((middle - origin) * factor, row + 0.8, name, ha="center", va="center", fontsize=TINY,
+            axes.text((middle - origin) * factor, row + 0.8, name, ha="center", va="center", fontsize=canvas.TINY,
                       linespacing=1.15)  # fmt: skip
     for look, boxes in blocks.items():
-        fill(axes, boxes, look._replace(hatch=""), "unit").set(alpha=0.3, linewidth=0.8)
+        canvas.fill(axes, boxes, look._replace(hatch=""), "unit").set(alpha=0.3, linewidth=0.8)
     axes.text(-0.012, row + 0.8, "unit", transform=axes.get_yaxis_transform(), ha="right", va="center",
-              fontsize=SMALL)  # fmt: skip
+              fontsize=canvas.SMALL)  # fmt: skip
 
 
 def _short(names: Sequence[str]) -> Iterator[str]:
