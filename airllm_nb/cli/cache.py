@@ -74,9 +74,9 @@ def _removed(given: argparse.Namespace, kept: Kept, chosen: list[CachedStore], s
     removed: dict[str, int] = {}
     refused = dict(spared)
     # What somebody agreed to earlier, and a kill or a full stop cut short.
-    begun = [store for store in kept.stores if store.state == "half removed" and store not in chosen]
+    half_removed = [store for store in kept.stores if store.state == "half removed" and store not in chosen]
     try:
-        for store in [*chosen, *begun]:
+        for store in [*chosen, *half_removed]:
             if store.name in spared:
                 continue
             try:
@@ -109,9 +109,9 @@ def _facts(store: CachedStore) -> dict[str, Any]:
 
 def _row(store: CachedStore) -> tuple[str, ...]:
     only = " (not here any more: the only copy)" if is_only_copy(store) else ""
-    here = only or {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]
+    origin = only or {True: "", False: " (not here any more)", None: ""}[source_is_here(store)]
     return (store.name, store.what or "-", store.dtype or "-", format_bytes(store.nbytes),
-            _when(store.used, "%Y-%m-%d %H:%M"), _state(store), f"{store.made_from or '-'}{here}")  # fmt: skip
+            _when(store.used, "%Y-%m-%d %H:%M"), _state(store), f"{store.made_from or '-'}{origin}")  # fmt: skip
 
 
 def _state(store: CachedStore) -> str:

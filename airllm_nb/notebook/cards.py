@@ -61,7 +61,7 @@ class Line:
 def model_card(name: str, model: StreamedModel) -> Card:
     """What a model is, where its weights are and how fast it will be."""
     status, plan = model.status(), model.plan
-    kept = status["unpacked_bytes"]
+    unpacked = status["unpacked_bytes"]
     weights = sum(tier["bytes"] for tier in status["plan"]["tiers"].values()) + status["plan"]["small_bytes"]
     size = [format_bytes(weights), status["compression"] or "not compressed"]
     if not status["compression"]:
@@ -72,7 +72,7 @@ def model_card(name: str, model: StreamedModel) -> Card:
         *([("chosen", status["chosen"])] if status["chosen"] else []),
         *([("adapter", status["adapter"])] if status["adapter"] else []),
         *([("left on disk", status["left_on_disk"])] if status["left_on_disk"] else []),
-        *([("unpacked", f"{format_bytes(kept)} of RAM keep the packed matrices unpacked")] if kept else []),
+        *([("unpacked", f"{format_bytes(unpacked)} of RAM keep the packed matrices unpacked")] if unpacked else []),
         *plan.rows,
     ]
     return Card(f"{status['name']} is loaded as {name!r}", rows, _units(plan))

@@ -132,8 +132,7 @@ def open_into(models: Registry, name: str, model: str, wanted: LoadOptions, dash
             models.remove(name)
         opened = Loading(lambda report: _open(model, wanted, report)).result(bar)
     except KeyboardInterrupt:
-        kept = name in models
-        raise OptionError("interrupted; " + (f"{name!r} is as it was" if kept else
+        raise OptionError("interrupted; " + (f"{name!r} is as it was" if name in models else
                           "nothing is loaded, and what was downloaded or converted is kept")) from None  # fmt: skip
     except AirLLMError as error:
         if closed and name not in models:

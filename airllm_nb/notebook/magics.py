@@ -6,7 +6,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
+from IPython.core.magic import cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 
 from .. import flags
@@ -29,14 +29,8 @@ DETACHED = "interrupted twice: no result is stored; the model stops by itself an
 
 
 @magics_class
-class AirLLM(Magics):
+class AirLLM(options.SessionMagics):
     """The magics of one IPython; ``%config AirLLM`` shows and sets the defaults of their flags."""
-
-    max_new_tokens = options.trait("max_new_tokens")
-    temperature = options.trait("temperature")
-    vram = options.trait("vram")
-    ram = options.trait("ram")
-    dashboard = options.trait("dashboard")
 
     def __init__(self, shell: Any):
         super().__init__(shell)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from IPython.core.error import UsageError
+from IPython.core.magic import Magics
 from IPython.core.magic_arguments import argument, magic_arguments
 from IPython.utils.process import arg_split
-from traitlets import Enum, Float, Int, TraitType, Unicode
+from traitlets import Enum, Float, Int, Unicode
 
 from ..config import DTYPES, LOADING, Flag
 from ..disk import told
@@ -104,17 +105,17 @@ def _sentence(text: str) -> str:
     return (text if is_value else text[:1].upper() + text[1:]) + ("" if text.endswith("…") else ".")
 
 
-def trait(name: str) -> Any:
+def _trait(flag: Flag) -> Any:
     """What ``%config AirLLM`` shows and sets: the default of a flag in this session."""
-    flag = SESSION[name]
     text, default = _sentence(f"{flag.how['help']} ({flag.names[0]})"), flag.how.get("default")
-    made: TraitType[Any, Any]
     if "choices" in flag.how:
-        made = Enum(flag.how["choices"], default, help=text)
-    else:
-        kinds: dict[Any, type[TraitType[Any, Any]]] = {int: Int, float: Float, None: Unicode}
-        made = kinds[flag.how.get("type")]("" if default is None else default, help=text)
-    return made.tag(config=True)
+        return Enum(flag.how["choices"], default, help=text).tag(config=True)
+    kinds: dict[Any, Any] = {int: Int, float: Float, None: Unicode}
+    return kinds[flag.how.get("type")]("" if default is None else default, help=text).tag(config=True)
+
+
+# Magics with a trait of each, as if they were written in the class.
+SessionMagics: Any = type(Magics)("Magics", (Magics,), {name: _trait(flag) for name, flag in SESSION.items()})
 
 
 def fill(given: argparse.Namespace, session: Any) -> None:
