@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ..stream.trial import direct_is_faster, ram_kind
 
 # A matrix that no cache holds; a GPU needs a larger one to be busy at all.
 _PROBE_SIDE = {"cpu": 4096, "cuda": 8192}
+_SPEEDS: dict[tuple[object, ...], float] = {}
 
 
 def measure(prepared: Prepared) -> Machine:
@@ -61,21 +63,27 @@ def _compute_bandwidth(prepared: Prepared) -> float:
     codec, layers = prepared.codec, [m for m in prepared.skeleton.modules() if isinstance(m, EncodedLinear)]
     packed = _typical(layers) if codec.compression == "none" else None
     if packed is not None and not packed.keeps:
-        module: torch.nn.Module = packed.sample(device)
-    else:
-        module = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
+        return _speed(packed.sample(device), prepared)
+    # The same product on the same machine: measured once a process, as models are opened again and again.
+    key = (device, torch.get_num_threads(), codec.compression, prepared.dtype, side)
+    if key not in _SPEEDS:
+        module: torch.nn.Module = torch.nn.Linear(side, side, bias=False, dtype=prepared.dtype, device=device)
         if codec.compression != "none":
             parts = codec.encode(module.weight.detach())
             module = EncodedLinear(encoded(codec, (side, side)), False, prepared.dtype, prepared.scratch)
             for name, part in parts.items():
                 module._parameters[name] = torch.nn.Parameter(part, requires_grad=False)
-    row = torch.zeros(1, module.in_features, dtype=prepared.dtype, device=device)
+        _SPEEDS[key] = _speed(module, prepared)
+    if packed is None:
+        return _SPEEDS[key]
+    # Units count the packed bytes, compute reads the unpacked ones.
+    return _SPEEDS[key] * _stored_bytes(packed) / packed.scratch_bytes
+
+
+def _speed(module: Any, prepared: Prepared) -> float:
+    row = torch.zeros(1, module.in_features, dtype=prepared.dtype, device=prepared.device)
     with torch.inference_mode():
-        seconds = best_seconds(lambda: module(row), device)
-    speed = _stored_bytes(module) / seconds
-    if packed is not None and packed.keeps:  # units count the packed bytes, compute reads the unpacked ones
-        speed *= _stored_bytes(packed) / packed.scratch_bytes
-    return speed
+        return _stored_bytes(module) / best_seconds(lambda: module(row), prepared.device)
 
 
 def _stored_bytes(module: torch.nn.Module) -> int:

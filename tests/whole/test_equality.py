@@ -53,7 +53,7 @@ def budgets_for(folder: Path, mix: str, *, ram: str | None = None, **options: An
     needs = functools.cache(functools.partial(planning.needs, prepared, prepared.planned))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "needs", lambda _, work, tokens: needs(tokens))
-        for vram, host in itertools.product(range(0, 33) if has_device else [0], range(0, 48)):
+        for vram, host in itertools.product(range(0, 33) if has_device else [0], range(0, 48, 2)):
             budgets = {"vram_budget": least + (span + total) * vram // 32, "ram_budget": total * host // 32}
             try:
                 tiers = placed(planning.plan(prepared, machine, Budgets(*budgets.values()), prepared.planned)[0])
@@ -86,7 +86,7 @@ def resident_model(folder: Path, dtype: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
-def greedy(model: Any, ids: torch.Tensor, tokens: int = 64) -> list[int]:
+def greedy(model: Any, ids: torch.Tensor, tokens: int = 16) -> list[int]:
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
     )
@@ -128,13 +128,13 @@ def smollm2_reference(
 def test_smollm2_says_the_same_for_five_prompts(
     smollm2_folder: Path, smollm2_ids: list[torch.Tensor], smollm2_reference: dict[str, Any]
 ) -> None:
-    with open_in(smollm2_folder, "ram|disk") as model:
+    with open_in(smollm2_folder, "gpu|ram|disk") as model:
         assert [greedy(model, ids) for ids in smollm2_ids] == smollm2_reference["greedy"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mix", "depth"), list(zip(MIXES, [None, 2, 0, None, 1, 3, 4, 2, None], strict=True)))
-def test_smollm2_says_the_same_in_every_mix(
+@pytest.mark.parametrize(("mix", "depth"), [("ram|disk, device", 2), ("gpu|ram|disk", None)])
+def test_smollm2_says_the_same_for_a_batch(
     smollm2_folder: Path,
     smollm2_batch: dict[str, torch.Tensor],
     smollm2_reference: dict[str, Any],
@@ -143,7 +143,6 @@ def test_smollm2_says_the_same_in_every_mix(
 ) -> None:
     with open_in(smollm2_folder, mix, depth) as model:
         assert set(placed(model.plan)) == wanted(mix)
-        # Fewer tokens than for one mix above: from sweep to sweep the weights go the same way.
         found = model.generate(**smollm2_batch, max_new_tokens=24, do_sample=False)
         assert found.equal(smollm2_reference["batch"])
 
@@ -164,9 +163,8 @@ def test_smollm2_beams_and_sampling_are_the_same(
 def test_smollm2_logits_in_float32_are_equal(smollm2_folder: Path, smollm2_ids: list[torch.Tensor]) -> None:
     with torch.inference_mode():
         expected = resident_model(smollm2_folder, "float32")(smollm2_ids[1]).logits
-    for mix in ("disk", "gpu|ram|disk"):
-        with open_in(smollm2_folder, mix, dtype="float32") as model:
-            torch.testing.assert_close(model(smollm2_ids[1]).logits, expected, atol=1e-5, rtol=0)
+    with open_in(smollm2_folder, "gpu|ram|disk", dtype="float32") as model:
+        torch.testing.assert_close(model(smollm2_ids[1]).logits, expected, atol=1e-5, rtol=0)
 
 
 # ---- the full cross product, on a small random model -----------------------------------------------------------------
