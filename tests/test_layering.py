@@ -59,7 +59,6 @@ OPENS = {
     "decode.template_child": {"load", "read_text"},  # another, which reads a pipe and /proc
     "stream.trial": {"read_text"},  # /proc
     "model.device": {"read_text"},  # /proc and /sys
-    "model.recorder": {"read_text"},  # /proc
     "bench.measure": {"read_text"},  # /proc
     "cli.doctor": {"read_text"},  # /proc and /sys
     "cli.__init__": {"open"},  # /dev/null

@@ -15,10 +15,10 @@ import torch
 from ..config import format_bytes
 from ..errors import BudgetError, GenerationStopped
 from ..intake import planning
-from ..model.device import VRAM_MARGIN, Budgets
+from ..model.device import Budgets, available_vram
 from ..model.executor import Executor, Stage
+from ..model.hooks import Turn
 from ..model.placing import drop_unpacked
-from ..model.turn import Turn
 from ..plan.residency import Machine, ResidencyPlan
 from ..plan.work import Work
 from ..tensors import libc
@@ -147,8 +147,18 @@ class Residence:
                               "larger max_seq_len, or give it use_cache=False and logits_to_keep=1")  # fmt: skip
 
     def make_room(self, work: Work) -> int:
-        """Plan and build again where ``work`` does not fit; how many tokens of the prompt go through at a time."""
-        tokens = self._fitting(work)
+        """Plan and build again where ``work`` does not fit; how many tokens of the prompt go through at a time.
+
+        What the plan in force was made for fits in chunks: to plan again costs more than the sweeps that it would save.
+        """
+        tokens: int | None = work.sizes[0]
+        if self._machine.has_device:
+            tokens = planning.tokens_at_once(self._prepared, work, self.plan.needs.total)
+            if tokens not in (None, work.sizes[0]):
+                cache = planning.needs(self._prepared, work, tokens).kv_cache
+                tokens = tokens if cache <= self.plan.needs.kv_cache else None
+        else:
+            planning.check_ram(self._prepared, work)
         if tokens is None:
             log.info("planning again for %d tokens x %d sequences", work.length, work.batch)
             before = self.plan
@@ -173,19 +183,6 @@ class Residence:
         self._prepared.scratch.close()
         drop_unpacked(self._prepared.skeleton)
         libc.trim_heap()
-
-    def _fitting(self, work: Work) -> int | None:
-        """Tokens at a time with which ``work`` fits the plan in force.
-
-        What the plan was made for fits in chunks: to plan again costs more than the sweeps that it would save.
-        """
-        if not self._machine.has_device:
-            planning.check_ram(self._prepared, work)
-            return work.sizes[0]
-        tokens = planning.tokens_at_once(self._prepared, work, self.plan.needs.total)
-        if tokens in (None, work.sizes[0]):
-            return tokens
-        return tokens if planning.needs(self._prepared, work, tokens).kv_cache <= self.plan.needs.kv_cache else None
 
     def _build(self) -> None:
         self._refuse_to_lose()
@@ -236,7 +233,7 @@ class Residence:
         _let_go(prepared.device)
         vram = before.vram - before.vram // 8
         if prepared.device.type == "cuda":
-            vram = min(vram, available(prepared.device))
+            vram = min(vram, available_vram(prepared.device))
         self.budgets = before._replace(vram=vram)
         try:
             self.plan = self._planned(work)
@@ -271,13 +268,6 @@ class Attempt:
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
         return self.ran_out
-
-
-def available(device: torch.device) -> int:
-    """Bytes that this process can still take on a GPU, less a margin; what its allocator holds unused is counted."""
-    free, _ = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int((free + unused) * (1 - VRAM_MARGIN))
 
 
 def _let_go(device: torch.device) -> None:

@@ -22,9 +22,8 @@ from ..errors import OptionError
 from ..intake import planning
 from ..model.absent import NO_TRAINING
 from ..model.device import Budgets, budgets_of
-from ..model.hooks import Guard
+from ..model.hooks import Guard, Turn
 from ..model.native import FixedWeights, fix_parts
-from ..model.turn import Turn
 from .residence import Residence
 
 log = logging.getLogger("airllm_nb.engine.facade")

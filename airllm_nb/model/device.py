@@ -101,6 +101,36 @@ def ram_budget(options: LoadOptions) -> int:
     return int(available_ram() * RAM_SHARE)
 
 
+def available_vram(device: torch.device) -> int:
+    """Bytes that this process can still take on a GPU, less a margin; what its allocator holds unused is counted."""
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int((free + unused) * (1 - VRAM_MARGIN))
+
+
+def used_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes allocated and reserved on the device; of the process where the device is this CPU.
+
+    What is reserved now, not its peak: that would be the process's, and what is reserved is hardly ever given back.
+    """
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        return stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
+    try:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0, 0
+    return resident, resident
+
+
+def memory_of_others(device: torch.device) -> int:
+    """Bytes of device memory that are not this process's allocator's, as the driver counts them."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return max(total - free - torch.cuda.memory_reserved(device), 0)
+
+
 def available_ram() -> int:
     """Free host memory in bytes, counting what the page cache would give back."""
     free = [_meminfo(), _cgroup()]

@@ -20,11 +20,10 @@ from ..stream.mapped import MappedFiles
 from ..tensors.files import Unchanged
 from ..trace import Trace
 from .feeds import Feed, Gathered, InPlace, Streamed, unbind
-from .hooks import Guard, PartGuard, UnitHooks
+from .hooks import Guard, PartGuard, Turn, UnitHooks
 from .placing import computes_packed, reserve_scratch
 from .recorder import Recorder
 from .resident import Resident
-from .turn import Turn
 from .units import ModelUnit, Weight, is_tied
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ import torch
 from ..stream.copier import Copier, Mark
 from ..stream.prefetcher import Moved, Prefetcher
 from ..trace import MemorySample, Trace
+from .device import memory_of_others, used_memory
 
 
 class Recorder:
@@ -52,7 +51,7 @@ class Recorder:
         self._marks.clear()
         self._moved.clear()
         self._copier.begin()
-        self._before, self._kv_cache = _memory(self._device)[0], 0
+        self._before, self._kv_cache = used_memory(self._device)[0], 0
         self._origin, self._origin_seconds, self._origin_clock = self._copier.mark(), trace.now(), self.clock()
 
     def begin_sweep(self) -> None:
@@ -94,7 +93,7 @@ class Recorder:
         self._marks.append(("sweep", "", self._sweep, self._copier.mark()))
         if self._device.type == "cuda":
             # Between two forwards no activations are left: what is more than at the beginning is the cache.
-            self._kv_cache = max(_memory(self._device)[0] - self._before, 0)
+            self._kv_cache = max(used_memory(self._device)[0] - self._before, 0)
         if self._trace.wants_memory:
             self._sample()
         self.resolve()
@@ -106,9 +105,9 @@ class Recorder:
             self._sample()
 
     def _sample(self) -> None:
-        allocated, reserved = _memory(self._device)
+        allocated, reserved = used_memory(self._device)
         slots = self.prefetcher.bytes_ahead if self.prefetcher else 0
-        now, others = self._trace.now(), _others(self._device)
+        now, others = self._trace.now(), memory_of_others(self._device)
         self._trace.add_memory(MemorySample(now, allocated, reserved, slots, self._kv_cache, others))
 
     def resolve(self, wait: bool = False) -> None:
@@ -147,26 +146,3 @@ class Recorder:
         elif finish > 0:
             self._trace.add(stage, unit, self._origin_seconds + begin, self._origin_seconds + finish, nbytes)
         return True
-
-
-def _memory(device: torch.device) -> tuple[int, int]:
-    """Bytes allocated and reserved on the device; of the process where the device is this CPU.
-
-    What is reserved now, not its peak: that would be the process's, and what is reserved is hardly ever given back.
-    """
-    if device.type == "cuda":
-        stats = torch.cuda.memory_stats(device)
-        return stats["allocated_bytes.all.current"], stats["reserved_bytes.all.current"]
-    try:
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0, 0
-    return resident, resident
-
-
-def _others(device: torch.device) -> int:
-    """Bytes of device memory that are not this process's allocator's, as the driver counts them."""
-    if device.type != "cuda":
-        return 0
-    free, total = torch.cuda.mem_get_info(device)
-    return max(total - free - torch.cuda.memory_reserved(device), 0)

@@ -22,7 +22,7 @@ from ..tensors import libc
 from ..tensors.files import read_exactly
 from ..tensors.index import Extent
 from ..tensors.pages import map_pages
-from . import pinning
+from .arena import READ_ONLY, register, unregister
 from .ring import PAGE, align
 from .unit import Piece
 
@@ -89,11 +89,11 @@ class _Mapping:
         # Pages that are not written back yet are registered slowly. A file system that cannot sync has none.
         with contextlib.suppress(OSError), open_file(self._path) as file:
             os.fsync(file.fileno())
-        is_locked = pinning.register(self.pages, device, pinning.READ_ONLY)
+        is_locked = register(self.pages, device, READ_ONLY)
         self._locked_for = device if is_locked else None
         return is_locked
 
     def unlock(self) -> None:
         device, self._locked_for = self._locked_for, None
         if device is not None:
-            pinning.unregister(self.pages, device)
+            unregister(self.pages, device)

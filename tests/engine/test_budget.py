@@ -17,6 +17,7 @@ from airllm_nb.engine import residence
 from airllm_nb.engine.facade import StreamedModel, open_model, plan_model
 from airllm_nb.errors import BudgetError
 from airllm_nb.intake import planning, prepare
+from airllm_nb.model import device
 from airllm_nb.plan.needs import activation_bytes
 from airllm_nb.plan.work import Work, choose_chunk
 
@@ -638,7 +639,7 @@ def test_what_is_free_on_a_gpu_bounds_the_budget(roomy: StreamedModel, monkeypat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (600 << 20, 8 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 500 << 20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 100 << 20)
-    assert residence.available(torch.device("cuda", 0)) == int((1000 << 20) * 0.92)
+    assert device.available_vram(torch.device("cuda", 0)) == int((1000 << 20) * 0.92)
 
 
 def test_without_a_device_of_its_own_an_error_is_an_error(folder: Path) -> None:

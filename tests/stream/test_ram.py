@@ -21,8 +21,8 @@ from airllm_nb import AutoModel
 from airllm_nb.errors import CheckpointError, OptionError
 from airllm_nb.stream import trial
 from airllm_nb.stream.mapped import MappedFiles
+from airllm_nb.stream.memory import PageableUnits
 from airllm_nb.stream.page_cache import CachedPieces
-from airllm_nb.stream.pageable import PageableUnits
 from airllm_nb.stream.reader import Reader
 from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE
 from airllm_nb.stream.unit import Piece
