@@ -10,8 +10,10 @@ import functools
 
 import torch
 
+from . import ggml_codebooks  # noqa: F401  (a type is known once its class is defined)
 from .base import Encoding, affine
 from .ggml_blocks import (
+    TYPES,
     Blocks,
     add_fields,
     bit_fields,
@@ -24,26 +26,11 @@ from .ggml_blocks import (
     two_bits,
     words,
 )
-from .ggml_codebooks import (
-    IQ1_M,
-    IQ1_S,
-    IQ2_S,
-    IQ2_XS,
-    IQ2_XXS,
-    IQ3_S,
-    IQ3_XXS,
-    IQ4_NL,
-    IQ4_XS,
-    MXFP4,
-    NVFP4,
-    TQ1_0,
-    TQ2_0,
-)
 
 
 def encoding_of(ggml_type: int) -> Encoding | None:
     """The encoding of a type, by ggml's number of it; ``None`` for plain numbers and for types without a definition."""
-    return _TYPES.get(ggml_type)
+    return TYPES.get(ggml_type)
 
 
 def packed_row_bytes(ggml_type: int, columns: int) -> int:
@@ -54,7 +41,7 @@ def packed_row_bytes(ggml_type: int, columns: int) -> int:
     ValueError
         If the type is none that :func:`encoding_of` has, or a row of it is no whole number of blocks.
     """
-    blocks = _TYPES.get(ggml_type)
+    blocks = TYPES.get(ggml_type)
     if blocks is None or columns % blocks.values:
         name = "not packed" if blocks is None else f"{blocks.name}, packed in blocks of {blocks.values}"
         raise ValueError(f"a row of {columns} values of the GGML type {ggml_type}, which is {name}")
@@ -64,7 +51,7 @@ def packed_row_bytes(ggml_type: int, columns: int) -> int:
 # ---- blocks of 32 values with one float16 scale ----------------------------------------------------------------------
 
 
-class Q4_0(Blocks):
+class Q4_0(Blocks, number=2):
     name, values, nbytes = "Q4_0", 32, 18
     spare = 2.75
 
@@ -75,7 +62,7 @@ class Q4_0(Blocks):
         interleave(planes, _alone(halves(blocks, 0).mul_(1 / 16)), None, out)
 
 
-class Q4_1(Blocks):
+class Q4_1(Blocks, number=3):
     name, values, nbytes = "Q4_1", 32, 20
     spare = 2.75
 
@@ -84,7 +71,7 @@ class Q4_1(Blocks):
         interleave(planes, _alone(halves(blocks, 0).mul_(1 / 16)), _alone(halves(blocks, 2)), out)
 
 
-class Q5_0(Blocks):
+class Q5_0(Blocks, number=6):
     name, values, nbytes = "Q5_0", 32, 22
     spare = 3.75
 
@@ -93,7 +80,7 @@ class Q5_0(Blocks):
         affine(integers, halves(blocks, 0).mul_(1 / 8), None, out)
 
 
-class Q5_1(Blocks):
+class Q5_1(Blocks, number=7):
     name, values, nbytes = "Q5_1", 32, 24
     spare = 3.75
 
@@ -102,7 +89,7 @@ class Q5_1(Blocks):
         affine(integers, halves(blocks, 0).mul_(1 / 8), halves(blocks, 2), out)
 
 
-class Q8_0(Blocks):
+class Q8_0(Blocks, number=8):
     name, values, nbytes = "Q8_0", 32, 34
     spare = 1.5
 
@@ -131,7 +118,7 @@ def _fives(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
 # ---- blocks of 256 values, whose groups have integer scales ----------------------------------------------------------
 
 
-class Q2_K(Blocks):
+class Q2_K(Blocks, number=10):
     name, values, nbytes = "Q2_K", 256, 84
     group = 16
     spare = 2.75
@@ -144,7 +131,7 @@ class Q2_K(Blocks):
         interleave([plane[..., 16:80].unflatten(-1, (2, 2, 16)) for plane in planes], scale, minimum, out)
 
 
-class Q3_K(Blocks):
+class Q3_K(Blocks, number=11):
     name, values, nbytes = "Q3_K", 256, 110
     group = 16
     spare = 3.75
@@ -165,7 +152,7 @@ class Q3_K(Blocks):
         _groups(integers.view(torch.int8), halves(blocks, 108).mul_(1 / 32) * scales, None, out)
 
 
-class Q4_K(Blocks):
+class Q4_K(Blocks, number=12):
     name, values, nbytes = "Q4_K", 256, 144
     spare = 2.75
 
@@ -175,7 +162,7 @@ class Q4_K(Blocks):
         interleave(planes, scale.unflatten(-1, (4, 2, 1)), minimum.unflatten(-1, (4, 2, 1)), out)
 
 
-class Q5_K(Blocks):
+class Q5_K(Blocks, number=13):
     name, values, nbytes = "Q5_K", 256, 176
     spare = 3.75
 
@@ -186,7 +173,7 @@ class Q5_K(Blocks):
         _groups(integers.view(torch.uint8), scale, minimum, out)
 
 
-class Q6_K(Blocks):
+class Q6_K(Blocks, number=14):
     name, values, nbytes = "Q6_K", 256, 210
     group = 16
     spare = 3.75
@@ -216,30 +203,3 @@ def _groups(integers: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor |
     shape = (scale.shape[-1], 256 // scale.shape[-1])
     minimum = None if minimum is None else minimum.unsqueeze(-1)
     affine(integers.flatten(2).unflatten(2, shape), scale.unsqueeze(-1), minimum, out.unflatten(2, shape))
-
-
-_TYPES: dict[int, Blocks] = {
-    2: Q4_0(),
-    3: Q4_1(),
-    6: Q5_0(),
-    7: Q5_1(),
-    8: Q8_0(),
-    10: Q2_K(),
-    11: Q3_K(),
-    12: Q4_K(),
-    13: Q5_K(),
-    14: Q6_K(),
-    16: IQ2_XXS(),
-    17: IQ2_XS(),
-    18: IQ3_XXS(),
-    19: IQ1_S(),
-    20: IQ4_NL(),
-    21: IQ3_S(),
-    22: IQ2_S(),
-    23: IQ4_XS(),
-    29: IQ1_M(),
-    34: TQ1_0(),
-    35: TQ2_0(),
-    39: MXFP4(),
-    40: NVFP4(),
-}

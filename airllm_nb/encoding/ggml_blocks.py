@@ -18,10 +18,15 @@ import torch
 from .base import Encoding, Parts, affine, row_chunks
 from .kernels import launch
 
+# By ggml's number of the type.
+TYPES: dict[int, Blocks] = {}
+
 
 @dataclass(frozen=True)
 class Blocks(Encoding):
     """Rows of whole blocks; their one part ``"weight"`` is uint8 ``[rows, blocks of a row · nbytes]``.
+
+    Each type is a subclass that says its ``number``.
 
     Attributes
     ----------
@@ -36,6 +41,11 @@ class Blocks(Encoding):
     group: ClassVar[int] = 32
     spare = 6.0  # no type takes more
     kernel: ClassVar[str] = "blocks"
+
+    def __init_subclass__(cls, number: int | None = None) -> None:
+        super().__init_subclass__()
+        if number is not None:
+            TYPES[number] = cls()
 
     def row_steps(self, columns: int) -> dict[str, int]:
         return {"weight": 1}

@@ -80,7 +80,7 @@ def _iq4_levels() -> tuple[int, ...]:
     return tuple(quants.IQ4_NL.kvalues)
 
 
-class IQ4_NL(Blocks):
+class IQ4_NL(Blocks, number=20):
     name, values, nbytes = "IQ4_NL", 32, 18
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -90,7 +90,7 @@ class IQ4_NL(Blocks):
         return constant(device, torch.int8, *_iq4_levels())
 
 
-class IQ4_XS(Blocks):
+class IQ4_XS(Blocks, number=23):
     name, values, nbytes = "IQ4_XS", 256, 136
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -103,7 +103,7 @@ class IQ4_XS(Blocks):
         return constant(device, torch.int8, *_iq4_levels())
 
 
-class MXFP4(Blocks):
+class MXFP4(Blocks, number=39):
     name, values, nbytes = "MXFP4", 32, 17
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -114,7 +114,7 @@ class MXFP4(Blocks):
         return _half_powers(device)
 
 
-class NVFP4(Blocks):
+class NVFP4(Blocks, number=40):
     name, values, nbytes = "NVFP4", 64, 36
     group = 16
 
@@ -154,7 +154,7 @@ class _Points(Blocks):
         return self.grid(device).view(torch.int8)
 
 
-class IQ2_XXS(_Points):
+class IQ2_XXS(_Points, number=16):
     name, values, nbytes = "IQ2_XXS", 256, 66
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -164,7 +164,7 @@ class IQ2_XXS(_Points):
         _scaled(values, halves(blocks, 0) * scale * 0.25, out)
 
 
-class IQ2_XS(_Points):
+class IQ2_XS(_Points, number=17):
     name, values, nbytes = "IQ2_XS", 256, 74
     group = 16
 
@@ -175,7 +175,7 @@ class IQ2_XS(_Points):
         _scaled(values, halves(blocks, 0) * (0.5 + bit_fields(blocks[..., 66:], (0, 4), 15)) * 0.25, out)
 
 
-class IQ2_S(_Points):
+class IQ2_S(_Points, number=22):
     name, values, nbytes = "IQ2_S", 256, 82
     group = 16
 
@@ -186,7 +186,7 @@ class IQ2_S(_Points):
         _scaled(values, halves(blocks, 0) * (0.5 + bit_fields(blocks[..., 74:], (0, 4), 15)) * 0.25, out)
 
 
-class IQ3_XXS(_Points):
+class IQ3_XXS(_Points, number=18):
     name, values, nbytes = "IQ3_XXS", 256, 98
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -195,7 +195,7 @@ class IQ3_XXS(_Points):
         _scaled(values, halves(blocks, 0) * scale * 0.5, out)
 
 
-class IQ3_S(_Points):
+class IQ3_S(_Points, number=21):
     name, values, nbytes = "IQ3_S", 256, 110
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -212,7 +212,7 @@ def _signs_and_scale(field: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return signs, 0.5 + (fields.squeeze(-1) >> 28 & 15)
 
 
-class IQ1_S(_Points):
+class IQ1_S(_Points, number=19):
     name, values, nbytes = "IQ1_S", 256, 50
     factor = 8
 
@@ -225,7 +225,7 @@ class IQ1_S(_Points):
         _scaled(values, halves(blocks, 0) * (2 * (fields >> 12 & 7) + 1) * 0.125, out)
 
 
-class IQ1_M(_Points):
+class IQ1_M(_Points, number=29):
     name, values, nbytes = "IQ1_M", 256, 56
     group = 16
     factor = 8
@@ -245,7 +245,7 @@ class IQ1_M(_Points):
 # ---- ternary ---------------------------------------------------------------------------------------------------------
 
 
-class TQ1_0(Blocks):
+class TQ1_0(Blocks, number=34):
     name, values, nbytes = "TQ1_0", 256, 54
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -256,7 +256,7 @@ class TQ1_0(Blocks):
         _scaled((digits > 85).to(torch.int8).add_(digits > 170).sub_(1), halves(blocks, 52), out)
 
 
-class TQ2_0(Blocks):
+class TQ2_0(Blocks, number=35):
     name, values, nbytes = "TQ2_0", 256, 66
 
     def fill(self, blocks: torch.Tensor, out: torch.Tensor) -> None:

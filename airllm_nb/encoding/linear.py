@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..tensors.dtypes import TORCH_DTYPES
-from .base import Encoded, Encoding
+from .base import Encoded
 
 Timer = Callable[[], AbstractContextManager[Any]]
 
@@ -93,10 +93,6 @@ class EncodedLinear(nn.Module):
         return super().__getattr__(name)
 
     @property
-    def encoding(self) -> Encoding:
-        return self.encoded.encoding()
-
-    @property
     def keeps(self) -> bool:
         """Whether the matrix is kept once it was unpacked, in memory of its own."""
         return self._view.keeps
@@ -105,10 +101,6 @@ class EncodedLinear(nn.Module):
     def scratch_bytes(self) -> int:
         """What it takes of the scratch."""
         return self._view.scratch_bytes
-
-    def row_steps(self) -> Mapping[str, int] | None:
-        """Parameter → rows of the matrix for each row of it, where the matrix can be cut by rows."""
-        return self.encoded.row_steps()
 
     def cut(self, rows: int) -> EncodedLinear:
         """A layer of this kind with ``rows`` outputs, some of this one's."""
@@ -131,22 +123,19 @@ class EncodedLinear(nn.Module):
             return functional.linear(x, self._view.whole(), bias)
         order = self._view.order
         if self.encoded.pieces is None and order is None:
-            product = self.encoding.multiply(x, self._view.parts, (self.out_features, self.in_features), bias)
+            product = self.encoded.encoding().multiply(x, self._view.parts, (self.out_features, self.in_features), bias)
             if product is not None:
                 return product
         with self.timer() if self.timer is not None else contextlib.nullcontext():
-            weight = self._dequantise()
+            weight = self._view.as_it_lies(0)
         if order is None:
             return functional.linear(x, weight, bias)
         product = functional.linear(x, weight).index_select(-1, order)
         return product if bias is None else product.add_(bias)
 
-    def _dequantise(self) -> torch.Tensor:
-        return self._view.as_it_lies(0)
-
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}, encoding={self.encoding.name}"
+        return f"{sizes}, bias={self.bias is not None}, encoding={self.encoded.encoding().name}"
 
 
 class EncodedWeight:

@@ -205,7 +205,7 @@ def _at_rest(
 
 def _step(linear: nn.Linear | EncodedLinear, attribute: str) -> int:
     """Rows of the matrix for each row of a parameter; 0 where it cannot be cut."""
-    steps = linear.row_steps() if isinstance(linear, EncodedLinear) else {}
+    steps = linear.encoded.row_steps() if isinstance(linear, EncodedLinear) else {}
     return 0 if steps is None else steps.get(attribute, 1)
 
 
