@@ -11,6 +11,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..encoding.base import Part
 from ..encoding.formats import get_encoding
 from ..errors import StoreError
 from ..store.atomic import write_atomically
+from ..store.listing import are_whole
 from ..store.locks import locked
 from ..store.manifest import StoreMeta
 from ..store.names import SYNTHETIC_MARKER, partial
@@ -29,7 +31,6 @@ from ..store.space import OVERHEAD, check_space
 from ..store.writer import write_store
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import INDEX_FILE, ITEMSIZE
-from ..tensors.inside import inside
 from ..trace import Progress, ProgressCallback, silent
 from .shapes import SHAPES, Shape, shape_config, weights_by_file
 
@@ -94,8 +95,7 @@ def write(
 def is_finished(folder: Path, shape: str, layers: int, compression: str | None = None) -> bool:
     """Whether ``folder`` holds this checkpoint, all files in their sizes."""
     found = _marker(folder)
-    return (found.get("recipe") == _recipe(shape, layers, compression)
-            and all(_size(inside(folder, name)) == size for name, size in found["files"].items()))  # fmt: skip
+    return found.get("recipe") == _recipe(shape, layers, compression) and are_whole(folder, found.get("files"))
 
 
 def remove(folder: Path) -> None:
@@ -121,15 +121,9 @@ def _recipe(shape: str, layers: int, compression: str | None) -> dict[str, Any]:
 
 
 def _marker(folder: Path) -> dict[str, Any]:
-    try:
-        found = read_json(folder / SYNTHETIC_MARKER)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
-
-
-def _size(path: Path) -> int | None:
-    return status(path).st_size if path.is_file() else None
+    with suppress(OSError, ValueError):
+        return read_json(folder / SYNTHETIC_MARKER)
+    return {}
 
 
 def _write_companions(folder: Path, config: dict[str, Any], recipe: dict[str, Any]) -> None:

@@ -254,17 +254,18 @@ def _state(folder: Path, manifest: dict[str, Any], use: str) -> State:
         return "converting"
     if (folder / names.SYNTHETIC_MARKER).is_file():
         files = _json(folder / names.SYNTHETIC_MARKER).get("files", {})
-        return "finished" if _are_whole(folder, files) else "damaged"
+        return "finished" if are_whole(folder, files) else "damaged"
     if not _is_manifest(manifest):
         return "damaged" if (folder / MANIFEST).is_file() else "unfinished"
     try:
         files = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
     except (TypeError, KeyError):
         return "damaged"
-    return "finished" if _are_whole(folder, files) else "damaged"
+    return "finished" if are_whole(folder, files) else "damaged"
 
 
-def _are_whole(folder: Path, files: Any) -> bool:
+def are_whole(folder: Path, files: Any) -> bool:
+    """Whether all files are there in their sizes, whatever was read as those."""
     try:
         return all(status(inside(folder, name)).st_size == nbytes for name, nbytes in files.items())
     except (OSError, TypeError, ValueError, AttributeError):
@@ -273,6 +274,5 @@ def _are_whole(folder: Path, files: Any) -> bool:
 
 def _json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        found = read_json(path)
-        return found if isinstance(found, dict) else {}
+        return read_json(path)
     return {}
