@@ -27,7 +27,7 @@ from ..model.placing import place as place_packed
 from ..model.skeleton import build, collect_weights
 from ..model.tying import untie
 from ..plan.needs import check_positions
-from ..store.locks import hold
+from ..store.locks import Hold
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import Extent, TensorInfo
 from ..trace import Progress, ProgressCallback, silent
@@ -160,7 +160,7 @@ def bind(prepared: Prepared, free: Budgets) -> None:
     there = prepared.at_rest or _expected(prepared)
     prepared.folder = there.folder
     if prepared.at_rest:
-        prepared.held = hold(*there.folders, *([adapter.file.parent] if adapter else []))
+        prepared.held = Hold(*there.folders, *([adapter.file.parent] if adapter else []))
     try:
         prepared.packed_as = _packed_as(prepared.container.packed_as, there)
         placed = place_packed(skeleton, there.packed, dtype, prepared.scratch)

@@ -18,7 +18,7 @@ from ..model.skeleton import ModelUnit, Weight
 from ..plan.needs import DEFAULT_LENGTH, context_length
 from ..plan.residency import Needs, UnitSize
 from ..plan.work import Work
-from ..store.locks import Hold, hold
+from ..store.locks import Hold
 from ..store.manifest import StoreMeta
 from ..tensors.index import TensorInfo
 from ..trace import ProgressCallback, silent
@@ -91,7 +91,7 @@ class Prepared:
 
     folder: Path = field(init=False)
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
-    held: Hold = field(default_factory=hold)
+    held: Hold = field(default_factory=Hold)
     units: list[ModelUnit] = field(default_factory=list)
     small: list[Weight] = field(default_factory=list)
     sizes: list[UnitSize] = field(default_factory=list)

@@ -18,7 +18,7 @@ from ..model.skeleton import kept_in_float32
 from ..model.tying import untie
 from ..store.jobs import encode_jobs
 from ..store.listing import remove_store
-from ..store.locks import hold, locked
+from ..store.locks import Hold, locked
 from ..store.manifest import Store, open_store
 from ..store.names import BESIDE, MANIFEST
 from ..store.shard import ShardJob
@@ -93,7 +93,7 @@ def write(prepared: Prepared) -> Weights:
     """Write the stores that are missing, from what an earlier start left; the source's files must be here."""
     whole, beside = prepared.store(WHOLE), prepared.store(BESIDE)
     steps = [folder for folder in (whole, beside) if not _is_store(folder)]
-    with hold(prepared.source.folder):
+    with Hold(prepared.source.folder):
         plain = _write_plain(prepared, whole, beside)
         if not prepared.to_write.encoded:
             return plain

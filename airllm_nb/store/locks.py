@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -73,9 +73,15 @@ def locked(
 
 
 class Hold:
-    """Keeps folders from being removed while they are read: until it is closed or collected, or its process ends."""
+    """Keeps folders from being removed while they are read: until it is closed or collected, or its process ends.
 
-    def __init__(self, folders: Iterable[Path]):
+    Raises
+    ------
+    StoreError
+        If one is not there, or is being removed.
+    """
+
+    def __init__(self, *folders: Path):
         stack = ExitStack()
         self._end = weakref.finalize(self, stack.close)
         try:
@@ -95,17 +101,6 @@ class Hold:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def hold(*folders: Path) -> Hold:
-    """Read from ``folders`` until the answer is closed; nobody removes them meanwhile.
-
-    Raises
-    ------
-    StoreError
-        If one is not there, or is being removed.
-    """
-    return Hold(folders)
 
 
 def in_use(folder: Path) -> Literal["", "converting", "open"]:

@@ -21,7 +21,7 @@ from airllm_nb.cli import main
 from airllm_nb.errors import SourceError, StoreError
 from airllm_nb.intake.find.identity import by_commit, by_contents, fingerprints_at
 from airllm_nb.intake.pointer import POINTER, meant
-from airllm_nb.store.locks import hold, locked
+from airllm_nb.store.locks import Hold, locked
 from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.names import LOCK, MANIFEST
 from airllm_nb.store.shard import ShardJob, plain
@@ -182,7 +182,7 @@ def test_who_uses_a_store_and_when_it_was_used_last(cli: Callable[..., Any], bas
     before = listed(cli)
     assert {store["last_used"][:4] for store in before.values()} == {"2001"}
     assert listed(cli) == before  # looking is no use
-    with hold(one), locked(base / "new--4bit--float16--0000000a", silent):
+    with Hold(one), locked(base / "new--4bit--float16--0000000a", silent):
         found = listed(cli)
         assert [found[name]["in_use"] for name in sorted(found)] == [True, False, True]
         assert found["new--4bit--float16--0000000a"]["state"] == "converting"
@@ -282,7 +282,7 @@ def test_an_origin_that_no_file_can_have_is_not_here(
 def test_what_is_in_use_stays_and_the_rest_goes(cli: Callable[..., Any], base: Path) -> None:
     one = finished(base, ONE)
     finished(base, TWO)
-    with hold(one), locked(base / "new--4bit--float16--0000000a", silent):
+    with Hold(one), locked(base / "new--4bit--float16--0000000a", silent):
         code, out, err = cli("remove", "--all", "--yes")
         assert code == 1 and out.startswith(f"removed {TWO}") and out.count("\n") == 1
         assert err.count("\n") == 2 and "in use; unload the model" in err and "being converted" in err
@@ -548,7 +548,7 @@ def test_copies_of_adapters_are_listed_and_removed(cli: Callable[..., Any], base
     facts = found[f"adapters/{copy.name}"]
     assert (facts["model"], facts["holds"], facts["state"]) == ("my-lora", "adapter", "finished")
     assert facts["bytes"] == copy.stat().st_size
-    with hold(copy.parent):
+    with Hold(copy.parent):
         code, _, err = cli("remove", "my-lora", "-y")
         assert code == 1 and "in use" in err and copy.is_file()
     for name in others:

@@ -22,7 +22,7 @@ from airllm_nb.intake.pointer import POINTER, opened_store
 from airllm_nb.intake.prepare import prepare
 from airllm_nb.intake.replacements import RECORDS
 from airllm_nb.store.listing import cached_stores, remove_store
-from airllm_nb.store.locks import hold
+from airllm_nb.store.locks import Hold
 
 PLAIN = LoadOptions.create(device="cpu")
 
@@ -96,7 +96,7 @@ def test_what_is_only_looked_at_deletes_nothing(source: Path, tmp_path: Path, in
     interrupted(lambda: convert_model(source, options(tmp_path / "shards")), 1)
     left = weights(source)
     assert opened_store(source, PLAIN, finish=False) is not None and weights(source) == left
-    with hold(source):
+    with Hold(source):
         assert opened_store(source, PLAIN) is not None and weights(source) == left
 
 

@@ -15,7 +15,7 @@ from airllm_nb import LoadOptions, convert_model, open_model
 from airllm_nb.errors import AirLLMError, BudgetError, StoreError
 from airllm_nb.intake.pointer import POINTER
 from airllm_nb.store.listing import cached_stores, remove_store
-from airllm_nb.store.locks import hold, in_use, locked
+from airllm_nb.store.locks import Hold, in_use, locked
 from airllm_nb.store.names import LOCK
 from airllm_nb.trace import silent
 
@@ -67,7 +67,7 @@ def test_a_step_that_another_process_reads_stays(source: Path, tmp_path: Path) -
     (source / "model.safetensors").unlink()
     plain = convert_model(source, options(tmp_path / "named", compression=None)).name
     (tmp_path / "shards" / plain).mkdir(parents=True)
-    with hold(tmp_path / "shards" / plain):
+    with Hold(tmp_path / "shards" / plain):
         convert_model(source, options(tmp_path / "shards"))
         assert (tmp_path / "shards" / plain / "manifest.json").is_file()
 

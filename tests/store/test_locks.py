@@ -24,7 +24,7 @@ from airllm_nb.errors import StoreError
 from airllm_nb.store import locks as folders
 from airllm_nb.store.atomic import write_atomically
 from airllm_nb.store.listing import cached_stores, remove_store
-from airllm_nb.store.locks import exclusively, hold, in_use, locked, vacated
+from airllm_nb.store.locks import Hold, exclusively, in_use, locked, vacated
 from airllm_nb.store.manifest import StoreMeta, open_store
 from airllm_nb.store.names import LOCK, MANIFEST
 from airllm_nb.store.shard import ShardJob, plain
@@ -48,8 +48,8 @@ with open_model(sys.argv[1], options, progress=say) as model:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from airllm_nb.store.locks import hold, locked
-how = {"reads": lambda: hold(Path(sys.argv[2])), "writes": lambda: locked(Path(sys.argv[2]), print)}[sys.argv[1]]
+from airllm_nb.store.locks import Hold, locked
+how = {"reads": lambda: Hold(Path(sys.argv[2])), "writes": lambda: locked(Path(sys.argv[2]), print)}[sys.argv[1]]
 with how():
     print("held", flush=True)
     sys.stdin.readline()
@@ -285,7 +285,7 @@ def test_what_is_read_is_not_removed_until_its_reader_is_gone(tmp_path: Path) ->
     folder = made(tmp_path / "store")
     with held("reads", folder) as reader:
         assert in_use(folder) == "open"
-        with hold(folder):  # readers do not wait for each other
+        with Hold(folder):  # readers do not wait for each other
             [store] = cached_stores(tmp_path)
             assert store.is_open and store.state == "finished"
             with pytest.raises(StoreError, match="in use; unload the model"):
@@ -312,7 +312,7 @@ def test_what_is_converted_is_not_removed(tmp_path: Path) -> None:
 
 def test_a_hold_ends_when_it_is_closed_or_forgotten(tmp_path: Path) -> None:
     both = [made(tmp_path / name) for name in ("x", "y")]
-    first, second = hold(*both), hold(both[0])
+    first, second = Hold(*both), Hold(both[0])
     first.close()
     first.close()
     assert [in_use(folder) for folder in both] == ["open", ""]
@@ -324,7 +324,7 @@ def test_a_hold_ends_when_it_is_closed_or_forgotten(tmp_path: Path) -> None:
 def test_a_removed_folder_cannot_be_held_and_nothing_stays_held(tmp_path: Path) -> None:
     folder = made(tmp_path / "x")
     with pytest.raises(StoreError, match="was removed by another process"):
-        hold(folder, tmp_path / "y")
+        Hold(folder, tmp_path / "y")
     assert in_use(folder) == ""
 
 
@@ -333,7 +333,7 @@ def test_a_folder_that_cannot_be_written_can_be_held(tmp_path: Path) -> None:
     (folder / LOCK).unlink()
     folder.chmod(0o555)
     try:
-        with hold(folder):
+        with Hold(folder):
             assert in_use(folder) == "open" and not (folder / LOCK).exists()
     finally:
         folder.chmod(0o755)
@@ -348,7 +348,7 @@ def test_a_folder_that_goes_while_it_is_opened_is_not_held(tmp_path: Path, monke
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", removed_before)
-    with pytest.raises(StoreError, match="was removed by another process"), hold(folder):
+    with pytest.raises(StoreError, match="was removed by another process"), Hold(folder):
         pass
     assert not folder.exists()
 
@@ -360,7 +360,7 @@ def test_readers_and_removers_race_and_a_reader_always_has_the_whole(tmp_path: P
     def reader() -> None:
         while not stop.is_set():
             try:
-                with hold(folder):
+                with Hold(folder):
                     before = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".tmp"))
                     if MANIFEST in before:
                         store = open_store(folder)
