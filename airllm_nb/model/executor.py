@@ -80,7 +80,7 @@ class Executor:
         self._copier: Copier = CudaCopier(stage.device) if on_gpu else MemoryCopier()
         self.recorder, self._files = Recorder(self._copier, stage.device), MappedFiles()
         weights = [*stage.small, *(binding.weight for unit in stage.units for binding in unit.bindings)]
-        self.sources = Unchanged(extent.path for weight in weights for extent in weight.info.extents)
+        self.sources = Unchanged({extent.path for weight in weights for extent in weight.info.extents})
         self._tiers = {unit.name: tier for unit, tier in zip(stage.units, stage.plan.tiers, strict=True)}
         self._hooks: list[Any] = []
         self._resident, self._streamed = Resident(self._files, stage.device), None  # type: Resident, Streamed | None

@@ -5,6 +5,7 @@ Units follow the module tree, a whole block where it fits and its parts where no
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import weakref
@@ -54,7 +55,7 @@ class Weight:
     is_buffer: bool = False
     parameter: weakref.ref[nn.Parameter] | None = None
 
-    @property
+    @functools.cached_property
     def stored_dtype(self) -> torch.dtype:
         return torch_dtype(self.info)
 
