@@ -236,7 +236,10 @@ class Residence:
             vram = min(vram, available_vram(prepared.device))
         self.budgets = before._replace(vram=vram)
         try:
-            self.plan = self._planned(work)
+            try:
+                self.plan = planning.plan(prepared, self._machine, self.budgets, prepared.planned)[0]
+            except BudgetError:  # then for this alone
+                self.plan = planning.plan(prepared, self._machine, self.budgets, work)[0]
         except BudgetError as error:
             self.budgets = before
             raise BudgetError(
@@ -245,12 +248,6 @@ class Residence:
         self._wished, self.shrunk_from = self.plan.needs, self.shrunk_from or before.vram
         log.warning("device memory ran out: vram_budget is %s instead of %s from now on",
                     format_bytes(vram), format_bytes(before.vram))  # fmt: skip
-
-    def _planned(self, work: Work) -> ResidencyPlan:
-        try:
-            return planning.plan(self._prepared, self._machine, self.budgets, self._prepared.planned)[0]
-        except BudgetError:
-            return planning.plan(self._prepared, self._machine, self.budgets, work)[0]
 
 
 class Attempt:
