@@ -149,6 +149,11 @@ def layout(name: str) -> str:
     return next((who for mark, who in _MARKS.items() if re.search(mark, name)), "")
 
 
+def first_packed(names: Iterable[str]) -> str | None:
+    """The first of the names that only packed tensors have."""
+    return next((name for name in names if layout(name)), None)
+
+
 def scale_of(names: Iterable[str], index: Iterable[str]) -> tuple[str, str] | None:
     """The first of the weights that has a tensor beside it that is called a scale, and that one."""
     scales = {name.rpartition(".")[0]: name for name in index if "scale" in name.rpartition(".")[2]}

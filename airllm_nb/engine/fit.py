@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.hub.repository import cache_folder
-from ..checkpoint.source import read_config
 from ..config import cache_dir, format_bytes
 from ..disk import free_disk, nearest, status
-from ..encoding.formats import quantisation
 from ..plan.residency import ResidencyPlan
 
 if TYPE_CHECKING:
@@ -205,8 +203,7 @@ def _why(prepared: Prepared) -> str:
     """Why the sizes come from the config alone; those of packed weights are smaller."""
     if prepared.sizes_from != "config" or prepared.codec.compression != "none":
         return prepared.why_config
-    source = prepared.source
-    kind = "GGUF" if source.format == "gguf" else quantisation(read_config(source)).get("quant_method")
+    kind = prepared.container.packed_as
     unpacked = f"they are those of unpacked weights, and the checkpoint's are packed ({kind})" if kind else ""
     return "; ".join(filter(None, (prepared.why_config, unpacked)))
 

@@ -15,7 +15,6 @@ from ..encoding.base import Encoded
 from ..encoding.names import split, stand_ins
 from ..errors import CheckpointError, UnsupportedModelError
 from ..model.skeleton import lacking
-from ..tensors.dtypes import torch_dtype
 from ..tensors.index import Extent, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -53,10 +52,7 @@ def native_weights(
     else:
         _refuse_scaled(native, index, source, skeleton)
         _refuse_unsaid(native, index, skeleton)
-    plain, packed = split(native, packed)
-    for info in plain.values():  # now that it is known which are needed
-        torch_dtype(info)
-    return plain, packed
+    return split(native, packed)
 
 
 def _refuse_scaled(
@@ -85,8 +81,7 @@ def _refuse_scaled(
 
 def _refuse_unsaid(native: Mapping[str, TensorInfo], index: Mapping[str, TensorInfo], skeleton: Any) -> None:
     """Where the model lacks a weight, or has integers for it, and some are packed, no shard is missing."""
-    name = next(filter(formats.layout, index), None)
-    if name is None:
+    if (name := formats.first_packed(index)) is None:
         return
     parameters = skeleton.state_dict()
     if lacking(skeleton, native) or any(parameters[whole].is_floating_point() for whole in formats.coded(native)):

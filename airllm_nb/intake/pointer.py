@@ -43,7 +43,7 @@ from .replacements import (
 log = logging.getLogger(__name__)
 
 
-def meant(model: str | Path, shards: str | Path | None = None) -> str | Path:
+def original_of(model: str | Path, shards: str | Path | None = None) -> str | Path:
     """The model that is opened by a name: of a folder that was written beside a GGUF file, that file.
 
     Of a folder of ours, where stores are: what another one names is not opened.

@@ -74,14 +74,14 @@ def find(prepared: Prepared, free: Budgets) -> None:
     options, device = prepared.options, choose_device(prepared.options)
     prepared.device = device
     prepared.room = Room(ram=free.ram, vram=free.vram if has_memory(options, device) else 0)
-    prepared.model = pointer.meant(prepared.model, options.layer_shards_saving_path)
+    prepared.model = pointer.original_of(prepared.model, options.layer_shards_saving_path)
     store = pointer.opened_store(prepared.model, options, finish=prepared.weights)
     prepared.codec = get_encoding(store.meta.codec if store else options.compression)
     prepared.codec.require(device)
     container = StoreContainer(store) if store else None
     source = container.source if container else _resolve(prepared, weights=False)
     prepared.headers = Headers(source, options, prepared.progress)
-    prepared.found(source, container)
+    prepared.take(source, container)
 
 
 def understand(prepared: Prepared) -> None:
@@ -105,7 +105,7 @@ def _check_codec(prepared: Prepared) -> None:
     if not prepared.is_compressed:
         return
     name, packed_as, codec = prepared.source.name, prepared.container.packed_as, prepared.codec.compression
-    if packed_as and prepared.source.format != "gguf":
+    if packed_as and not prepared.container.repacks:
         raise OptionError(f"{name} is packed already ({packed_as}) and streams as it is; leave out "
                           f"compression={codec!r}, or load the unquantised checkpoint")  # fmt: skip
     if packed_as:
@@ -145,7 +145,7 @@ def write(prepared: Prepared) -> None:
             # Looked for again: another process may have written it meanwhile, and deleted what it was made from.
             prepared.at_rest = written.find(prepared) or written.write_piecewise(prepared)
             if prepared.at_rest is None:
-                prepared.found(_resolve(prepared, weights=True))
+                prepared.take(_resolve(prepared, weights=True))
                 prepared.at_rest = written.write(prepared)
     if prepared.weights and prepared.options.delete_original and not isinstance(prepared.container, StoreContainer):
         pointer.replace_original(prepared.source, prepared.at_rest.folder)

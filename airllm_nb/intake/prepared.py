@@ -100,7 +100,7 @@ class Prepared:
     slice_limit: int | None = None
     deltas: list[Weight] | None = None
 
-    def found(self, source: Source, container: Container | None = None) -> None:
+    def take(self, source: Source, container: Container | None = None) -> None:
         """Learn which files it is of, or which of these are here now."""
         self.source = source
         self.container = container or container_of(source, self.headers)

@@ -20,7 +20,7 @@ import pytest
 from airllm_nb.cli import main
 from airllm_nb.errors import SourceError, StoreError
 from airllm_nb.intake.find.identity import by_commit, by_contents, fingerprints_at
-from airllm_nb.intake.pointer import POINTER, meant
+from airllm_nb.intake.pointer import POINTER, original_of
 from airllm_nb.store.locks import Hold, locked
 from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.names import LOCK, MANIFEST
@@ -276,7 +276,7 @@ def test_an_origin_that_no_file_can_have_is_not_here(
     assert cli()[0] == 0
     if codec == "normalised":
         with pytest.raises(SourceError):
-            meant(base / name, base)
+            original_of(base / name, base)
 
 
 def test_what_is_in_use_stays_and_the_rest_goes(cli: Callable[..., Any], base: Path) -> None:
@@ -501,7 +501,7 @@ def test_what_lies_beside_a_file_of_the_hub_has_its_name(cli: Callable[..., Any]
 )
 def test_what_lies_beside_a_model_that_has_gone_is_none(base: Path, tmp_path: Path, file: str, words: str) -> None:
     with pytest.raises(SourceError, match=words):
-        meant(beside_gguf(base, str(tmp_path / file) if file else ""))
+        original_of(beside_gguf(base, str(tmp_path / file) if file else ""))
 
 
 @pytest.mark.parametrize("name", ["org/tiny-GGUF", "org/tiny-GGUF:tiny.gguf", "snapshot"])

@@ -24,7 +24,7 @@ from airllm_nb.cli.doctor import PACKAGES
 from airllm_nb.config import LoadOptions
 from airllm_nb.errors import SourceError
 from airllm_nb.flags import in_flags
-from airllm_nb.intake.pointer import meant
+from airllm_nb.intake.pointer import original_of
 from airllm_nb.notebook.progress_line import progress_text
 from airllm_nb.trace import Meter, Progress
 
@@ -347,16 +347,16 @@ def test_the_folder_beside_a_file_stands_for_the_file(tmp_path: Path, caplog: py
         beside = model.folder
     assert "--normalised--" in beside.name
     with caplog.at_level("INFO"):
-        assert meant(beside, tmp_path / "shards") == path
+        assert original_of(beside, tmp_path / "shards") == path
     assert str(path) in caplog.text
     for other in (path, tmp_path, tmp_path / "shards", "org/name", ""):
-        assert meant(other) == other
+        assert original_of(other) == other
     words = f"holds only what was written beside {path}; name that file"
     with pytest.raises(SourceError, match=re.escape(words)):
-        meant(beside)  # not where stores are: whoever made the folder may have written that
+        original_of(beside)  # not where stores are: whoever made the folder may have written that
     path.unlink()
     with pytest.raises(SourceError, match=re.escape(words)):
-        meant(beside, tmp_path / "shards")
+        original_of(beside, tmp_path / "shards")
 
 
 def test_a_store_of_a_file_stands_for_itself(tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_a_store_of_a_file_stands_for_itself(tmp_path: Path) -> None:
 
     source = resolve(tiny_llama_gguf(tmp_path / "tiny.gguf"), LoadOptions())
     whole = convert_gguf(source, tmp_path / "tiny--none--float32--00000001", "float32")
-    assert meant(whole) == whole
+    assert original_of(whole) == whole
 
 
 # ---- words and rates -------------------------------------------------------------------------------------------------

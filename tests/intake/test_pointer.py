@@ -403,6 +403,16 @@ def test_a_file_in_the_place_of_one_that_was_to_be_deleted_stays(
     assert weights(source) == [back] and rest
 
 
+def test_a_plan_deletes_nothing(source: Path, tmp_path: Path) -> None:
+    """Not even where the store is finished."""
+    before, how = weights(source), options(tmp_path / "shards")
+    convert_model(source, options(tmp_path / "shards", delete_original=False))
+    prepare(source, how, weights=False).held.close()
+    assert weights(source) == before
+    opened(source, how)
+    assert weights(source) == []
+
+
 def test_weights_that_changed_since_stay(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """While the store was written: what it holds is not what is there."""
     import airllm_nb.intake.written as stores

@@ -58,6 +58,8 @@ class Container(Protocol):
     """Weight files of one kind; they may be on the Hub still, with headers that say what they hold."""
 
     source: Source
+    # Whether weights that are packed can be unpacked first, to be compressed in another way.
+    repacks: bool
 
     @property
     def packed_as(self) -> str:

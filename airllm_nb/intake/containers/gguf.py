@@ -25,7 +25,7 @@ from .container import ToWrite, Weights, dtype_name
 class GGUF:
     """A GGUF file, or of one on the Hub the header alone: its table and the length of the file are the real ones."""
 
-    packed_as = "GGUF"
+    packed_as, repacks = "GGUF", True
 
     def __init__(self, source: Source, headers: Headers):
         self.source, self._path = source, source.gguf_file or source.header

@@ -36,6 +36,8 @@ class Safetensors:
         Asked where the files are not here.
     """
 
+    repacks = False
+
     def __init__(self, source: Source, headers: Headers):
         self.source, self.headers = source, headers
 

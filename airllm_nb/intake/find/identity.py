@@ -16,7 +16,7 @@ from ...store.listing import CachedStore, cached_stores
 from ...store.names import StoreName
 from ...tensors.index import SINGLE_FILE, shard_names
 from .layout import choose
-from .local import clean_name, digest, here
+from .local import clean_name, digest, local_source
 from .picks import Room
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -64,7 +64,7 @@ def fingerprints_at(origin: str) -> set[str]:
     """
     if Path(origin).is_absolute():
         with suppress(AirLLMError, OSError):
-            return {source.fingerprint for source in [here(origin, None, Room())] if source is not None}
+            return {source.fingerprint for source in [local_source(origin, None, Room())] if source is not None}
         return set()
     snapshots = (repository_folder(origin) / "snapshots").glob("*")
     return {print_ for snapshot in snapshots for print_ in _of_snapshot(origin, snapshot)}

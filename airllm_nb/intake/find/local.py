@@ -22,7 +22,7 @@ from .picks import NOT_A_MODEL, Room
 CheckConfig = Callable[[dict[str, Any]], None]
 
 
-def here(text: str, check: CheckConfig | None, room: Room) -> Source | None:
+def local_source(text: str, check: CheckConfig | None, room: Room) -> Source | None:
     """The folder or the file on this machine that a name means; ``None`` if there is none.
 
     Raises

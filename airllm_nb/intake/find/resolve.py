@@ -19,7 +19,7 @@ from ...trace import ProgressCallback, silent
 from .foreign import refuse_foreign
 from .hub import fetch
 from .identity import stored
-from .local import CheckConfig, checked, here
+from .local import CheckConfig, checked, local_source
 from .picks import Room
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def resolve(
     if not text.strip():
         raise SourceError("no model is named; give a Hub id such as org/name, a local folder, or a .gguf file")
     check = _with_foreign(check_config, text)
-    found = here(text, check, room or Room())
+    found = local_source(text, check, room or Room())
     if found is None:
         if "://" in text:
             raise SourceError(f"{text} is a web address; give the part after the host, as org/name, or a local folder")
