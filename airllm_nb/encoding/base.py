@@ -151,6 +151,30 @@ class Plain(Encoding):
 
 
 @dataclass(frozen=True)
+class Stacked(Encoding):
+    """Matrices below one another, as many rows each, in different encodings, which lie in parts of their own.
+
+    Attributes
+    ----------
+    encodings
+        By the names of the parts, from the uppermost on.
+    """
+
+    encodings: tuple[tuple[str, Encoding], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", " + ".join(encoding.name for _, encoding in self.encodings))
+
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
+        for below, (part, encoding) in zip(out.chunk(len(self.encodings)), self.encodings, strict=True):
+            encoding.unpack({"weight": parts[part]}, below)
+
+    def temporary_bytes(self, values: int, device: torch.device) -> int:
+        values //= len(self.encodings)
+        return max(encoding.temporary_bytes(values, device) for _, encoding in self.encodings)
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One weight as it lies in files.
 

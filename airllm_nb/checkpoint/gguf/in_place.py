@@ -9,20 +9,17 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...config import GiB, format_bytes
-from ...encoding.base import Encoded, Encoding, Plain
+from ...encoding.base import Encoded, Encoding, Plain, Stacked
 from ...encoding.ggml import encoding_of
 from ...tensors.index import Extent, TensorInfo
 from .header import GGUFTensor
 from .weights import GGUFWeights
 
 if TYPE_CHECKING:
-    import torch
-
     from ...store.shard import Entry
 
 log = logging.getLogger(__name__)
@@ -81,14 +78,14 @@ def _placed(weights: GGUFWeights, name: str, spec: Entry) -> TensorInfo | Encode
     sources, shape = weights.sources(name), spec.shape
     if len(shape) < 2 or any(source.shape[-1:] != shape[-1:] for source in sources):
         return None
-    packings = [_packing(source.ggml_type) for source in sources]
-    order = None if None in packings else _row_order(weights, name, spec)
+    encodings = [_encoding(source.ggml_type) for source in sources]
+    order = None if None in encodings else _row_order(weights, name, spec)
     if order is None:
         return None
     if len({source.ggml_type for source in sources}) > 1:
-        return _stacked(sources, packings, order, shape)  # type: ignore[arg-type]
-    kind, packing = sources[0].ggml_type, packings[0]
-    assert packing is not None
+        return _stacked(sources, encodings, order, shape)  # type: ignore[arg-type]
+    kind, encoding = sources[0].ggml_type, encodings[0]
+    assert encoding is not None
     nbytes = sum(source.nbytes for source in sources)
     runs = _runs(sources, order, nbytes // len(order))
     few = 4 * math.prod(shape[:-2]) * len(sources)
@@ -99,12 +96,12 @@ def _placed(weights: GGUFWeights, name: str, spec: Entry) -> TensorInfo | Encode
         runs = [Extent(sources[0].path, sources[0].offset, nbytes)]
     info = _info(name, kind, shape, runs)
     if kind in _PLAIN:
-        return Encoded(shape, (packing,), {"weight": info}, None, tuple(order.tolist())) if is_moved else info
+        return Encoded(shape, (encoding,), {"weight": info}, None, tuple(order.tolist())) if is_moved else info
     pieces = None if len(shape) == 2 else 1
-    return Encoded(shape, (packing,), {"weight": info}, pieces, tuple(order.tolist()) if is_moved else None)
+    return Encoded(shape, (encoding,), {"weight": info}, pieces, tuple(order.tolist()) if is_moved else None)
 
 
-def _packing(kind: int) -> Encoding | None:
+def _encoding(kind: int) -> Encoding | None:
     return Plain() if kind in _PLAIN else encoding_of(kind)
 
 
@@ -115,31 +112,9 @@ def _info(name: str, kind: int, shape: tuple[int, ...], extents: list[Extent]) -
     return TensorInfo(name, "U8", (*shape[:-1], row_bytes), tuple(extents))
 
 
-@dataclass(frozen=True)
-class Stacked(Encoding):
-    """Matrices below one another, as many rows each, that are packed in different ways and lie in parts of their own.
-
-    Attributes
-    ----------
-    packings
-        By the names of the parts, from the uppermost on.
-    """
-
-    packings: tuple[tuple[str, Encoding], ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", " + ".join(packing.name for _, packing in self.packings))
-
-    def unpack(self, parts: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        for below, (part, packing) in zip(out.chunk(len(self.packings)), self.packings, strict=True):
-            packing.unpack({"weight": parts[part]}, below)
-
-    def temporary_bytes(self, values: int, device: torch.device) -> int:
-        values //= len(self.packings)
-        return max(packing.temporary_bytes(values, device) for _, packing in self.packings)
-
-
-def _stacked(sources: list[GGUFTensor], packings: list[Encoding], order: Any, shape: tuple[int, ...]) -> Encoded | None:
+def _stacked(
+    sources: list[GGUFTensor], encodings: list[Encoding], order: Any, shape: tuple[int, ...]
+) -> Encoded | None:
     """Of each expert the gate and the up, in a type of its own; ``None`` where their rows lie in another order."""
     import numpy as np
 
@@ -154,7 +129,7 @@ def _stacked(sources: list[GGUFTensor], packings: list[Encoding], order: Any, sh
         source, part = sources[which], f"weight_{number}" if number else "weight"
         whole = Extent(source.path, source.offset, source.nbytes)
         parts[part] = _info(part, source.ggml_type, (*rows.shape, shape[2]), [whole])
-        stack.append((part, packings[which]))
+        stack.append((part, encodings[which]))
     return Encoded(shape, (Stacked(tuple(stack)),), parts, 1)
 
 
