@@ -85,6 +85,8 @@ class EncodedLinear(nn.Module):
         self._parameters.update(meta_parts(encoded))
         bias = torch.empty(self.out_features, dtype=compute_dtype, device="meta") if has_bias else None
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        # In one piece, its rows in order: what may be multiplied as it lies.
+        self._direct = encoded.encoding() if encoded.pieces is None and encoded.order is None else None
         self._view = EncodedWeight(self, {part: part for part in encoded.parts}, encoded, compute_dtype, scratch)
 
     def __getattr__(self, name: str) -> Any:
@@ -119,13 +121,13 @@ class EncodedLinear(nn.Module):
         return self._compute(x.to(self.compute_dtype), bias).to(x.dtype)
 
     def _compute(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        if self.keeps:
+        if self._view.keeps:
             return functional.linear(x, self._view.whole(), bias)
-        order = self._view.order
-        if self.encoded.pieces is None and order is None:
-            product = self.encoded.encoding().multiply(x, self._view.parts, (self.out_features, self.in_features), bias)
+        if self._direct is not None:
+            product = self._direct.multiply(x, self._view.parts, (self.out_features, self.in_features), bias)
             if product is not None:
                 return product
+        order = self._view.order
         with self.timer() if self.timer is not None else contextlib.nullcontext():
             weight = self._view.as_it_lies(0)
         if order is None:
