@@ -15,8 +15,9 @@ MAKEFLAGS += --no-print-directory
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 600
-# Processes that test files are shared out to, each with one thread.
-WORKERS ?= 2
+# Processes that test files are shared out to, each with one thread: one more than CI has cores, as many tests wait for a
+# kernel, a browser or another process.
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed

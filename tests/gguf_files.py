@@ -12,6 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from airllm_nb.checkpoint.gguf.cursor import read_as_array
+
 # Types whose blocks the library cannot make from values → where their float16 scales lie in a block.
 SCALES = {
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
@@ -144,4 +146,5 @@ def dequantised_gguf(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options).eval()
+    with read_as_array():
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options).eval()

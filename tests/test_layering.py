@@ -53,6 +53,7 @@ FILE_LINES, FUNCTION_LINES = 300, 60
 # module: what it may do beside the door, and why
 OPENS = {
     "disk": {"open", "stat", "iterdir"},  # the door
+    "checkpoint.gguf.cursor": {"memmap"},  # as the gguf package calls it, of a file that was read here before
     "tensors.libc": {"mmap"},  # of a descriptor
     "tensors.pages": {"mmap"},  # memory in the place of what a file has lost
     "stream.trial_child": {"open", "loads", "mmap"},  # a script that imports nothing of ours

@@ -36,7 +36,7 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.engine.facade import StreamedModel, plan_model
 from airllm_nb.errors import AirLLMError, CheckpointError, OptionError, SourceError, UnsupportedModelError
-from airllm_nb.intake import prepare
+from airllm_nb.intake import planning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,7 +243,7 @@ def test_transposed_layers(tmp_path: Path, place: str) -> None:
 def test_a_sliced_layer(base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = base()
     adapter = adapted(folder, tmp_path / "adapter", **LLAMA["the head"])
-    monkeypatch.setattr(prepare, "slice_limit", lambda *_: 1 << 14)
+    monkeypatch.setattr(planning, "slice_limit", lambda *_: 1 << 14)
     with AutoModel.from_pretrained(folder, adapter=adapter, **STREAMED) as model:
         assert len(model.native.lm_head.slices) > 1
         assert_equal(model, answers(through_peft(resident(folder), adapter)))

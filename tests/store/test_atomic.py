@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cache import jobs
+from test_cache_command import jobs
 
 from airllm_nb import LoadOptions, plan_model
 from airllm_nb.intake.replacements import POINTER, RECORDS

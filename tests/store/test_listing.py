@@ -11,7 +11,7 @@ from typing import Any
 
 import hub_server
 import pytest
-from test_cache import jobs
+from test_cache_command import jobs
 from test_piecewise import Loader
 
 from airllm_nb import LoadOptions

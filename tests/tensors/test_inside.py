@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cache import jobs
+from test_cache_command import jobs
 
 import airllm_nb
 from airllm_nb import LoadOptions

@@ -24,7 +24,7 @@ from ...tensors.dtypes import DTYPE_NAMES
 from ...trace import ProgressCallback, silent
 from ..rewrite import is_complete, rewrite
 from ..sizes import limited
-from .cursor import called, damaged
+from .cursor import called, damaged, read_as_array
 from .header import GGUFFile, GGUFTensor, dequantised, read_gguf
 from .rope import TENSORS, scale_rope
 
@@ -287,7 +287,8 @@ def _unsupported(file: GGUFFile, known: tuple[str, ...]) -> UnsupportedModelErro
 def _guard(file: GGUFFile) -> Iterator[None]:
     """Errors of transformers' GGUF readers, as one line."""
     try:
-        yield
+        with read_as_array():
+            yield
     except AirLLMError:
         raise
     except ImportError as error:
