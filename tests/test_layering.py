@@ -1,4 +1,4 @@
-"""Imports point down (DESIGN.md), heavy libraries stay in their rooms, and files and functions stay small."""
+"""Imports point down (docs/STRUCTURE.md), heavy libraries stay in their rooms, and files and functions stay small."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ OPENS = {
     "store.atomic": {"open"},  # a folder that is synced, and a file that is made anew
     "checkpoint.hub.sample": {"open"},  # a member of an archive
     "tensors.files": {"mmap"},  # memory
-    "stream.arena": {"mmap"},  # memory
+    "stream.host": {"mmap"},  # memory
     "stream.mapped": {"mmap"},  # a file that was opened through the door
     "checkpoint.gguf.header": {"mmap", "memmap"},  # likewise
 }
@@ -157,7 +157,7 @@ def upward(modules: list[Module], homes: dict[str, str]) -> list[str]:
     wrong = []
     for module in modules:
         if module.room not in ALLOWED:
-            wrong.append(f"{module.at(1)} is in a room that DESIGN.md does not have: {module.room}")
+            wrong.append(f"{module.at(1)} is in a room that there is not: {module.room}")
             continue
         for entry in imports(module):
             found = resolve(modules, entry.target, homes)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from .arena import HostArena
+from .host import HostMemory
 from .page_cache import CachedPieces
 from .reader import CHUNK, Done, Pages, Reader, chunks
 from .ring import CACHE_LINE, LOCKED, PAGE, PAGE_CACHE, PAGEABLE, Place, align, host_room, place
@@ -65,7 +65,7 @@ class StreamMemory:
         self._ram = ram if self._is_copied else LOCKED
         self._files = Reader(direct=direct)
         self.reader: Reader | PageableUnits = self._files
-        self._arenas: list[HostArena] = []
+        self._arenas: list[HostMemory] = []
         self._cached: list[CachedPieces] = []
         self.stops: list[Stop] = []
         try:
@@ -156,12 +156,12 @@ class StreamMemory:
             hosts[unit.name] = _Host(ring.view(room.offset + shift, unit.nbytes), room, None, None)
         return hosts
 
-    def _arena(self, nbytes: int) -> HostArena:
-        arena = HostArena(nbytes)
+    def _arena(self, nbytes: int) -> HostMemory:
+        arena = HostMemory(nbytes)
         self._arenas.append(arena)
         return arena
 
-    def _lock(self, arena: HostArena, offset: int, nbytes: int) -> None:
+    def _lock(self, arena: HostMemory, offset: int, nbytes: int) -> None:
         if not arena.lock(self._device, offset, nbytes):
             log.warning("%d bytes of RAM could not be locked; they are copied to the GPU slowly", nbytes)
 

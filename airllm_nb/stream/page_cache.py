@@ -22,7 +22,7 @@ from ..tensors import libc
 from ..tensors.files import read_exactly
 from ..tensors.index import Extent
 from ..tensors.pages import map_pages
-from .arena import READ_ONLY, register, unregister
+from .host import READ_ONLY, register, unregister
 from .ring import PAGE, align
 from .unit import Piece
 

@@ -15,7 +15,7 @@ import torch
 
 from ..disk import status
 from ..tensors.index import Extent
-from .arena import HostArena
+from .host import HostMemory
 from .reader import Reader
 from .ring import PAGE
 from .unit import Piece
@@ -35,7 +35,7 @@ def disk_bandwidth(path: Path, direct: bool = False) -> float:
         return FALLBACK
     # Anywhere but where an earlier probe read: its bytes are cached, the rest of the file may not be.
     cursor = random.randrange(length - size + 1) // PAGE * PAGE
-    reader, arena = Reader(direct=direct), HostArena(size)
+    reader, arena = Reader(direct=direct), HostMemory(size)
     memory = arena.view(0, size).zero_()
     done, start = 0, time.perf_counter()
     try:
@@ -60,7 +60,7 @@ def _read(reader: Reader, extent: Extent, into: memoryview) -> None:
 def link_bandwidth(device: torch.device) -> float:
     """Bytes a second from locked host memory to ``device``; of a copy in memory where that is a CPU."""
     target = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    arena = HostArena(COPY_BYTES)
+    arena = HostMemory(COPY_BYTES)
     source = arena.view(0, COPY_BYTES).zero_()
     if device.type == "cuda":
         arena.lock(device)

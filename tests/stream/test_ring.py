@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airllm_nb.errors import ClosedError
-from airllm_nb.stream.arena import HostArena
+from airllm_nb.stream.host import HostMemory
 from airllm_nb.stream.ring import PAGE, Place, align, place
 from airllm_nb.stream.schedule import Schedule
 
@@ -90,7 +90,7 @@ def test_everything_fits_at_once_where_there_is_room(sizes: list[int], spare: in
 
 
 def test_host_memory_is_zeroed_aligned_and_given_back() -> None:
-    arena = HostArena(3 * PAGE + 1)
+    arena = HostMemory(3 * PAGE + 1)
     assert arena.nbytes == 4 * PAGE
     view = arena.view(PAGE, 10)
     assert view.data_ptr() % PAGE == 0

@@ -15,7 +15,7 @@ from airllm_nb import AutoModel
 from airllm_nb.engine import facade, machine
 from airllm_nb.errors import BudgetError
 from airllm_nb.stream import trial
-from airllm_nb.stream.arena import HostArena
+from airllm_nb.stream.host import HostMemory
 from airllm_nb.stream.ring import LOCKED, PAGE_CACHE, PAGEABLE
 from airllm_nb.timeline import last_sweep
 
@@ -99,7 +99,7 @@ def test_the_real_trial_finds_a_way_and_remembers_it(checkpoint, tmp_path, monke
 
 
 def test_a_refused_lock_leaves_the_device_usable():
-    arena, device = HostArena(1 << 20), torch.device("cuda", 0)
+    arena, device = HostMemory(1 << 20), torch.device("cuda", 0)
     assert arena.lock(device)
     assert not arena.lock(device), "it is locked already"
     assert (torch.ones(4, device=device) * 2).sum().item() == 8

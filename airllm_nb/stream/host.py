@@ -17,7 +17,7 @@ from .ring import PAGE, align
 READ_ONLY = 8
 
 
-class HostArena:
+class HostMemory:
     """Page-aligned anonymous host memory in one mapping, given back on :meth:`close`.
 
     Parameters
