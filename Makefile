@@ -59,7 +59,8 @@ demo: $(STAMP) ## run notebooks/quickstart.ipynb on a real model; leaves it and 
 
 test: lint browser test-floor kernels formats triton ## lint, the core tests on the oldest transformers, then the whole suite
 	@echo "== the whole suite"
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## the tests that need a GPU; `make test` compares on the CPU, GPU or not
 	@$(BIN)/python -m pytest -q -m gpu $(PYTEST_ARGS)

@@ -58,7 +58,7 @@ def pytest_sessionstart() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Files that take minutes begin first, so that no process is left with one at the end.
-    items.sort(key=lambda item: "whole" not in item.path.parts)
+    items.sort(key=lambda item: item.path.parent.name not in ("notebook", "whole"))
     missing: dict[str, str | None] = {}
     for item in items:
         for marker, reason in (("gpu", _no_gpu), ("browser", _no_browser)):
