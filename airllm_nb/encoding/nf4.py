@@ -74,7 +74,7 @@ class NF4(Encoding):
         out.copy_(values.view(-1, columns))
 
     def temporary_bytes(self, values: int, device: torch.device) -> int:
-        if not has_kernels(device):
+        if self.transposed or not has_kernels(device):  # rows of the scratch may lie apart, which PyTorch fills
             return super().temporary_bytes(values, device)
         return self.whole_bytes(values) if self.nested else 0
 

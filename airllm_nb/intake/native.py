@@ -15,6 +15,7 @@ from ..encoding.base import Encoded
 from ..encoding.names import split, stand_ins
 from ..errors import CheckpointError, UnsupportedModelError
 from ..model.skeleton import lacking
+from ..tensors.dtypes import torch_dtype
 from ..tensors.index import Extent, TensorInfo
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,10 @@ def native_weights(
     else:
         _refuse_scaled(native, index, source, skeleton)
         _refuse_unsaid(native, index, skeleton)
-    return split(native, packed)
+    plain, packed = split(native, packed)
+    for info in plain.values():
+        torch_dtype(info)  # what nothing here can compute with is said now, not by whoever casts or encodes it
+    return plain, packed
 
 
 def _refuse_scaled(

@@ -183,6 +183,8 @@ class Executor:
             module.timer = None
         for feed in {id(feed): feed for _, feed in self.feeds}.values():
             feed.close()
+        if self._streamed is not None:  # also where building was interrupted before its units were followed
+            self._streamed.close()
         self.feeds.clear()
         self._resident.close()
         self.recorder.prefetcher = self._streamed = None

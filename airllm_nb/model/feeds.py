@@ -5,6 +5,7 @@ What stays bound between forwards has a feed of its own, see :mod:`~airllm_nb.mo
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,16 +93,20 @@ class Streamed(InPlace):
             arena_bytes=plan.arena_bytes, ring_bytes=plan.ring_bytes, ram=plan.machine.ram,
             direct=plan.machine.direct,
         )  # fmt: skip
-        self.prefetcher = Prefetcher(
-            self._memory.stops, self._memory.reader, copier, depth, recorder.clock, cancelled,
-            Schedule.of(range(len(units))),
-        )  # fmt: skip
-        self._index = {unit.name: index for index, unit in enumerate(units)}
-        # A unit's memory has one address for the life of the plan: parameters are made once, as views of it.
-        for unit, stop in zip(units, self._memory.stops, strict=True):
-            memory = stop.host if stop.device is None else stop.device
-            assert memory is not None, "a unit that is not copied is computed in host memory"
-            self.add(unit, [_typed_view(memory, binding) for binding in unit.bindings])
+        with contextlib.ExitStack() as undone:  # where this is interrupted, nobody else knows of memory and threads
+            undone.callback(self._memory.close)
+            self.prefetcher = Prefetcher(
+                self._memory.stops, self._memory.reader, copier, depth, recorder.clock, cancelled,
+                Schedule.of(range(len(units))),
+            )  # fmt: skip
+            undone.callback(self.prefetcher.close)
+            self._index = {unit.name: index for index, unit in enumerate(units)}
+            # A unit's memory has one address for the life of the plan: parameters are made once, as views of it.
+            for unit, stop in zip(units, self._memory.stops, strict=True):
+                memory = stop.host if stop.device is None else stop.device
+                assert memory is not None, "a unit that is not copied is computed in host memory"
+                self.add(unit, [_typed_view(memory, binding) for binding in unit.bindings])
+            undone.pop_all()
 
     def begin(self) -> None:
         """A sweep begins: what an interrupted one has left is forgotten."""

@@ -106,13 +106,17 @@ class Writer:
         # Shards with other names were cut in another way.
         others = {path.name for path in self.folder.glob("*.safetensors") if is_shard(path.name)}
         others -= {job.file for portion in portions for job in portion.writes}
-        for leftover in (*unfinished_shards(self.folder), *(self.folder / name for name in others)):
+        for leftover in unfinished_shards(self.folder):
             leftover.unlink(missing_ok=True)
         journal = Journal(self.folder, self.meta.key, self._of_manifest())
         done = self._done(portions, journal)
         self._check_space(portions, done)
         journal.start()
-        (self.folder / MANIFEST).unlink(missing_ok=True)  # of a damaged store: what is true in it, the journal has
+        for name in others:
+            (self.folder / name).unlink(missing_ok=True)
+        if any(portion.file is not None for portion in portions):
+            # Of a damaged store: what is true in it, the journal has, and soon the weight files are not all here.
+            (self.folder / MANIFEST).unlink(missing_ok=True)
         self._total = sum(job.nbytes for portion in portions for job in portion.writes)
         self._reached = sum(done.values())
         for portion in portions:

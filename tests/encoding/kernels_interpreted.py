@@ -73,8 +73,9 @@ def test_ends(found: Encoding, rows: int, columns: int, monkeypatch: pytest.Monk
 
 
 @every_type
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_products_with_blocks(kind: Kind, has_bias: bool) -> None:
+def test_products_with_blocks(kind: Kind) -> None:
+    """Half of the types with a bias: what adds it is the same for all."""
+    has_bias = int(kind) % 2 == 0
     weight, found = random_rows(kind, rows=3, columns=1280), encoding_of(int(kind))
     assert found is not None
     x, bias = torch.randn(1, 1, 1280), torch.randn(3) if has_bias else None

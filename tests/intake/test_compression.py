@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import pytest
 import torch
 
 from airllm_nb import AutoModel
-from airllm_nb.errors import OptionError
+from airllm_nb.errors import CheckpointError, OptionError
 from airllm_nb.intake.pointer import POINTER
 
 PROMPT = [{"role": "user", "content": "Name three rivers in Europe."}]
 
 
-def greedy(model, ids, tokens=24):
+def greedy(model, ids, tokens=16):
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
 
 
@@ -29,30 +30,30 @@ def smollm2_4bit(smollm2_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def library_4bit(smollm2_folder):
-    """The same checkpoint through transformers and bitsandbytes, computing on the plain packing.
+    """Ids, logits and text of the same checkpoint by transformers and bitsandbytes, computing on the plain packing.
 
     On some CPUs bitsandbytes repacks the weights for a kernel that rounds otherwise; what is compared is the format.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.bfloat16, quantization_config=config)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    ids = tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        return ids, model.eval()(ids).logits, greedy(model, ids)
 
 
 @pytest.mark.parametrize("budgets", [{}, {"ram_budget": "70MiB"}, {"vram_budget": "200MiB", "ram_budget": "80MiB"}])
 def test_4bit_equals_the_library(smollm2_folder, smollm2_4bit, library_4bit, budgets):
-    shards, _ = smollm2_4bit
+    shards, (ids, logits, tokens) = smollm2_4bit[0], library_4bit
     options = {"compression": "4bit", "layer_shards_saving_path": shards, "max_seq_len": 128, **budgets}
     with AutoModel.from_pretrained(smollm2_folder, **options) as model:
-        ids = model.tokenizer.apply_chat_template(PROMPT, add_generation_prompt=True, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            expected = library_4bit(ids).logits
-        assert torch.equal(model(ids).logits, expected)
-        assert torch.equal(greedy(model, ids), greedy(library_4bit, ids))
+        assert torch.equal(model(ids).logits, logits)
+        assert torch.equal(greedy(model, ids), tokens)
 
 
 def test_4bit_moves_the_encoded_bytes(smollm2_folder, smollm2_4bit):
@@ -161,3 +162,26 @@ def test_what_is_read_without_a_call_stays_whole(model_type: str, tmp_path: Path
     with AutoModel.from_pretrained(tmp_path / "source", **how) as model:
         logits = model(tiny_models.IDS).logits
     assert torch.nn.functional.cosine_similarity(logits.flatten(), exact.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("compression", [None, "4bit", "8bit"])
+def test_a_dtype_that_nothing_computes_with_is_named(tiny_llama, tmp_path, compression):
+    """Whatever is done with the weights: here two values of 4 bits a byte."""
+    folder = shutil.copytree(tiny_llama(), tmp_path / "model")
+    name, file = "model.layers.1.mlp.up_proj.weight", folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header.pop("__metadata__", None)
+    raw, entries = b"", {}
+    for key, entry in header.items():
+        begin, end = entry["data_offsets"]
+        values = body[begin : end if key != name else begin + (end - begin) // 8]
+        entries[key] = entry | {"data_offsets": [len(raw), len(raw) + len(values)]}
+        raw += values
+    entries[name]["dtype"] = "F4"
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw)
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight is F4, which nothing here can compute with"):
+        AutoModel.from_pretrained(folder, compression=compression, layer_shards_saving_path=tmp_path / "shards")

@@ -43,11 +43,11 @@ def read_as_array() -> Iterator[None]:
     """
     from gguf import gguf_reader
 
-    before, gguf_reader.np = gguf_reader.np, _Arrays()
+    gguf_reader.np = _Arrays()
     try:
         yield
     finally:
-        gguf_reader.np = before
+        gguf_reader.np = np
 
 
 class Truncated(CheckpointError):
