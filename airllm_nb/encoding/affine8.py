@@ -19,6 +19,7 @@ class Affine8(Encoding):
     name = "affine8"
     compression = "8bit"
     spare = 0.0
+    kernel = "affine8"
     block = 32
 
     def row_steps(self, columns: int) -> dict[str, int] | None:

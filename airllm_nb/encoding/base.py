@@ -54,7 +54,8 @@ class Encoding:
         Device memory that each value of a chunk takes while it is unpacked, beside its place in the matrix: bytes that
         PyTorch's allocator reserves, which are more than there are at once.
     kernel
-        The one of :mod:`.kernels` that unpacks it, with no memory beside the matrix; empty if there is none.
+        Those of :mod:`.kernels` that unpack it, with no memory beside the matrix, or multiply it; empty if there is
+        none.
     transposed
         Whether the columns lie one after the other: :meth:`unpack` then fills ``[columns, rows]``.
     """

@@ -34,6 +34,7 @@ class Int8(Encoding):
 
     name = "int8"
     spare = 1.0
+    kernel = "int8"
 
     def row_steps(self, columns: int) -> dict[str, int] | None:
         return None if self.transposed else {"weight": 1, "scale": 1}

@@ -40,6 +40,7 @@ class NF4(Encoding):
     name = "nf4"
     compression = "4bit"
     spare = 5.5
+    kernel = "nf4"
     block: int = 64
     nested: int = 0
     offset: float = 0.0
@@ -85,7 +86,9 @@ class NF4(Encoding):
     def multiply(
         self, x: torch.Tensor, parts: Parts, shape: tuple[int, int], bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """By bitsandbytes' kernel; ``None`` where it has none or would dequantise."""
+        """By a kernel of ours for one vector, by bitsandbytes' for a few; ``None`` where it would dequantise."""
+        if (product := super().multiply(x, parts, shape, bias)) is not None:
+            return product
         if self.transposed or not _is_fused(x, shape[0], self.block):  # asked first: absmax may not be needed
             return None
         bnb = _bitsandbytes()
@@ -93,8 +96,12 @@ class NF4(Encoding):
             absmax=self._absmax(parts), shape=torch.Size(shape), code=_code(self.name, x.device), blocksize=self.block,
             quant_type=self.name, dtype=x.dtype,
         )  # fmt: skip
-        product: torch.Tensor = bnb.matmul_4bit(x, parts["weight"].view(-1, 1).t(), quant_state=state, bias=bias)
-        return product
+        made: torch.Tensor = bnb.matmul_4bit(x, parts["weight"].view(-1, 1).t(), quant_state=state, bias=bias)
+        return made
+
+    def code(self, device: torch.device) -> torch.Tensor:
+        """The values that 4 bits stand for, in float32."""
+        return _values(self.name, device)
 
     def _absmax(self, parts: Parts) -> torch.Tensor:
         """The absmax of every block in float32."""
@@ -127,6 +134,11 @@ class NF4(Encoding):
 class FP4(NF4):
     name = "fp4"
     compression = ""
+
+
+@functools.cache
+def _values(kind: str, device: torch.device) -> torch.Tensor:
+    return torch.tensor(CODES[kind], dtype=torch.float32, device=device)
 
 
 @functools.cache

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from airllm_nb.encoding.affine8 import Affine8
 from airllm_nb.encoding.awq import AWQ
 from airllm_nb.encoding.base import Encoding
+from airllm_nb.encoding.bnb import Int8
 from airllm_nb.encoding.fp8 import FP8
 from airllm_nb.encoding.gptq import GPTQ
 from airllm_nb.encoding.kernels import launch as kernels
 from airllm_nb.encoding.mxfp4 import MXFP4
+from airllm_nb.encoding.nf4 import FP4, NF4
 
 Parts = dict[str, torch.Tensor]
 ROWS, COLUMNS, GROUP = 64, 160, 32
@@ -23,15 +26,27 @@ SCALED = [FP8((128, 128)), FP8((24, 64), True), FP8((1, None)), FP8((None, None)
 # Everything but GGUF's types.
 PACKINGS = [*WORDS, GPTQ(4, 12, 1), AWQ(GROUP), AWQ(8), MXFP4(), *SCALED]
 WITH_PRODUCT = [found for found in PACKINGS if not isinstance(found, MXFP4) and not getattr(found, "even", None)]
+# What is multiplied out of slots, and its shape in the tests: more rows and columns than a program takes at once, and
+# not a multiple of it.
+OF_SLOTS: list[tuple[Encoding, int, int]] = [
+    (NF4(), 37, 1216), (NF4(64, 256, 0.125), 21, 192), (FP4(32), 16, 96), (Affine8(), 37, 1184), (Int8(), 21, 1070),
+]  # fmt: skip
 
 
-def parts_of(found: Encoding, rows: int = ROWS, columns: int = COLUMNS) -> Parts:
+def parts_of(found: Encoding, rows: int = ROWS, columns: int = COLUMNS, seed: int = 0) -> Parts:
     """Of a matrix ``[rows, columns]`` as it lies: random, but for the scales."""
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, generator=random)
 
+    if isinstance(found, NF4):
+        return nf4_parts(found, rows, columns, random)
+    if isinstance(found, Affine8):
+        return found.encode(torch.randn(rows, columns, generator=random))
+    if isinstance(found, Int8):
+        weight = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, generator=random)
+        return {"weight": weight, "scale": torch.rand(rows, generator=random)}
     if isinstance(found, MXFP4):
         scale = torch.randint(110, 136, (rows, columns // 32), dtype=torch.uint8, generator=random)
         return {"weight": noise(rows, columns // 8).view(torch.uint8), "scale": scale}
@@ -51,6 +66,44 @@ def parts_of(found: Encoding, rows: int = ROWS, columns: int = COLUMNS) -> Parts
     if getattr(found, "even", None):
         parts["group_index"] = torch.randperm(rows, generator=random).int() // GROUP
     return parts
+
+
+def nf4_parts(found: NF4, rows: int, columns: int, random: torch.Generator) -> Parts:
+    weight = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=random)
+    absmax = torch.rand(rows, columns // found.block, generator=random)
+    if not found.nested:
+        return {"weight": weight, "absmax": absmax}
+    return {
+        "weight": weight, "absmax": (absmax * 255).to(torch.uint8),
+        "nested_absmax": torch.rand(-(-absmax.numel() // found.nested), generator=random),
+        "nested_quant_map": torch.rand(256, generator=random),
+    }  # fmt: skip
+
+
+def stacked(found: Encoding, matrices: int, rows: int, columns: int) -> Parts:
+    """Parts of so many matrices, none like the other."""
+    each = [parts_of(found, rows, columns, seed) for seed in range(matrices)]
+    return {name: torch.stack([parts[name] for parts in each]) for name in each[0]}
+
+
+def in_float64(found: Encoding, parts: Parts, rows: int, columns: int) -> torch.Tensor:
+    """``[matrices, rows, columns]``, unpacked in float32 without kernels."""
+    shape, number = (columns, rows) if found.transposed else (rows, columns), len(parts["weight"])
+    device = parts["weight"].device
+    each = [
+        by_pytorch(found, {name: part[i] for name, part in parts.items()}, empty(*shape, device=device))
+        for i in range(number)
+    ]
+    return torch.stack([matrix.t() if found.transposed else matrix for matrix in each]).double()
+
+
+def by_slots(found: Encoding, x: torch.Tensor, parts: Parts, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """``out``, filled by a kernel and nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "usable", lambda device: True)
+        patch.setattr(kernels, "_launch", lambda key, work: work() is not False)
+        assert kernels.multiply_slots(found, x, parts, slots, out)
+    return out
 
 
 def by_kernel(found: Encoding, parts: Parts, out: torch.Tensor) -> torch.Tensor:
@@ -73,7 +126,7 @@ def by_product(found: Encoding, parts: Parts, x: torch.Tensor, rows: int, bias: 
     """``x @ weight.T + bias`` by a kernel on the packed bytes, and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "usable", lambda device: True)
-        patch.setattr(kernels, "_launch", lambda key, work: work() is None)
+        patch.setattr(kernels, "_launch", lambda key, work: work() is not False)
         product = found.multiply(x, parts, (rows, x.shape[-1]), bias)
     assert product is not None
     return product

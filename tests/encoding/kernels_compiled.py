@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from airllm_nb.encoding.ggml import encoding_of
-from airllm_nb.encoding.kernels import triton_blocks, triton_fp8, triton_words
+from airllm_nb.encoding.kernels import triton_blocks, triton_bytes, triton_fp8, triton_nf4, triton_words
 
 # Compute capability, and what models are computed in there. What unpacks is compiled for one, products for the other.
 T4, H100 = (75, "*fp16"), (90, "*bf16")
@@ -61,3 +61,20 @@ def test_fp8(scale: str, is_e5m2: bool) -> None:
 def test_mxfp4(gpu: tuple[int, str]) -> None:
     types = {"blocks": "*u8", "scales": "*u8", "powers": "*fp32", "out": "float"}
     compile_for(gpu, triton_words.unpack_mxfp4, {"BLOCK": 1024}, **types)
+
+
+@pytest.mark.parametrize("gpu", [T4, H100])
+@pytest.mark.parametrize("nested", [0, 256])
+def test_nf4(gpu: tuple[int, str], nested: int) -> None:
+    constants = {"BLOCK": 64, "NESTED": nested, "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": 16, "BLOCKS": 16}
+    types = {"weight": "*u8", "absmax": "*u8" if nested else "*fp32", "nested_absmax": "*fp32", "quant_map": "*fp32",
+             "code": "*fp32", "slots": "*i32", "offset": "fp32"}  # fmt: skip
+    compile_for(gpu, triton_nf4.multiply_nf4, constants, **types, x="float", bias="float", out="float")
+
+
+@pytest.mark.parametrize("gpu", [T4, H100])
+@pytest.mark.parametrize(("weight", "block"), [("*u8", 32), ("*i8", 0)])
+def test_bytes(gpu: tuple[int, str], weight: str, block: int) -> None:
+    constants = {"BLOCK": block, "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": 16, "BLOCKS": 16}
+    types = {"weight": weight, "scale": "*fp16", "minimum": "*fp16", "slots": "*i32", "factor": "fp32"}
+    compile_for(gpu, triton_bytes.multiply_bytes, constants, **types, x="float", bias="float", out="float")

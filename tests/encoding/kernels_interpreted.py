@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_cases import (
     COLUMNS,
+    OF_SLOTS,
     PACKINGS,
     ROWS,
     WITH_PRODUCT,
@@ -15,18 +16,24 @@ from kernel_cases import (
     by_kernel,
     by_product,
     by_pytorch,
+    by_slots,
     empty,
+    in_float64,
     parts_of,
+    stacked,
 )
 from test_ggml import Kind, every_type, random_rows, reference
 
+from airllm_nb.encoding.affine8 import Affine8
 from airllm_nb.encoding.awq import AWQ
 from airllm_nb.encoding.base import Encoding
+from airllm_nb.encoding.bnb import Int8
 from airllm_nb.encoding.fp8 import FP8
 from airllm_nb.encoding.ggml import encoding_of
 from airllm_nb.encoding.gptq import GPTQ
 from airllm_nb.encoding.kernels import launch
 from airllm_nb.encoding.mxfp4 import MXFP4
+from airllm_nb.encoding.nf4 import NF4
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +106,40 @@ def assert_product(found: Encoding, parts: Parts, weight: torch.Tensor, has_bias
     for vector in (x, torch.stack([x, x * 2], -1)[..., 0]):  # its values lie apart
         out = by_product(found, parts, vector, len(weight), bias)
         assert torch.allclose(out, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(("found", "rows", "columns"), OF_SLOTS, ids=str)
+def test_products_out_of_slots(found: Encoding, rows: int, columns: int) -> None:
+    """Each vector with a matrix of its own, a matrix twice, and padding; one vector for all alike."""
+    parts, slots = stacked(found, 4, rows, columns), torch.tensor([2, 0, -1, 2, 3])
+    weight = in_float64(found, parts, rows, columns)
+    for x in (torch.randn(5, columns), torch.randn(1, columns), torch.randn(columns, 5).t()):
+        wanted = torch.einsum("nrc,nc->nr", weight[slots], x.double().expand(5, -1))
+        wanted[2] = 0
+        out = torch.full((5, 2, rows), torch.nan)[:, 1]  # the half of another
+        by_slots(found, x, parts, slots.int() if len(x) == 1 else slots, out)
+        assert torch.allclose(out.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+        assert not out[2].count_nonzero()
+
+
+@pytest.mark.parametrize(("found", "rows", "columns"), OF_SLOTS, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_of_one_matrix(found: Encoding, rows: int, columns: int, has_bias: bool) -> None:
+    parts = parts_of(found, rows, columns)
+    assert_product(found, parts, by_pytorch(found, parts, empty(rows, columns)), has_bias)
+
+
+@pytest.mark.parametrize("found", [NF4(), NF4(transposed=True), Affine8(), Int8(transposed=True)], ids=str)
+def test_what_they_do_not_serve(found: Encoding) -> None:
+    """Blocks that cross rows, matrices that lie the other way round: PyTorch does those, and nothing is said."""
+    columns = COLUMNS if found.transposed else COLUMNS + 16
+    parts = {
+        name: torch.zeros(1, 1, 1, dtype=torch.uint8) for name in ("weight", "absmax", "spread", "minimum", "scale")
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "usable", lambda device: True)
+        assert not launch.multiply_slots(
+            found, torch.ones(1, columns), parts, torch.zeros(1).int(), torch.ones(1, ROWS)
+        )
+        assert launch.multiply(found, torch.ones(1, columns), parts, ROWS, None) is None
+    assert not launch._failed

@@ -1,9 +1,9 @@
 """Kernels of our own, where Triton is there (PyTorch for CUDA brings it on Linux) and the GPU is not too old.
 
 One unpacks a matrix, with no memory beside it; one multiplies the packed bytes with a single vector, the next token's,
-which then reads nothing else. PyTorch alone can do the same (:meth:`.Encoding.unpack`) in some ten launches and with
-memory for what is between them, which on a fast link takes longer than the copy. The first use of a kernel compiles it,
-for a second; Triton keeps what it compiled on disk.
+which then reads nothing else, or each of a few vectors with a matrix of its own (:mod:`.slots`). PyTorch alone can do
+the same (:meth:`.Encoding.unpack`) in some ten launches and with memory for what is between them, which on a fast link
+takes longer than the copy. The first use of a kernel compiles it, for a second; Triton keeps what it compiled on disk.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .slots import SLOTS
+from .slots import run as _run
 
 if TYPE_CHECKING:
     from ..base import Encoding, Parts
@@ -51,13 +54,48 @@ def multiply(
     """
     has_gradient = torch.is_grad_enabled() and x.requires_grad  # which no kernel here passes on
     # With inputs in an order, unpacking is not slower.
-    if encoding.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
+    if not _multiplies(encoding) or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
         return None
     if not usable(x.device) or _failed[key := _key("multiply", encoding, x.device)] > 1:
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
     vector = x.contiguous().view(-1)
-    return out if _launch(key, lambda: MULTIPLY[encoding.kernel](encoding, vector, parts, bias, out)) else None
+    if (alone := MULTIPLY.get(encoding.kernel)) is not None:
+        return out if _launch(key, lambda: alone(encoding, vector, parts, bias, out)) else None
+    product, below = SLOTS[encoding.kernel], out.view(1, -1)
+    return out if _launch(key, lambda: product(encoding, vector[None], parts, None, bias, below)) else None
+
+
+def multiply_slots(encoding: Encoding, x: torch.Tensor, parts: Parts, slots: torch.Tensor, out: torch.Tensor) -> bool:
+    """``out[i] = x[i] @ matrix[slots[i]].T``: a few vectors, each with a matrix of its own, if there is a kernel.
+
+    It never waits for the device, and what it launches depends on shapes alone: it may be captured in a graph. It is
+    given in float32 precision, the same bits each time.
+
+    Parameters
+    ----------
+    x
+        ``[n, columns]``, or ``[1, columns]`` for all alike; of a floating dtype.
+    parts
+        Attribute → ``[matrices, *shape of one]``, contiguous; a matrix is what :meth:`.Encoding.unpack` makes of one.
+    slots
+        ``[n]`` on the device, of an integer dtype; -1 gives zeros.
+    out
+        ``[n, rows]`` of a floating dtype, rows contiguous; they may lie apart.
+
+    Returns
+    -------
+    bool
+        Whether there was.
+    """
+    if encoding.kernel not in SLOTS or not usable(x.device) or _failed[key := _key("slots", encoding, x.device)] > 1:
+        return False
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return not out.numel() or _launch(key, lambda: SLOTS[encoding.kernel](encoding, x, parts, slots, None, out))
+
+
+def _multiplies(encoding: Encoding) -> bool:
+    return encoding.kernel in MULTIPLY or encoding.kernel in SLOTS
 
 
 def usable(device: torch.device) -> bool:
@@ -85,10 +123,10 @@ def _key(what: str, encoding: Encoding, device: torch.device) -> _Key:
     return what, f"{type(encoding).__name__}: {encoding.name}", device
 
 
-def _launch(key: _Key, launch: Callable[[], None]) -> bool:
-    """Whether it went well. What failed is tried once more: Ctrl-C ends a compiler as well."""
+def _launch(key: _Key, launch: Callable[[], bool | None]) -> bool:
+    """Whether it was done. What failed is tried once more: Ctrl-C ends a compiler as well."""
     try:
-        launch()
+        return launch() is not False
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # no compiler, no headers: Triton has a class of error for each
@@ -98,7 +136,6 @@ def _launch(key: _Key, launch: Callable[[], None]) -> bool:
         log.log(level, "PyTorch does it, as Triton's kernel failed (%s %s): %s: %s", *key[:2],
                 type(error).__name__, reason)  # fmt: skip
         return False
-    return True
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -209,12 +246,6 @@ def _tile(columns: int) -> int:
 
 def _tiles(columns: int) -> int:
     return -(-columns // _tile(columns))
-
-
-def _run(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **constants: Any) -> None:
-    """On the current stream of the device of ``out``."""
-    with torch.cuda.device_of(out):
-        kernel[grid](*arguments, **constants)
 
 
 _UNPACK: dict[str, Callable[..., None]] = {
