@@ -35,6 +35,7 @@ MEASURING = (
     Flag("--keep", action="store_true", help="keep the synthetic checkpoint for the next time"),
     Flag("--sweeps", type=int, default=5, metavar="N", help="sweeps to measure, after the prompt's; default: 5"),
     Flag("--batch", type=int, default=1, metavar="N", help="sequences at once; default: 1"),
+    Flag("--routing", choices=["uniform", "local"], help="have experts chosen evenly, or as locally as on text"),
     Flag("--cap", action="store_true", help="enforce --vram: what this process allocates above it fails"),
 )
 

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from airllm_nb.bench import synthetic
-from airllm_nb.bench.shapes import shape_config, weights_by_file
+from airllm_nb.bench.shapes import shape_config, tensors_by_file
 from airllm_nb.tensors.index import ITEMSIZE
 
 GROUP = 128
@@ -103,16 +103,17 @@ def write_safetensors(folder: Path, shape: str, layers: int, kind: str) -> None:
     """One file a layer, config and tokenizer as a synthetic checkpoint of this shape has them."""
     pack, settings = FORMATS[kind]
     config = shape_config(shape, layers)
-    *blocks, rest = weights_by_file(config)
+    *blocks, rest = tensors_by_file(config)
     synthetic._write_companions(folder, config | {"quantization_config": settings}, {})
     for number, group in enumerate([*blocks, rest]):
         tensors: Tensors = {}
-        for name, size in group.items():
+        sizes = {name: info.shape for name, info in group.items()}
+        for name, size in sizes.items():
             is_packed = len(size) == 2 and group is not rest
             packed = pack(name.removesuffix(".weight"), *size) if is_packed else {name: ("BF16", size)}
             tensors |= packed
         with (folder / f"model-{number:05d}.safetensors").open("wb") as file:
-            _write_tensors(file, tensors, group)
+            _write_tensors(file, tensors, sizes)
 
 
 def _write_tensors(file: Any, tensors: Tensors, group: dict[str, tuple[int, ...]]) -> None:
@@ -160,7 +161,7 @@ def write_gguf(path: Path, shape: str, layers: int, kind: str) -> None:
     writer.add_token_merges(["a b", "c d"])  # transformers takes a list of one for its only entry
     names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
              "lm_head.weight": "output.weight"}  # fmt: skip
-    sizes = {_gguf_name(name, names): size for group in weights_by_file(config) for name, size in group.items()}
+    sizes = {_gguf_name(name, names): each.shape for file in tensors_by_file(config) for name, each in file.items()}
     made = gguf.GGMLQuantizationType[kind]
     block, nbytes = gguf.GGML_QUANT_SIZES[made]
     for name, size in sizes.items():

@@ -26,6 +26,7 @@ from ..store.names import SYNTHETIC
 from ..trace import Progress, ProgressCallback, silent
 from . import synthetic
 from .result import BenchResult
+from .routing import Routing
 
 POLL = 0.1
 # Of a synthetic model, where no number is given.
@@ -34,7 +35,7 @@ LAYERS = 4
 
 def bench_model(
     model: str | Path, options: LoadOptions | None = None, *, sweeps: int = 5, prompt_tokens: int = 16, batch: int = 1,
-    cap: bool = False, progress: ProgressCallback = silent,
+    cap: bool = False, routing: str | None = None, progress: ProgressCallback = silent,
 ) -> BenchResult:  # fmt: skip
     """Open a model, warm it up, measure it and close it.
 
@@ -46,6 +47,9 @@ def bench_model(
         Sweeps after the one over the prompt, each a token; length of the prompt of random tokens; sequences.
     cap
         Enforce the VRAM budget: PyTorch's allocator then fails above it.
+    routing
+        Of a mixture, how tokens are routed to experts: one of :data:`~airllm_nb.bench.routing.ROUTINGS`; ``None`` is as
+        the model does.
 
     Raises
     ------
@@ -63,38 +67,40 @@ def bench_model(
         start = time.perf_counter()
         with open_model(model, options, progress=progress) as opened:
             seconds = time.perf_counter() - start
-            result = _measure(opened, sweeps, prompt_tokens, batch, progress)
+            result = _measure(opened, sweeps, prompt_tokens, batch, routing, progress)
     return dataclasses.replace(result, open_seconds=seconds, vram_cap=options.vram_budget if cap else None)
 
 
 def bench_open(
     model: StreamedModel, *, sweeps: int = 5, prompt_tokens: int = 16, batch: int = 1,
-    progress: ProgressCallback = silent,
+    routing: str | None = None, progress: ProgressCallback = silent,
 ) -> BenchResult:  # fmt: skip
     """:func:`bench_model` of a model that is open, as it is; it stays open."""
     _positive(sweeps=sweeps, prompt_tokens=prompt_tokens, batch=batch)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
-    return _measure(model, sweeps, prompt_tokens, batch, progress)
+    return _measure(model, sweeps, prompt_tokens, batch, routing, progress)
 
 
 def bench_synthetic(
     shape: str, layers: int, options: LoadOptions | None = None, *, keep: bool = False, cap: bool = False,
-    progress: ProgressCallback = silent, **measured: int,
+    routing: str | None = None, progress: ProgressCallback = silent, **measured: int,
 ) -> BenchResult:  # fmt: skip
     """:func:`bench_model` of a known shape with random weights, which are deleted again unless ``keep``.
 
-    A checkpoint that an earlier call kept is used, and stays.
+    A checkpoint that an earlier call kept is used, and stays. A mixture's tokens are routed evenly unless ``routing``
+    says otherwise.
     """
     options = options or LoadOptions()
-    synthetic.shape_config(shape, layers)
+    if "num_experts_per_tok" in synthetic.shape_config(shape, layers):
+        routing = routing or "uniform"
     _positive(**measured)
     check_cap(options, cap)
     folder = _synthetic_folder(shape, layers, options.compression)
     kept = keep or synthetic.is_finished(folder, shape, layers, options.compression)
     try:
         synthetic_model(shape, layers, options.compression, progress)
-        result = bench_model(folder, options, cap=cap, progress=progress, **measured)
+        result = bench_model(folder, options, cap=cap, routing=routing, progress=progress, **measured)
     finally:
         if not kept:
             synthetic.remove(folder)
@@ -182,7 +188,7 @@ def _positive(**given: int) -> int:
 
 
 def _measure(
-    model: StreamedModel, sweeps: int, prompt_tokens: int, batch: int, progress: ProgressCallback
+    model: StreamedModel, sweeps: int, prompt_tokens: int, batch: int, routing: str | None, progress: ProgressCallback
 ) -> BenchResult:
     tokens = sweeps + 1
     context = model.options.max_seq_len or context_length(model.config)
@@ -192,18 +198,22 @@ def _measure(
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(3, vocabulary - 1), vocabulary, (batch, prompt_tokens), generator=generator)
+    routed = Routing(model, routing, batch, sweeps) if routing else None
     # The first generation of a thread plans attention anew for every length: on a GPU some tens of milliseconds a
     # token. Hence one thread for both.
-    with ThreadPoolExecutor(1, "airllm-bench") as pool:
-        first, _ = _generate(pool, model, ids, tokens, lambda *at: progress(_report("warming up", 0, tokens, *at)))
+    with ThreadPoolExecutor(1, "airllm-bench") as pool, routed or contextlib.nullcontext():
+        first, _ = _generate(
+            pool, model, ids, tokens, routed, lambda *at: progress(_report("warming up", 0, tokens, *at))
+        )
         again, times = _generate(
-            pool, model, ids, tokens, lambda *at: progress(_report("measuring", tokens, tokens, *at))
+            pool, model, ids, tokens, routed, lambda *at: progress(_report("measuring", tokens, tokens, *at))
         )
     summary, plan, cuda = model.trace.summary(), model.plan, model.device.type == "cuda"
     return BenchResult(
         model=model.name, compression=model.status()["compression"], device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."), sweeps=sweeps, prompt_tokens=prompt_tokens, batch=batch,
-        predicted_sweep_seconds=plan.sweep_seconds, bound_by=plan.bound_by, sweep_seconds=summary["sweep_seconds"],
+        routing=routing, predicted_sweep_seconds=plan.sweep_seconds, bound_by=plan.bound_by,
+        sweep_seconds=summary["sweep_seconds"],
         achieved_of_predicted=plan.sweep_seconds / summary["sweep_seconds"],
         tokens_per_second=batch * sweeps / (times[-1] - times[1]), first_token_seconds=times[1] - times[0],
         open_seconds=None, same_tokens=bool(torch.equal(first, again)),
@@ -214,12 +224,14 @@ def _measure(
 
 
 class _Clock:
-    """A streamer that notes when each token comes; the first call is the prompt."""
+    """A streamer that notes when each token comes, and routes the next one; the first call is the prompt."""
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
+    def __init__(self, routed: Routing | None) -> None:
+        self.times, self._routed = list[float](), routed
 
     def put(self, _: Any) -> None:
+        if self._routed is not None:
+            self._routed.step() if self.times else self._routed.begin()
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -227,10 +239,10 @@ class _Clock:
 
 
 def _generate(
-    pool: ThreadPoolExecutor, model: StreamedModel, ids: torch.Tensor, tokens: int, report: Any
+    pool: ThreadPoolExecutor, model: StreamedModel, ids: torch.Tensor, tokens: int, routed: Routing | None, report: Any
 ) -> tuple[torch.Tensor, list[float]]:
     """One generation in the pool's thread, so that an interrupt, or a report that raises, ends it within a unit."""
-    cancel, clock = threading.Event(), _Clock()
+    cancel, clock = threading.Event(), _Clock(routed)
     how = {"inputs": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, "min_new_tokens": tokens,
            "do_sample": False, "num_beams": 1, "streamer": clock}  # fmt: skip
     future = pool.submit(model.run, how, cancel)

@@ -16,6 +16,8 @@ class BenchResult:
 
     Attributes
     ----------
+    routing
+        How tokens were routed to experts; ``None`` is as the model does.
     predicted_sweep_seconds, bound_by
         From the plan.
     sweep_seconds, achieved_of_predicted
@@ -46,6 +48,7 @@ class BenchResult:
     sweeps: int
     prompt_tokens: int
     batch: int
+    routing: str | None
     predicted_sweep_seconds: float
     bound_by: str
     sweep_seconds: float
@@ -76,6 +79,7 @@ class BenchResult:
     def rows(self) -> list[tuple[str, str]]:
         """Labels and values, for people."""
         asked = f"{self.sweeps} sweeps after a prompt of {self.prompt_tokens} tokens, batch {self.batch}"
+        asked += f", {self.routing} routing" if self.routing else ""
         first = format_seconds(self.first_token_seconds)
         rows = [
             ("speed", speed_line(self.as_dict())),

@@ -1,17 +1,20 @@
 """Checkpoints of a known shape with random weights: what speed depends on, without a download.
 
-The files are what the real ones are, config, index and tokenizer included; only the values are made up. A matrix
-repeats one random block whose length is prime, so that no two rows are the same and the disk sets the pace. All is
-written into a folder beside the final one, which is renamed at the end: what is there is whole.
+The files are what the real ones are, packed as they are published, config, index and tokenizer included; only the
+values are made up. A matrix repeats one random block whose length is prime, so that no two rows are the same and the
+disk sets the pace. All is written into a folder beside the final one, which is renamed at the end: what is there is
+whole.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +24,34 @@ from ..disk import entries, read_json, status
 from ..encoding.base import Part
 from ..encoding.formats import get_encoding
 from ..errors import StoreError
+from ..model.placing import compressible
 from ..store.atomic import write_atomically
+from ..store.jobs import encode_jobs
 from ..store.listing import are_whole
 from ..store.locks import locked
 from ..store.manifest import StoreMeta
 from ..store.names import SYNTHETIC_MARKER, partial
-from ..store.shard import Item, ShardJob, write_shards
+from ..store.shard import ShardJob, plain, write_shards
 from ..store.space import OVERHEAD, check_space
 from ..store.writer import write_store
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import INDEX_FILE, ITEMSIZE
 from ..trace import Progress, ProgressCallback, silent
-from .shapes import SHAPES, Shape, shape_config, weights_by_file
+from .shapes import SHAPES, native_tensors, shape_config, skeleton_of, tensors_by_file
 
 __all__ = ["SHAPES", "is_finished", "remove", "shape_config", "write"]
 
 # Values in a random block, a prime: 32 MiB of bfloat16.
 BLOCK = 16_777_213
-# The least scale of a codec's part, for weights of about ±0.04: 8-bit values count up from their minimum.
-_SCALES = {"spread": 0.07, "minimum": -0.05}
+# By the end of a part's name, where its values begin, for weights of about ±0.04: 8-bit values count up from their
+# minimum; MXFP4's scales are exponents.
+_LEAST = {"absmax": 0.03, "spread": 0.07, "minimum": -0.05, "_scale_inv": 0.01, "_scales": 119}
 
 
 def write(
     folder: Path, shape: str, layers: int, compression: str | None = None, *, progress: ProgressCallback = silent
 ) -> int:
-    """Write a bfloat16 checkpoint of one file a layer and one for the rest, unless it is there; returns its bytes.
+    """Write a checkpoint of one file a layer and one for the rest, unless it is there; returns its bytes.
 
     Parameters
     ----------
@@ -58,6 +64,8 @@ def write(
         If the disk has no room (both sizes are named), or something else lies in ``folder``.
     """
     config, recipe = shape_config(shape, layers), _recipe(shape, layers, compression)
+    if compression is not None:
+        config.pop("quantization_config", None)
     jobs = _jobs(config, compression)
     nbytes = sum(entry.nbytes for job in jobs for entry in job.entries())
     work = folder.with_name(partial(folder.name))
@@ -132,7 +140,7 @@ def _write_companions(folder: Path, config: dict[str, Any], recipe: dict[str, An
     from transformers import PreTrainedTokenizerFast
 
     # A token a byte, as far down as the special ones allow, and words that only an answer has.
-    special = {0: "<unk>", config["bos_token_id"]: "<s>", config["eos_token_id"]: "</s>"}
+    special = {0: "<unk>", config.get("bos_token_id", 1): "<s>", config["eos_token_id"]: "</s>"}
     free = (number for number in range(config["vocab_size"]) if number not in special)
     letters = dict(zip(free, sorted(pre_tokenizers.ByteLevel.alphabet()), strict=False))
     names = special | letters
@@ -141,7 +149,7 @@ def _write_companions(folder: Path, config: dict[str, Any], recipe: dict[str, An
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=tokenizer, unk_token=special[0], bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
     files = {path.name: status(path).st_size for path in sorted(entries(folder)) if path.is_file()}
@@ -157,55 +165,56 @@ class _Noise:
     def __init__(self) -> None:
         self._blocks: dict[tuple[str, str], memoryview] = {}
 
-    def chunks(self, name: str, part: Part) -> Iterator[memoryview]:
-        """The bytes of one tensor, from a place in the block that its name gives."""
-        kind = "norm" if "norm" in name else part.attribute
-        if (kind, part.dtype) not in self._blocks:
-            self._blocks[kind, part.dtype] = _block(kind, TORCH_DTYPES[part.dtype])
-        block, size, left = self._blocks[kind, part.dtype], ITEMSIZE[part.dtype], part.nbytes
-        start = zlib.crc32(name.encode()) * size % len(block)
-        while left:
-            chunk = block[start : start + left]
-            yield chunk
-            left, start = left - len(chunk), 0
+    def chunks(self, name: str, parts: Sequence[Part]) -> Iterator[memoryview]:
+        """The bytes of all parts of a tensor, from a place in the block that its name gives."""
+        for part in parts:
+            kind = "norm" if "norm" in name else part.attribute
+            if (kind, part.dtype) not in self._blocks:
+                self._blocks[kind, part.dtype] = _block(kind, TORCH_DTYPES[part.dtype])
+            block, size, left = self._blocks[kind, part.dtype], ITEMSIZE[part.dtype], part.nbytes
+            start = zlib.crc32(name.encode()) * size % len(block)
+            while left:
+                chunk = block[start : start + left]
+                yield chunk
+                left, start = left - len(chunk), 0
 
 
 def _block(kind: str, dtype: torch.dtype) -> memoryview:
     generator = torch.Generator().manual_seed(zlib.crc32(kind.encode()))
-    if dtype == torch.uint8:  # any byte is a weight
-        values = torch.randint(0, 256, (BLOCK,), dtype=torch.uint8, generator=generator)
+    least = next((value for end, value in _LEAST.items() if kind.endswith(end)), None)
+    if dtype == torch.uint8:  # but for exponents, any byte is a weight
+        low, high = (0, 256) if least is None else (int(least), int(least) + 3)
+        values = torch.randint(low, high, (BLOCK,), dtype=torch.uint8, generator=generator)
     elif kind == "norm":
         values = torch.ones(BLOCK, dtype=dtype)
-    elif kind in ("weight", "bias"):
-        values = torch.randn(BLOCK, generator=generator).mul_(0.02).to(dtype)
+    elif least is None:  # one byte has its scale beside it
+        values = torch.randn(BLOCK, generator=generator).mul_(0.02 if dtype.itemsize > 1 else 1.0).to(dtype)
     else:
-        least = _SCALES.get(kind, 0.03)
         values = torch.rand(BLOCK, generator=generator).mul_(0.02).add_(least).to(dtype)
     return memoryview(values.view(torch.uint8).numpy())
 
 
 def _jobs(config: dict[str, Any], compression: str | None) -> list[ShardJob]:
-    """One file a layer, and one for the rest, of which a store leaves the matrices as they are."""
-    groups, noise = weights_by_file(config), _Noise()
-    if compression is None:
-        names = [f"model-{number:05d}-of-{len(groups):05d}" for number in range(1, len(groups) + 1)]
+    """One file a layer, and one for the rest: what is published, or what the conversion of it would write."""
+    noise = _Noise()
+    if compression is not None:
+        skeleton = skeleton_of(config)
+        tensors, compressed = native_tensors(skeleton), [f"{name}.weight" for name in compressible(skeleton)]
+        jobs = encode_jobs(tensors, get_encoding(compression), compressed, torch.bfloat16,
+                           keep=[name for name, info in tensors.items() if info.dtype != "BF16"])  # fmt: skip
     else:
-        names = [*(f"layer-{number:05d}" for number in range(len(groups) - 1)), "rest"]
-
-    def item(key: str, size: Shape, codec_name: str | None) -> Item:
-        codec = get_encoding(codec_name if len(size) == 2 else None)
-        parts = codec.parts(size, "BF16") if len(size) == 2 else (Part(key.rpartition(".")[2], "BF16", size),)
-        return Item(key, "BF16", size, parts, lambda: (chunk for part in parts for chunk in noise.chunks(key, part)))
-
+        files = tensors_by_file(config)
+        jobs = [
+            ShardJob(f"model-{number:05d}-of-{len(files):05d}",
+                     tuple(plain(name, info.dtype, info.shape, tuple) for name, info in file.items()),
+                     concurrent=True, is_padded=False)
+            for number, file in enumerate(files, 1)
+        ]  # fmt: skip
     return [
-        ShardJob(
-            name,
-            tuple(item(key, size, None if group is groups[-1] else compression) for key, size in group.items()),
-            concurrent=True,
-            is_padded=compression is not None,
-        )
-        for name, group in zip(names, groups, strict=True)
-    ]
+        replace(job, items=tuple(
+            replace(item, produce=functools.partial(noise.chunks, item.name, item.parts)) for item in job.items
+        )) for job in jobs
+    ]  # fmt: skip
 
 
 def _write_plain(folder: Path, jobs: list[ShardJob], progress: ProgressCallback) -> None:

@@ -92,7 +92,7 @@ def bench(given: argparse.Namespace) -> int:
 
             result = bench.bench(
                 given.model, given.synthetic, options, layers=given.layers, keep=given.keep, sweeps=given.sweeps,
-                batch=given.batch, cap=given.cap, progress=line.show,
+                batch=given.batch, cap=given.cap, routing=given.routing, progress=line.show,
             )  # fmt: skip
     except KeyboardInterrupt:
         if given.synthetic is None:

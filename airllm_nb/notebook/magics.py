@@ -113,8 +113,8 @@ class AirLLM(options.SessionMagics):
         """Measure how fast a model runs: MODEL, random weights in a known shape, or the model that is loaded.
 
         It generates once to warm up and once more with the clock running, and says what each link carried, beside what
-        the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-70b, llama-3.1-405b, qwen2.5-32b, small,
-        small-qwen.
+        the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-70b, llama-3.1-405b, qwen2.5-32b, and the
+        mixtures mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b, gpt-oss-120b, deepseek-v3; small, small-qwen, small-moe.
         """
         loaded = given.model is None and given.synthetic is None
         entry = self._to_bench(given) if loaded or given.name else None
@@ -181,7 +181,7 @@ class AirLLM(options.SessionMagics):
         """The loaded model, which is measured as it is."""
         if given.model or given.synthetic:
             raise OptionError("--name is of a loaded model; leave it out, or leave out what else is to be measured")
-        if idle := options.given_flags(self.airllm_bench, given, but=("name", "sweeps", "batch", "output")):
+        if idle := options.given_flags(self.airllm_bench, given, but=("name", "sweeps", "batch", "routing", "output")):
             raise OptionError(f"a loaded model is measured as it is; {idle[0]} needs MODEL or --synthetic SHAPE")
         entry = self.models.get(given.name)
         entry.settle()
@@ -191,7 +191,7 @@ class AirLLM(options.SessionMagics):
 def _bench(given: Given, wanted: LoadOptions, entry: Entry | None, report: Any) -> Any:
     from .. import bench
 
-    how = {"sweeps": given.sweeps, "batch": given.batch, "progress": report}
+    how = {"sweeps": given.sweeps, "batch": given.batch, "routing": given.routing, "progress": report}
     if entry is not None:
         return bench.bench_open(entry.model, **how)
     return bench.bench(given.model, given.synthetic, wanted, layers=given.layers, keep=given.keep, cap=given.cap, **how)
