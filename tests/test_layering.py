@@ -27,7 +27,7 @@ ALLOWED = {
     "encoding": BASE | {"tensors"},
     "store": BASE | {"tensors", "encoding"},
     "checkpoint": BASE | {"tensors", "encoding", "store"},
-    "stream": BASE | {"tensors", "store"},
+    "stream": BASE | {"tensors", "encoding", "store"},
     "plan": BASE | {"stream"},
     "model": AT_REST | MOVING | {"plan"},
     "decode": AT_REST | MOVING | {"plan"},

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from airllm_nb.encoding.ggml import encoding_of
-from airllm_nb.encoding.kernels import triton_blocks, triton_bytes, triton_fp8, triton_nf4, triton_words
+from airllm_nb.encoding.kernels import triton_blocks, triton_bytes, triton_fp8, triton_nf4, triton_slots, triton_words
 
 # Compute capability, and what models are computed in there. What unpacks is compiled for one, products for the other.
 T4, H100 = (75, "*fp16"), (90, "*bf16")
@@ -78,3 +78,15 @@ def test_bytes(gpu: tuple[int, str], weight: str, block: int) -> None:
     constants = {"BLOCK": block, "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": 16, "BLOCKS": 16}
     types = {"weight": weight, "scale": "*fp16", "minimum": "*fp16", "slots": "*i32", "factor": "fp32"}
     compile_for(gpu, triton_bytes.multiply_bytes, constants, **types, x="float", bias="float", out="float")
+
+
+@pytest.mark.parametrize("gpu", [T4, H100])
+@pytest.mark.parametrize("ids", ["*i32", "*i64"])
+def test_slots(gpu: tuple[int, str], ids: str) -> None:
+    """The tables at their largest, and every width that is copied."""
+    constants: dict[str, Any] = {"IDS": 64, "SLOTS": 512, "KEEPS": True}
+    tables = dict.fromkeys(("slot_of", "expert_of", "order", "slots", "moves"), "*i32")
+    compile_for(gpu, triton_slots.ensure, constants, ids=ids, **tables, counts="*i64", routed="*i64")
+    constants = {"IDS": 64, "WIDTHS": (16, 8, 4, 2, 1), "BLOCK": 512}
+    tables = {"moves": "*i32", "addresses": "*i64", "stacks": "*i64", "sizes": "*i64"}
+    compile_for(gpu, triton_slots.gather, constants, **tables)

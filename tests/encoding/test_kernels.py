@@ -24,14 +24,14 @@ TRITON = HERE.parents[1] / "build" / "triton"  # by `make triton`
 GPTQ_4 = next(found for found in PACKINGS if found.name == "4-bit")
 
 
-@pytest.mark.parametrize("script", ["kernels_interpreted", "kernels_compiled"])
+@pytest.mark.parametrize("script", ["kernels_interpreted", "slots_interpreted", "kernels_compiled"])
 def test_without_a_gpu(script: str, tmp_path: Path) -> None:
     """In a process of its own: what imports triton once has it for all tests, and interpreted or not for good."""
     if not TRITON.is_dir() and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is missing; run: make triton (there is one for Linux)")
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TRITON), os.environ.get("PYTHONPATH", "")]),
-        "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": str(int(script == "kernels_interpreted")),
+        "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": str(int(script.endswith("interpreted"))),
     }  # fmt: skip
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"{script}.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
