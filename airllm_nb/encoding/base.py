@@ -22,6 +22,8 @@ Parts = Mapping[str, torch.Tensor]
 # What is unpacked at once: as many values as stay in a processor's cache, or bytes that a device has for what unpacking
 # makes beside the matrix. Fewer would cost more launches than they save.
 HOST_VALUES, DEVICE_BYTES = 1 << 18, 96 << 20
+# Between the name of a weight and that of its part, in modules whose own code reads the weight.
+PART = "__"
 
 
 @dataclass(frozen=True)
@@ -228,9 +230,10 @@ class Encoded:
 
 
 def encoded(encoding: Encoding, shape: tuple[int, ...]) -> Encoded:
-    """What ``encoding`` writes of a weight of this shape; it lies nowhere yet."""
-    parts = encoding.parts(shape, "F32")
-    return Encoded(shape, (encoding,), {p.attribute: TensorInfo(p.attribute, p.dtype, p.shape, ()) for p in parts})
+    """What ``encoding`` writes of a weight of this shape, of each matrix by itself; it lies nowhere yet."""
+    stack, parts = shape[:-2], encoding.parts(shape[-2:], "F32")
+    infos = {part.attribute: TensorInfo(part.attribute, part.dtype, (*stack, *part.shape), ()) for part in parts}
+    return Encoded(shape, (encoding,), infos, 1 if stack else None)
 
 
 def grid(shape: tuple[int, ...], block: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from ..model import adapter as lora
 from ..model.architecture import check_supported, native_config
 from ..model.calls import mark_taken
 from ..model.device import Budgets, budgets_of, choose_device, choose_dtype, has_memory
-from ..model.placing import compress, compressible
+from ..model.placing import compress, compressible, merged_experts
 from ..model.placing import place as place_packed
 from ..model.skeleton import build, collect_weights
 from ..model.tying import untie
@@ -112,9 +112,9 @@ def _check_codec(prepared: Prepared) -> None:
         level = logging.WARNING if prepared.options.delete_original else logging.INFO  # for good, then
         log.log(level, "%s is packed already (%s) and streams as it is; compression=%r quantises it a second time, "
                 "which is slower and worse, and may be larger", name, packed_as, codec)  # fmt: skip
-    if not compressible(prepared.skeleton):
+    if not compressible(prepared.skeleton) and not merged_experts(prepared.skeleton):
         raise UnsupportedModelError(f"nothing in {type(prepared.skeleton).__name__} can be compressed (only nn.Linear "
-                                    "matrices are); load it without compression")  # fmt: skip
+                                    "matrices and merged experts are); load it without compression")  # fmt: skip
 
 
 def place(prepared: Prepared) -> None:
@@ -156,7 +156,11 @@ def bind(prepared: Prepared, free: Budgets) -> None:
     skeleton, dtype, adapter = prepared.skeleton, prepared.dtype, prepared.adapter
     if there := prepared.at_rest or prepared.known:
         untie(skeleton, there.tensors, there.packed, whole=prepared.weights)
-    compress(skeleton, prepared.codec, dtype, prepared.scratch)
+    stored = prepared.at_rest.tensors if prepared.at_rest else {}
+    if prepared.at_rest and prepared.is_compressed and any(name in stored for name in merged_experts(skeleton)):
+        log.warning("%s was written by an earlier version, which left experts uncompressed; remove it (airllm-nb cache "
+                    "remove) and load the original model to have them compressed", prepared.at_rest.folder)  # fmt: skip
+    compress(skeleton, prepared.codec, dtype, prepared.scratch, stored)
     there = prepared.at_rest or _expected(prepared)
     prepared.folder = there.folder
     if prepared.at_rest:

@@ -8,19 +8,20 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.companions import copy_companions, own_companions
 from ..checkpoint.source import Source
 from ..disk import status
 from ..errors import StoreError
-from ..model.placing import compressible
-from ..model.skeleton import kept_in_float32
+from ..model.placing import compressible, merged_experts
+from ..model.skeleton import kept_in_float32, other_shape
 from ..model.tying import untie
 from ..store.jobs import encode_jobs
 from ..store.listing import remove_store
 from ..store.locks import Hold, locked
 from ..store.manifest import Store, open_store
-from ..store.names import BESIDE, MANIFEST
+from ..store.names import BESIDE, MANIFEST, expert_name, expert_of
 from ..store.shard import ShardJob
 from ..store.writer import write_store
 from ..tensors.files import Unchanged
@@ -123,7 +124,7 @@ def _write_plain(prepared: Prepared, whole: Path, beside: Path) -> Weights:
 
 def _encode(prepared: Prepared, plain: Weights) -> Store:
     own_companions(plain.folder)  # before the weights: what cannot be copied should not cost a conversion first
-    jobs, source = _jobs(plain.tensors, prepared), prepared.source
+    jobs, source = _jobs(_experts_apart(plain.tensors, prepared.skeleton), prepared), prepared.source
     beside = functools.partial(copy_companions, plain.folder)
     sources = Unchanged(extent.path for info in plain.tensors.values() for extent in info.extents)
     store = write_store(prepared.store(prepared.codec.compression), jobs, prepared.meta, progress=prepared.progress,
@@ -151,14 +152,37 @@ def piecewise(prepared: Prepared) -> Piecewise | None:
     if not is_encoded or is_whole or once or source.repo_id is None or known is None or known.packed:
         return None
     jobs_of = functools.partial(_jobs, prepared=prepared)
-    return Piecewise(source, known.tensors, prepared.headers, prepared.store(prepared.codec.compression), jobs_of,
+    tensors = _experts_apart(known.tensors, prepared.skeleton)
+    return Piecewise(source, tensors, prepared.headers, prepared.store(prepared.codec.compression), jobs_of,
                      prepared.meta, prepared.options, prepared.progress)  # fmt: skip
+
+
+def _experts_apart(tensors: Mapping[str, TensorInfo], skeleton: Any) -> dict[str, TensorInfo]:
+    """The tensors, those of modules whose experts are compressed apart: all that one expert has, and then the next."""
+    counts = {name: len(skeleton.get_parameter(name)) for name in merged_experts(skeleton)}
+    rest, experts = dict(tensors), dict[str, dict[str, TensorInfo]]()
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in counts):
+        for attribute, parameter in skeleton.get_submodule(path)._parameters.items():
+            name = f"{path}.{attribute}"
+            is_of_each = parameter is not None and parameter.ndim > 1 and len(parameter) in counts.values()
+            if not is_of_each or (info := rest.pop(name, None)) is None:
+                continue
+            if tuple(info.shape) != tuple(parameter.shape):
+                raise other_shape(name, info, parameter)
+            for number, one in enumerate(info.apart()):
+                key = expert_name(path, number, f"{attribute}.weight" if name in counts else attribute)
+                experts.setdefault(expert_of(key), {})[key] = one
+    return rest | {name: info for each in experts.values() for name, info in each.items()}
 
 
 def _jobs(tensors: Mapping[str, TensorInfo], prepared: Prepared) -> list[ShardJob]:
     skeleton, dtype = prepared.skeleton, prepared.dtype
     untie(skeleton, tensors)
     names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
+    for name in merged_experts(skeleton):
+        path, _, attribute = name.rpartition(".")
+        count = len(skeleton.get_parameter(name))
+        names += [expert_name(path, number, f"{attribute}.weight") for number in range(count)]
     exact = [name for name in tensors if is_exact(name)]
     return encode_jobs(tensors, prepared.codec, names, dtype, keep=exact, device=skeleton.device)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import format_bytes
-from ..encoding.base import Encoded, Encoding, encoded
+from ..encoding.base import PART, Encoded, Encoding, encoded
 from ..encoding.linear import EncodedLinear, EncodedWeight, Scratch, meta_parts
 from ..errors import CheckpointError, UnsupportedModelError
 from ..tensors.index import TensorInfo
@@ -42,7 +42,7 @@ def place(skeleton: Any, packed: Mapping[str, Encoded], dtype: torch.dtype, scra
         If a packed table or weight is used in a way that needs it whole.
     """
     parts: dict[str, TensorInfo] = {}
-    one_by_one = skeleton._can_set_experts_implementation()
+    has_choice = False
     for name, weight in packed.items():
         path, _, attribute = name.rpartition(".")
         module = skeleton.get_submodule(path)
@@ -57,14 +57,16 @@ def place(skeleton: Any, packed: Mapping[str, Encoded], dtype: torch.dtype, scra
         elif type(module) is nn.Linear and not hasattr(module, "reads_weight"):
             _replace_linears(skeleton, native, weight, bound, dtype, scratch)
         else:
-            names = {part: f"{attribute}__{part}" for part in weight.parts}
+            names = {part: f"{attribute}{PART}{part}" for part in weight.parts}
             del module._parameters[attribute]
             module._parameters.update({names[part]: parameter for part, parameter in bound.items()})
             view = EncodedWeight(module, names, weight, dtype, scratch)
+            # By transformers' interface for experts; code of others' may take all matrices at once.
+            one_by_one = hasattr(module, "is_transposed")
+            has_choice |= one_by_one
             _place_view(module, attribute, view, takes_all=len(weight.shape) > 2 and not one_by_one)
         parts |= {f"{path}.{names[part]}": info for part, info in weight.parts.items()}
-    if one_by_one and any(len(weight.shape) == 3 for weight in packed.values()):
-        # The others take all experts' matrices at once.
+    if has_choice:  # the other implementations take all matrices at once
         skeleton.set_experts_implementation("eager")
     return parts
 
@@ -103,12 +105,24 @@ def _place_view(module: nn.Module, attribute: str, view: EncodedWeight, takes_al
     module.scratch_bytes = max(getattr(module, "scratch_bytes", 0), needed)  # type: ignore[assignment, arg-type]
 
 
-def compress(skeleton: Any, encoding: Encoding, dtype: torch.dtype, scratch: Scratch) -> None:
-    """Put layers that compute on what we write in the place of those that are :func:`compressible`."""
-    for name in compressible(skeleton) if encoding.compression != "none" else ():
+def compress(
+    skeleton: Any, encoding: Encoding, dtype: torch.dtype, scratch: Scratch, stored: Container[str] = ()
+) -> None:
+    """Put what computes on what we write in the place of what is :func:`compressible`, and of merged experts.
+
+    Parameters
+    ----------
+    stored
+        What a store holds: experts whose parameter is among it were not compressed when it was written.
+    """
+    if encoding.compression == "none":
+        return
+    experts = [name for name in merged_experts(skeleton) if name not in stored]
+    for name in compressible(skeleton):
         linear = skeleton.get_submodule(name)
         weight = encoded(encoding, (linear.out_features, linear.in_features))
         skeleton.set_submodule(name, EncodedLinear(weight, linear.bias is not None, dtype, scratch))
+    place(skeleton, {n: encoded(encoding, tuple(skeleton.get_parameter(n).shape)) for n in experts}, dtype, scratch)
 
 
 def compressible(model: nn.Module) -> list[str]:
@@ -118,15 +132,40 @@ def compressible(model: nn.Module) -> list[str]:
     ``Conv1D`` stays as it is: its weights lie transposed in the checkpoint. So does a layer whose matrix is read
     without a call (``reads_weight``, which :mod:`~airllm_nb.model.calls` finds): an encoded one has none to read.
     """
+    converts = _converts(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and converts(name) and not hasattr(module, "reads_weight")
+    ]
+
+
+def merged_experts(model: nn.Module) -> list[str]:
+    """The names of the parameters ``[experts, rows, columns]`` that compression encodes, each matrix by itself.
+
+    By the same rule as of layers; transformers' own bitsandbytes loading leaves them as they are.
+    """
+    converts = _converts(model)
+    return [
+        f"{path}.{attribute}"
+        for path, module in model.named_modules()
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and _counts_experts(module, len(parameter))
+        and converts(f"{path}.{attribute}")
+    ]  # fmt: skip
+
+
+def _counts_experts(module: nn.Module, number: int) -> bool:
+    """Whether the module says that it has so many experts."""
+    return any("expert" in name and type(value) is int and value == number for name, value in vars(module).items())
+
+
+def _converts(model: nn.Module) -> Callable[[str], bool]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     kept = [*get_keys_to_not_convert(model), *(getattr(model, "_keep_in_fp32_modules", None) or [])]
-    return [
-        name
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and should_convert_module(name, kept) and not hasattr(module, "reads_weight")
-    ]
+    return lambda name: should_convert_module(name, kept)
 
 
 def reserve_scratch(skeleton: nn.Module, device: torch.device) -> None:

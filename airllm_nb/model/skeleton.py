@@ -26,7 +26,7 @@ from .units import UNIT_BYTES, Binding, ModelUnit, Weight, cut_units, is_tied
 
 __all__ = [
     "UNIT_BYTES", "Binding", "ModelUnit", "Weight", "build", "collect_weights", "cut_units", "is_tied",
-    "kept_in_float32", "lacking",
+    "kept_in_float32", "lacking", "other_shape",
 ]  # fmt: skip
 
 
@@ -124,10 +124,7 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
         if info is None:
             continue
         if tuple(info.shape) != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{info.extents[0].path}: {name} has shape {list(info.shape)}, the model's config "
-                f"asks for {list(tensor.shape)}; config.json and weights do not belong together"
-            )
+            raise other_shape(name, info, tensor)
         if tensor.dtype.is_floating_point and not torch_dtype(info).is_floating_point:
             raise CheckpointError(f"{info.extents[0].path}: {name} is stored as {info.dtype}, which is no weight: what "
                                   "says how it is packed is missing; download the checkpoint again")  # fmt: skip
@@ -139,6 +136,12 @@ def collect_weights(model: Any, tensors: Mapping[str, TensorInfo], dtype: torch.
         raise CheckpointError(f"the checkpoint lacks {', '.join(missing[:3])}{more}; a shard may be missing, or "
                               f"config.json is of another model ({type(model).__name__})")  # fmt: skip
     return {weight.name: weight for weight in weights.values()}
+
+
+def other_shape(name: str, info: TensorInfo, tensor: torch.Tensor) -> CheckpointError:
+    """What to say of a weight that has another shape than the model's."""
+    return CheckpointError(f"{info.extents[0].path}: {name} has shape {list(info.shape)}, the model's config asks for "
+                           f"{list(tensor.shape)}; config.json and weights do not belong together")  # fmt: skip
 
 
 def lacking(model: Any, names: Container[str]) -> list[str]:

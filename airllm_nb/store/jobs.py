@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..tensors.dtypes import CASTABLE, DTYPE_NAMES, TORCH_DTYPES
 from ..tensors.files import BLOCK, Files
 from ..tensors.index import ITEMSIZE, TensorInfo
-from .names import shard_name
+from .names import expert_of, shard_name
 from .shard import Chunk, Item, ShardJob
 
 # Values worked on at once; on a CPU bitsandbytes makes about five float32 copies of them in each thread.
@@ -62,7 +62,8 @@ def encode_jobs(
         raise CheckpointError(f"the checkpoint lacks {missing[0]} ({len(missing)} of the weights to compress)")
     shards: dict[str, list[Item]] = {}
     for name, info in index.items():
-        is_cast = name not in keep and info.dtype in CASTABLE and len(info.shape) > 1
+        is_matrix = len(info.shape) > 1 or expert_of(name)  # of all experts' vectors below one another
+        is_cast = name not in keep and info.dtype in CASTABLE and is_matrix
         target = DTYPE_NAMES[dtype] if is_cast else info.dtype
         used = codec if name in compressed else Plain()
         parts = used.parts(info.shape, target)

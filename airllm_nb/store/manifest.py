@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ..disk import entries, open_file, read_json, status
+from ..encoding.base import PART
 from ..errors import FileError, StoreError
 from ..tensors.index import PAD, CheckpointIndex, TensorInfo, read_header
 from ..tensors.inside import inside
 from ..trace import Progress, ProgressCallback, silent
 from .locks import tidy
-from .names import MANIFEST, is_shard
+from .names import MANIFEST, is_shard, parse_expert
 from .shard import ShardJob
 
-FORMAT = 1
+# The newest that is read. What has no experts apart is written as the first, which earlier versions read too.
+FORMAT = 2
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors \d+ [0-9a-f]{64}")
 
 
@@ -45,7 +47,7 @@ class StoreMeta:
 
     @property
     def key(self) -> str:
-        return _digest({**asdict(self), "format": FORMAT})
+        return _digest({**asdict(self), "format": 1})  # of the second the shards' entries are others
 
     def key_of(self, job: ShardJob) -> str:
         """The same for shards that would be written the same."""
@@ -87,11 +89,14 @@ class Store:
 
     @functools.cached_property
     def index(self) -> CheckpointIndex:
-        """The stored tensors by name, the parts of encoded parameters included, padding left out."""
+        """The stored tensors by name, the parts of encoded parameters included, padding left out.
+
+        What all experts of a module have is one tensor, which lies in as many places.
+        """
         tensors: dict[str, TensorInfo] = {}
         for file in self.files:
             tensors |= {name: info for name, info in read_header(file).items() if not name.startswith(PAD)}
-        return CheckpointIndex(tensors, self.files)
+        return CheckpointIndex(_stacked(self.folder, tensors), self.files)
 
     def verify(self, progress: ProgressCallback = silent) -> None:
         """Read every byte and compare it with what was written.
@@ -114,6 +119,26 @@ class Store:
             if size != shard["bytes"]:
                 found = "is missing" if size is None else f"has {size:,} bytes instead of {shard['bytes']:,}"
                 raise StoreError(f"{path} {found}; convert again, the other shards are kept")
+
+
+def _stacked(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of single experts below one another: ``[number, *shape of one]``."""
+    whole: dict[str, TensorInfo] = {}
+    apart: dict[str, dict[int, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if (said := parse_expert(name)) is None:
+            whole[name] = info
+        else:
+            module, number, rest = said
+            apart.setdefault(f"{module}.{rest.replace('.', PART)}", {})[number] = info
+    for name, found in apart.items():
+        each = [found[number] for number in sorted(found)]
+        if len(each) != max(found) + 1 or len({(info.dtype, info.shape) for info in each}) > 1:
+            raise StoreError(f"{folder} is damaged: {name} is not there for each expert alike; delete it and convert "
+                             "again")  # fmt: skip
+        extents = tuple(extent for info in each for extent in info.extents)
+        whole[name] = TensorInfo(name, each[0].dtype, (len(each), *each[0].shape), extents)
+    return whole
 
 
 def damaged(

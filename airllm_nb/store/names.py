@@ -23,6 +23,7 @@ BESIDE, ADAPTER = "normalised", "adapter"
 
 _STORE = re.compile(r"(?P<model>.+)--(?P<codec>[a-z0-9]+)--(?P<dtype>b?float\d+)--(?P<key>[0-9a-f]{8})")
 _COPY = re.compile(r"(?P<model>.+)--(?P<key>[0-9a-f]{16})\.safetensors")
+_EXPERT = re.compile(r"(?P<expert>(?P<module>[^\[\]]*)\[(?P<number>\d{1,9})\])\.(?P<rest>.+)")
 _SHARD = re.compile(r"(layer|rest|carried)(-\d{5,})*\.safetensors")
 # What transformers calls a config, a tokenizer's file, a template or an index.
 _COMPANION = re.compile(r"([\w.-]*(config|token|vocab|merges|template|processor|spiece|sentencepiece|\.index))[\w.-]*"
@@ -67,6 +68,26 @@ class StoreName:
         """The name of a copy of an adapter, or ``None``."""
         found = _COPY.fullmatch(name)
         return cls(found["model"], ADAPTER, "", found["key"]) if found else None
+
+
+# --- parameters
+
+
+def expert_name(module: str, number: int, rest: str) -> str:
+    """What a store calls a weight, or a part of one, of one expert; the model has those of all in one parameter."""
+    return f"{module}[{number}].{rest}"
+
+
+def expert_of(name: str) -> str:
+    """The beginning that all names of the same expert have; empty where the weight is no single expert's."""
+    found = _EXPERT.fullmatch(name)
+    return found["expert"] if found else ""
+
+
+def parse_expert(name: str) -> tuple[str, int, str] | None:
+    """What :func:`expert_name` made a name of; ``None`` of any other name."""
+    found = _EXPERT.fullmatch(name)
+    return (found["module"], int(found["number"]), found["rest"]) if found else None
 
 
 # --- files

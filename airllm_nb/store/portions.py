@@ -1,8 +1,8 @@
 """What of a store is written from which source files: all at once in one portion, or a portion for each weight file.
 
 The latter is decided from headers, before a weight is downloaded. A portion reads no other file of the checkpoint. A
-layer whose tensors lie in several files becomes several shards of the store. What a file holds of a *parameter* that
-goes on in a later one (merged experts) is copied, as it is, into a shard of its own until then: a carried one.
+layer whose tensors lie in several files becomes several shards of the store. What a file holds of a *parameter* or an
+expert that goes on in a later one is copied, as it is, into a shard of its own until then: a carried one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..disk import nearest, open_file, status
 from ..tensors.index import Extent, TensorInfo
-from .names import carried_name, part_name
+from .names import carried_name, expert_of, part_name
 from .shard import Item, ShardJob, plain
 
 COPY_BYTES = 4 << 20
@@ -83,10 +83,15 @@ def plan_portions(
     """
     number = {file.named: at for at, file in enumerate(files)}
     spans = {name: sorted({number[extent.path] for extent in info.extents}) for name, info in tensors.items()}
+    together = {name: expert_of(name) or name for name in tensors}  # of an expert all is written at once
+    ends: dict[str, int] = {}
+    for name, span in spans.items():
+        ends[together[name]] = max(ends.get(together[name], 0), *span, 0)
+    end = {name: ends[together[name]] for name in tensors}
     carried: dict[tuple[int, int], ShardJob] = {}
     moved: dict[tuple[str, int], Iterator[Extent]] = {}
-    for first, last in sorted({(at, span[-1]) for span in spans.values() for at in span[:-1]}):
-        straddling = [name for name, span in spans.items() if first in span and span[-1] == last]
+    for first, last in sorted({(at, end[name]) for name, span in spans.items() for at in span if at < end[name]}):
+        straddling = [name for name, span in spans.items() if first in span and end[name] == last]
         parts = {name: _within(tensors[name], files[first]) for name in straddling}
         items = tuple(_copied(name, extents) for name, extents in parts.items())
         job = carried[first, last] = ShardJob(carried_name(first, last), items, concurrent=True)
@@ -103,7 +108,7 @@ def plan_portions(
     for job in jobs_of({name: placed(name) for name in tensors}):
         by_portion: dict[int, list[Item]] = {}
         for item in job.items:
-            by_portion.setdefault((spans[item.name] or [0])[-1], []).append(item)
+            by_portion.setdefault(end[item.name], []).append(item)
         for at, some in by_portion.items():
             name = job.name if len(by_portion) == 1 else part_name(job.name, at)
             jobs[at].append(replace(job, name=name, items=tuple(some)))

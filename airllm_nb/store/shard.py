@@ -1,13 +1,15 @@
 """One safetensors file, written as a stream: the layout is known before the first byte, memory stays bounded.
 
 The data begins on a page and every tensor on 256 bytes, so that a file can be mapped, read directly and copied as it
-lies. The format forbids holes, so what fills them is a tensor of its own, ``__pad.<shard>.<n>``.
+lies; what one expert has lies together and begins on a page, so that it is one read. The format forbids holes, so what
+fills them is a tensor of its own, ``__pad.<shard>.<n>``.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,7 +28,7 @@ from ..errors import StoreError
 from ..tensors.index import ITEMSIZE, PAD
 from ..tensors.libc import start_writing
 from .atomic import sync_folder
-from .names import unfinished
+from .names import expert_of, unfinished
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +104,7 @@ class ShardJob:
     concurrent
         Whether it may be produced in one thread while others are in other threads.
     is_padded
-        Whether data begins on a page and every tensor on 256 bytes; else all is as the reference library writes it.
+        Whether data and experts begin on a page and tensors on 256 bytes; else all is as the reference library has it.
     """
 
     name: str
@@ -116,20 +118,23 @@ class ShardJob:
 
     def entries(self) -> list[Entry]:
         """Every tensor of the file, padding included, in order."""
-        found: list[Entry] = []
-        cursor = pads = 0
-        for item in self.items:
-            for entry in item.entries:
-                if short := self.short(cursor):
-                    found.append(Entry(f"{PAD}{self.name}.{pads}", "U8", (short,)))
-                    pads, cursor = pads + 1, cursor + short
-                found.append(entry)
-                cursor += entry.nbytes
+        found, pads = list[Entry](), itertools.count()
+        for short, entry in self.laid_out():
+            found += [Entry(f"{PAD}{self.name}.{next(pads)}", "U8", (short,))] if short else []
+            found.append(entry)
         return found
 
-    def short(self, cursor: int) -> int:
-        """How many bytes are to be filled before a tensor that would begin here."""
-        return -cursor % ALIGNMENT if self.is_padded else 0
+    def laid_out(self) -> Iterator[tuple[int, Entry]]:
+        """Every tensor of the items, in order, and how many bytes are to be filled before it."""
+        cursor, before = 0, ""
+        for item in self.items:
+            expert = expert_of(item.name)
+            step = PAGE if expert and expert != before else ALIGNMENT
+            for entry in item.entries:
+                short = -cursor % step if self.is_padded else 0
+                yield short, entry
+                cursor, step = cursor + short + entry.nbytes, ALIGNMENT
+            before = expert
 
     def header(self) -> bytes:
         """The length field and the JSON, padded with spaces so that the data begins on a page, or on 8 bytes."""
@@ -259,15 +264,14 @@ class _Sink:
 
 
 def _stream(job: ShardJob) -> Generator[bytes | memoryview, None, None]:
-    cursor = 0
+    layout = job.laid_out()
     for item in job.items:
         chunks = iter(item.produce())
         try:
-            for entry in item.entries:
-                if short := job.short(cursor):
+            for short, entry in itertools.islice(layout, len(item.parts)):
+                if short:
                     yield bytes(short)
                 yield from _exactly(entry, chunks, job.file)
-                cursor += short + entry.nbytes
             if any(len(_raw(chunk)) for chunk in chunks):
                 raise StoreError(f"{job.file}: {item.name} got more bytes than it should take; it may be of another "
                                  "model")  # fmt: skip

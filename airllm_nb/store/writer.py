@@ -24,7 +24,7 @@ from ..trace import Progress, ProgressCallback, silent
 from .atomic import sweep, unfinished_shards, write_atomically
 from .locks import locked
 from .manifest import FORMAT, Store, StoreMeta, damaged, finished_store, open_store, read_manifest
-from .names import JOURNAL, MANIFEST, is_shard
+from .names import JOURNAL, MANIFEST, is_shard, parse_expert
 from .portions import Portion, WeightFile, bytes_needed
 from .shard import ShardJob, write_shards
 from .space import OVERHEAD, check_space, explain
@@ -188,13 +188,16 @@ class Writer:
             (self.folder / job.file).unlink(missing_ok=True)
 
     def _manifest(self, jobs: list[ShardJob], records: Mapping[str, dict[str, Any]]) -> bytes:
+        apart = {item.name: parse_expert(item.name) for job in jobs for item in job.items}
         parameters = {
             item.name: {"dtype": item.dtype, "shape": list(item.shape), "parts": [asdict(part) for part in item.parts]}
             for job in jobs
             for item in job.items
+            if (expert := apart[item.name]) is None or expert[1] == 0  # the others are as the first
         }
         said = {"origin": self.origin, "revision": self.revision}
-        manifest = {**asdict(self.meta), "format": FORMAT, "shards": [records[job.file] for job in jobs],
+        version = FORMAT if any(apart.values()) else 1
+        manifest = {**asdict(self.meta), "format": version, "shards": [records[job.file] for job in jobs],
                     "parameters": parameters, **{key: value for key, value in said.items() if value}}  # fmt: skip
         return json.dumps(manifest, indent=1, sort_keys=True).encode()
 

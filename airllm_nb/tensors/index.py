@@ -71,6 +71,18 @@ class TensorInfo:
                 at += extent.nbytes
         return TensorInfo(name, self.dtype, (count, *self.shape[1:]), tuple(extents))
 
+    def apart(self) -> list[TensorInfo]:
+        """What lies below one another along dim 0, each by itself."""
+        count, at = self.shape[0], 0
+        width, extents = self.nbytes // max(count, 1), [list[Extent]() for _ in range(count)]
+        for extent in self.extents:
+            first, last = at, at + extent.nbytes
+            while at < last:
+                taken = min(last, (at // width + 1) * width) - at
+                extents[at // width].append(Extent(extent.path, extent.offset + at - first, taken))
+                at += taken
+        return [TensorInfo(self.name, self.dtype, self.shape[1:], tuple(each)) for each in extents]
+
 
 class CheckpointIndex(dict[str, TensorInfo]):
     """The tensors of a checkpoint by name, which lie in ``files``; holds no weights."""
