@@ -28,7 +28,8 @@ STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "nested_bloc
 GGUF_NAMES = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate": "ffn_gate_inp",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 
 
@@ -142,46 +143,71 @@ def _write_tensors(file: Any, tensors: Tensors, group: dict[str, tuple[int, ...]
 
 
 def write_gguf(path: Path, shape: str, layers: int, kind: str) -> None:
-    """A Llama in one type; table and head too, as they are in a file that is quantised throughout."""
+    """A Llama or a Qwen3 mixture in one type; table and head too, as in a file that is quantised throughout."""
     import gguf
 
     config = shape_config(shape, layers)
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {
-        "block_count": layers, "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"], "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"], "vocab_size": config["vocab_size"],
-    }.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
+    architecture = {"llama": "llama", "qwen3_moe": "qwen3moe"}[config["model_type"]]
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in _gguf_sizes(config).items():
+        writer.add_uint32(f"{architecture}.{key}", value)
+    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
+    writer.add_float32(f"{architecture}.rope.freq_base", config["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     words = [*map(chr, range(33, 127)), "ab", "cd"]
     writer.add_token_list([*words, *(f"t{number}" for number in range(config["vocab_size"] - len(words)))])
     writer.add_token_merges(["a b", "c d"])  # transformers takes a list of one for its only entry
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
-             "lm_head.weight": "output.weight"}  # fmt: skip
-    sizes = {_gguf_name(name, names): each.shape for file in tensors_by_file(config) for name, each in file.items()}
     made = gguf.GGMLQuantizationType[kind]
     block, nbytes = gguf.GGML_QUANT_SIZES[made]
-    for name, size in sizes.items():
-        if len(size) == 1:
-            writer.add_tensor(name, np.ones(size, dtype=np.float32))
-            continue
-        row = size[1] // block * nbytes
-        raw = np.frombuffer(b"".join(noise(name, size[0] * row)), dtype=np.uint8).reshape(size[0], row)
-        writer.add_tensor(name, raw, raw_dtype=made)
+    for name, size in _gguf_shapes(config).items():
+        if len(size) == 1 or name.endswith("ffn_gate_inp.weight"):  # norms are ones, routers are random
+            value = np.ones(size) if len(size) == 1 else np.random.default_rng(0).normal(0, 0.02, size)
+            writer.add_tensor(name, value.astype(np.float32))
+        else:
+            writer.add_tensor(name, _rows((*size[:-1], size[-1] // block * nbytes)), raw_dtype=made)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _gguf_name(name: str, names: dict[str, str]) -> str:
-    if name in names:
-        return names[name]
-    _, _, number, rest = name.split(".", 3)
-    return f"blk.{number}.{GGUF_NAMES[rest.removesuffix('.weight')]}.weight"
+@functools.cache
+def _rows(shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes for tensors of one shape, the same for all of them: a file may be larger than memory."""
+    return np.frombuffer(b"".join(noise(str(shape), math.prod(shape))), dtype=np.uint8).reshape(shape)
+
+
+def _gguf_sizes(config: dict[str, Any]) -> dict[str, int]:
+    sizes = {
+        "block_count": config["num_hidden_layers"], "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"], "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"], "vocab_size": config["vocab_size"],
+    }  # fmt: skip
+    if config["model_type"] == "qwen3_moe":
+        sizes |= {"expert_count": config["num_experts"], "expert_used_count": config["num_experts_per_tok"],
+                  "expert_feed_forward_length": config["moe_intermediate_size"],
+                  "attention.key_length": config["head_dim"], "attention.value_length": config["head_dim"]}  # fmt: skip
+    return sizes
+
+
+def _gguf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name → shape; the experts of a layer are one tensor for each of their matrices."""
+    rest = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+            "lm_head.weight": "output.weight"}  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in tensors_by_file(config):
+        for name, info in file.items():
+            if name in rest:
+                shapes[rest[name]] = info.shape
+                continue
+            _, _, number, within = name.removesuffix(".weight").split(".", 3)
+            if within.startswith("mlp.experts."):
+                matrix = within.rpartition(".")[2].removesuffix("_proj")
+                shapes[f"blk.{number}.ffn_{matrix}_exps.weight"] = (config["num_experts"], *info.shape)
+            else:
+                shapes[f"blk.{number}.{GGUF_NAMES[within]}.weight"] = info.shape
+    return shapes
 
 
 def make(folder: Path, shape: str, layers: int, kind: str) -> Path:

@@ -99,6 +99,7 @@ _LLAMA_3_1 = _LLAMA_3 | {
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32000, 32),
     "llama-2-70b": _llama(8192, 28672, 64, 8, 32000, 80),
+    "llama-3-8b": _llama(4096, 14336, 32, 8, 128256, 32, **_LLAMA_3),
     "llama-3-70b": _llama(8192, 28672, 64, 8, 128256, 80, **_LLAMA_3),
     "llama-3.1-405b": _llama(16384, 53248, 128, 8, 128256, 126, **_LLAMA_3_1),
     "qwen2.5-32b": _qwen2(5120, 27648, 40, 8, 152064, 64, bos_token_id=151643, eos_token_id=151645),

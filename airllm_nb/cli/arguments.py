@@ -65,9 +65,9 @@ def make_parser(
     made = command("bench", bench, "measure a model, or random weights in a known shape", model="optional")
     made.epilog = (
         "Opens the model, generates once to warm up and once more with the clock running, and says what each link "
-        "carried, beside what the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-70b, llama-3.1-405b, "
-        "qwen2.5-32b, and the mixtures mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b, gpt-oss-120b, deepseek-v3; small, "
-        "small-qwen, small-moe."
+        "carried, beside what the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-8b, llama-3-70b, "
+        "llama-3.1-405b, qwen2.5-32b, and the mixtures mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b, gpt-oss-120b, "
+        "deepseek-v3; small, small-qwen, small-moe."
     )
     _add(made.add_argument_group("measuring"), *flags.MEASURING)
     command("doctor", doctor, "say what this machine is and can, and what to do about the rest", model=None)

@@ -113,8 +113,9 @@ class AirLLM(options.SessionMagics):
         """Measure how fast a model runs: MODEL, random weights in a known shape, or the model that is loaded.
 
         It generates once to warm up and once more with the clock running, and says what each link carried, beside what
-        the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-70b, llama-3.1-405b, qwen2.5-32b, and the
-        mixtures mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b, gpt-oss-120b, deepseek-v3; small, small-qwen, small-moe.
+        the plan predicted. The shapes: llama-2-7b, llama-2-70b, llama-3-8b, llama-3-70b, llama-3.1-405b, qwen2.5-32b,
+        and the mixtures mixtral-8x7b, qwen3-30b-a3b, gpt-oss-20b, gpt-oss-120b, deepseek-v3; small, small-qwen,
+        small-moe.
         """
         loaded = given.model is None and given.synthetic is None
         entry = self._to_bench(given) if loaded or given.name else None

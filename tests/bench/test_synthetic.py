@@ -54,8 +54,8 @@ def test_a_checkpoint_loads_in_transformers_and_generates_the_same_here(tmp_path
 
 # What is said of each by whoever published it, without DeepSeek's layer that predicts a second token.
 PARAMETERS = {
-    "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-70b": 70_553_706_496,
-    "llama-3.1-405b": 405_853_388_800, "qwen2.5-32b": 32_763_876_352, "mixtral-8x7b": 46_702_792_704,
+    "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800, "qwen2.5-32b": 32_763_876_352, "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624, "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672,
     "deepseek-v3": 671_026_404_352,
 }  # fmt: skip
