@@ -24,9 +24,8 @@ from ..disk import entries, read_json, status
 from ..encoding.base import Part
 from ..encoding.formats import get_encoding
 from ..errors import StoreError
-from ..model.placing import compressible
+from ..intake.written import store_jobs
 from ..store.atomic import write_atomically
-from ..store.jobs import encode_jobs
 from ..store.listing import are_whole
 from ..store.locks import locked
 from ..store.manifest import StoreMeta
@@ -199,9 +198,7 @@ def _jobs(config: dict[str, Any], compression: str | None) -> list[ShardJob]:
     noise = _Noise()
     if compression is not None:
         skeleton = skeleton_of(config)
-        tensors, compressed = native_tensors(skeleton), [f"{name}.weight" for name in compressible(skeleton)]
-        jobs = encode_jobs(tensors, get_encoding(compression), compressed, torch.bfloat16,
-                           keep=[name for name, info in tensors.items() if info.dtype != "BF16"])  # fmt: skip
+        jobs = store_jobs(native_tensors(skeleton), skeleton, get_encoding(compression), torch.bfloat16)
     else:
         files = tensors_by_file(config)
         jobs = [

@@ -10,9 +10,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoint.companions import copy_companions, own_companions
 from ..checkpoint.source import Source
 from ..disk import status
+from ..encoding.base import Encoding
 from ..errors import StoreError
 from ..model.placing import compressible, merged_experts
 from ..model.skeleton import kept_in_float32, other_shape
@@ -124,7 +127,8 @@ def _write_plain(prepared: Prepared, whole: Path, beside: Path) -> Weights:
 
 def _encode(prepared: Prepared, plain: Weights) -> Store:
     own_companions(plain.folder)  # before the weights: what cannot be copied should not cost a conversion first
-    jobs, source = _jobs(_experts_apart(plain.tensors, prepared.skeleton), prepared), prepared.source
+    jobs = store_jobs(plain.tensors, prepared.skeleton, prepared.codec, prepared.dtype)
+    source = prepared.source
     beside = functools.partial(copy_companions, plain.folder)
     sources = Unchanged(extent.path for info in plain.tensors.values() for extent in info.extents)
     store = write_store(prepared.store(prepared.codec.compression), jobs, prepared.meta, progress=prepared.progress,
@@ -151,10 +155,21 @@ def piecewise(prepared: Prepared) -> Piecewise | None:
     source, known, (is_whole, once, is_encoded) = prepared.source, prepared.known, prepared.to_write
     if not is_encoded or is_whole or once or source.repo_id is None or known is None or known.packed:
         return None
-    jobs_of = functools.partial(_jobs, prepared=prepared)
+    jobs_of = functools.partial(_jobs, skeleton=prepared.skeleton, codec=prepared.codec, dtype=prepared.dtype)
     tensors = _experts_apart(known.tensors, prepared.skeleton)
     return Piecewise(source, tensors, prepared.headers, prepared.store(prepared.codec.compression), jobs_of,
                      prepared.meta, prepared.options, prepared.progress)  # fmt: skip
+
+
+def store_jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Encoding, dtype: torch.dtype) -> list[ShardJob]:
+    """What writes the compressed store of a model.
+
+    Parameters
+    ----------
+    tensors
+        Its weights by native name.
+    """
+    return _jobs(_experts_apart(tensors, skeleton), skeleton, codec, dtype)
 
 
 def _experts_apart(tensors: Mapping[str, TensorInfo], skeleton: Any) -> dict[str, TensorInfo]:
@@ -175,8 +190,7 @@ def _experts_apart(tensors: Mapping[str, TensorInfo], skeleton: Any) -> dict[str
     return rest | {name: info for each in experts.values() for name, info in each.items()}
 
 
-def _jobs(tensors: Mapping[str, TensorInfo], prepared: Prepared) -> list[ShardJob]:
-    skeleton, dtype = prepared.skeleton, prepared.dtype
+def _jobs(tensors: Mapping[str, TensorInfo], skeleton: Any, codec: Encoding, dtype: torch.dtype) -> list[ShardJob]:
     untie(skeleton, tensors)
     names, is_exact = [f"{name}.weight" for name in compressible(skeleton)], kept_in_float32(skeleton, dtype)
     for name in merged_experts(skeleton):
@@ -184,7 +198,7 @@ def _jobs(tensors: Mapping[str, TensorInfo], prepared: Prepared) -> list[ShardJo
         count = len(skeleton.get_parameter(name))
         names += [expert_name(path, number, f"{attribute}.weight") for number in range(count)]
     exact = [name for name in tensors if is_exact(name)]
-    return encode_jobs(tensors, prepared.codec, names, dtype, keep=exact, device=skeleton.device)
+    return encode_jobs(tensors, codec, names, dtype, keep=exact, device=skeleton.device)
 
 
 def _is_store(folder: Path) -> bool:

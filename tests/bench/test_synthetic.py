@@ -19,6 +19,7 @@ from airllm_nb.bench.synthetic import is_finished, remove, write
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import open_model
 from airllm_nb.errors import OptionError, StoreError
+from airllm_nb.store.manifest import read_manifest
 from airllm_nb.store.names import SYNTHETIC_MARKER
 from airllm_nb.tensors.index import read_index
 from airllm_nb.trace import Progress
@@ -55,9 +56,9 @@ def test_a_checkpoint_loads_in_transformers_and_generates_the_same_here(tmp_path
 # What is said of each by whoever published it, without DeepSeek's layer that predicts a second token.
 PARAMETERS = {
     "llama-2-7b": 6_738_415_616, "llama-2-70b": 68_976_648_192, "llama-3-8b": 8_030_261_248,
-    "llama-3-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800, "qwen2.5-32b": 32_763_876_352, "mixtral-8x7b": 46_702_792_704,
-    "qwen3-30b-a3b": 30_532_122_624, "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672,
-    "deepseek-v3": 671_026_404_352,
+    "llama-3-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800, "qwen2.5-32b": 32_763_876_352,
+    "mixtral-8x7b": 46_702_792_704, "qwen3-30b-a3b": 30_532_122_624, "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672, "deepseek-v3": 671_026_404_352,
 }  # fmt: skip
 
 
@@ -128,6 +129,19 @@ TINY = {
     "mixtral-8x7b": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
                      "vocab_size": 640},
 }  # fmt: skip
+
+
+def test_a_packed_mixture_is_what_a_conversion_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "plain", "small-moe", 2)
+    write(tmp_path / "packed", "small-moe", 2, "4bit")
+    with open_model(tmp_path / "plain", LoadOptions("4bit", layer_shards_saving_path=tmp_path / "stores")) as model:
+        converted = model.folder
+    made, wanted = (read_manifest(folder) for folder in (tmp_path / "packed", converted))
+    assert made is not None and wanted is not None and made.index.keys() == wanted.index.keys()
+    for name, info in wanted.index.items():
+        found = made.index[name]
+        assert (found.dtype, found.shape, found.nbytes) == (info.dtype, info.shape, info.nbytes)
+        assert len(found.extents) == len(info.extents) == (16 if ".experts." in name else 1)
 
 
 @pytest.mark.parametrize("shape", TINY)
