@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,13 +200,13 @@ def test_what_two_files_hold_of_an_expert_is_written_together(saved: Any, tmp_pa
     expected = open_store(whole)
     assert expected is not None
     skeleton = build(AutoConfig.from_pretrained(folder), torch.float32, torch.device("cpu"))
-    what = SimpleNamespace(skeleton=skeleton, dtype=torch.float32, codec=get_encoding("4bit"))
+    jobs_of = functools.partial(written._jobs, skeleton=skeleton, codec=get_encoding("4bit"), dtype=torch.float32)
     tensors = written._experts_apart(read_index(folder), skeleton)
     (tmp_path / "here").mkdir()
     files = [WeightFile(path, tmp_path / "here" / path.name, path.stat().st_size, True)
              for path in sorted(folder.glob("*.safetensors"))]  # fmt: skip
     store = tmp_path / "store"
-    portions = plan_portions(tensors, files, store, functools.partial(written._jobs, prepared=what))
+    portions = plan_portions(tensors, files, store, jobs_of)
     assert [len(portion.carried) for portion in portions] == [1, 0]
     assert sum(job.nbytes for job in portions[0].carried) < 1.1 * sum(
         tensor.nbytes for name, tensor in state.items() if "gate_up_proj" in name
@@ -316,8 +315,7 @@ def test_a_30b_mixture_is_planned_at_its_bits(compression: str, bits: float, tmp
     codec, device = get_encoding(compression), torch.device("cpu")
     skeleton = build(AutoConfig.from_pretrained(tmp_path), torch.bfloat16, device)
     plain = prepare.sizes_only(skeleton)
-    what = SimpleNamespace(skeleton=skeleton, dtype=torch.bfloat16, codec=codec)
-    jobs = written._jobs(written._experts_apart(plain, skeleton), what)  # type: ignore[arg-type]
+    jobs = written.store_jobs(plain, skeleton, codec, torch.bfloat16)
     compress(skeleton, codec, torch.bfloat16, Scratch())
     planned, store = (sum(each.nbytes for each in some) for some in (prepare.sizes_only(skeleton).values(), jobs))
     values = sum(info.nbytes for info in plain.values()) // 2
