@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from gguf_files import dequantised_gguf, tiny_qwen2moe_gguf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
@@ -63,10 +64,14 @@ def options(base: Path, compression: str = "4bit", **more: Any) -> LoadOptions:
     return LoadOptions.create(compression=compression, **how, **more)
 
 
+def resident(path: Path) -> Any:
+    return dequantised_gguf(path) if path.suffix == ".gguf" else tiny_models.resident(path)
+
+
 @torch.no_grad()
 def decoded(folder: Path, compression: str, skeleton: Any, experts: bool = True) -> Any:
     """transformers' model, whose matrices were encoded and decoded one by one."""
-    native, codec = tiny_models.resident(folder), get_encoding(compression)
+    native, codec = resident(folder), get_encoding(compression)
     names = [f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, EncodedLinear)]
     found = merged_experts(native)
     for name in names + (found if experts else []):
@@ -91,6 +96,29 @@ def test_streamed_equals_resident(model_type: str, compression: str, saved: Any,
         expected, resident = tiny_models.run(decoded(folder, compression, skeleton))
     assert torch.equal(tokens, expected)
     assert torch.equal(logits, resident)
+
+
+@pytest.mark.parametrize("compression", ["4bit", "8bit"])
+def test_of_a_gguf_file_they_are_compressed_too(compression: str, tmp_path: Path, one_thread: None) -> None:
+    path = tiny_qwen2moe_gguf(tmp_path / "tiny.gguf")
+    ids = torch.tensor([[5, 9, 3, 40, 41, 7]])
+    with AutoModel.from_pretrained(path, compression=compression, dtype="float32", device="cpu",
+                                   layer_shards_saving_path=tmp_path) as model:  # fmt: skip
+        assert_in_one_piece(model.folder)
+        native = decoded(path, compression, model._prepared.skeleton)
+        torch.testing.assert_close(model(ids).logits, native(ids).logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(tiny_models.generated(model, ids), tiny_models.generated(native, ids))
+
+
+def test_the_original_may_go(saved: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved("gpt_oss"), tmp_path / "model"))
+    how = {"compression": "8bit", "dtype": "float32", "layer_shards_saving_path": tmp_path / "stores"}
+    with AutoModel.from_pretrained(folder, **how) as model:
+        expected = model(tiny_models.IDS).logits
+    for delete in (True, False):
+        with AutoModel.from_pretrained(folder, **how, delete_original=delete) as model:
+            assert torch.equal(model(tiny_models.IDS).logits, expected)
+        assert not list(folder.glob("*.safetensors"))
 
 
 def test_routers_and_heads_stay_as_they_are(saved: Any, tmp_path: Path) -> None:
