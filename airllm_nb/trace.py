@@ -1,4 +1,4 @@
-"""What happened, as data: spans of reads, copies, computes and waits, memory samples, and progress of long work.
+"""What happened, as data: spans of reads, copies, computes and waits, memory samples, and what experts were asked for.
 
 The engine adds spans while it runs; renderers read them afterwards. Totals are exact for the whole trace; single
 spans are kept for the last :data:`CAPACITY` only, so that a trace never outgrows a few megabytes.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from .config import format_bytes, format_seconds
+from .config import format_seconds
 
 T = TypeVar("T")
 STAGES = ("read", "copy", "dequantise", "compute", "wait")
@@ -22,62 +22,6 @@ COUNTED = {"read": "reads", "copy": "copies", "dequantise": "matrices", "compute
 CAPACITY = 65_536
 # Memory samples: seconds between two at first, and how many are kept; when there are as many, every second goes.
 MEMORY_EVERY, MOST_MEMORY = 0.05, 2048
-
-
-class Progress(NamedTuple):
-    """One report of long work (download, conversion, load).
-
-    ``done`` and ``total`` are in ``unit`` (``"bytes"`` or a plural noun); ``total`` is 0 when unknown.
-    """
-
-    stage: str
-    done: int
-    total: int
-    unit: str = "bytes"
-    detail: str = ""
-
-    @property
-    def what(self) -> str:
-        """``"download org/name"``"""
-        return f"{self.stage} {self.detail}".strip()
-
-    @property
-    def amount(self) -> str:
-        """``"1.2 GiB of 4.0 GiB"``; empty where there is one thing alone to be done."""
-        if self.unit != "bytes" and self.total <= 1:
-            return ""
-        text = format_bytes if self.unit == "bytes" else "{:,.0f}".format
-        return text(self.done) + (f" of {text(self.total)}" if self.total else "")
-
-
-class Meter:
-    """How fast long work goes: counted from the first report of a stage, so that earlier attempts do not flatter it."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        self._clock, self._stage = clock, ("", 0)
-        self._first = self._last = self._since = 0.0
-
-    def see(self, progress: Progress) -> bool:
-        """Take a report in; whether a stage begins with it: of another name or total, or less is done than before."""
-        stage, last = (progress.stage, progress.total), self._last
-        self._last, is_new = progress.done, stage != self._stage or progress.done < last
-        if is_new:
-            self._stage, self._first, self._since = stage, progress.done, self._clock()
-        return is_new
-
-    def speed(self, progress: Progress) -> tuple[float, float | None] | None:
-        """Bytes a second, and the seconds left where the total is known; ``None`` while there is nothing to say."""
-        moved, seconds = progress.done - self._first, self._clock() - self._since
-        if progress.unit != "bytes" or moved <= 0 or seconds <= 0.5:
-            return None
-        return moved / seconds, (progress.total - progress.done) * seconds / moved if progress.total else None
-
-
-ProgressCallback = Callable[[Progress], None]
-
-
-def silent(_: Progress) -> None:
-    """A progress callback that shows nothing."""
 
 
 class Span(NamedTuple):
@@ -121,6 +65,22 @@ class StageTotal:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@dataclass
+class Routed:
+    """What one layer's experts were asked for.
+
+    Attributes
+    ----------
+    asked
+        By expert, in how many forwards some token was routed to it.
+    hits
+        Of all that, how often the expert was there, and nothing moved.
+    """
+
+    asked: list[int]
+    hits: int = 0
+
+
 class Trace:
     """The record of one generation. One thread writes it; others may read it meanwhile.
 
@@ -139,6 +99,8 @@ class Trace:
         What was planned for it, see :meth:`~airllm_nb.plan.residency.ResidencyPlan.as_dict`; empty until it runs.
     tiers
         ``"gpu"``, ``"ram"`` or ``"disk"`` of each unit by name, in the order of the schedule.
+    experts
+        Of each layer of experts that are not all there, by the unit's name.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -147,6 +109,7 @@ class Trace:
         self.began = 0.0
         self.plan: Mapping[str, Any] = {}
         self.tiers: Mapping[str, str] = {}
+        self.experts: dict[str, Routed] = {}
         self.spans: deque[Span] = deque(maxlen=CAPACITY)
         self.memory: list[MemorySample] = []
         self._memory_every, self._memory_next = MEMORY_EVERY, 0.0
@@ -169,6 +132,20 @@ class Trace:
         total.count += 1
         self.by_unit[unit][stage] += end - start
         self.spans.append(Span(stage, unit, start, end, nbytes, self.sweeps))
+
+    def add_routed(self, unit: str, experts: int, asked: Iterable[int], hits: int) -> None:
+        """A forward asked a layer of so many ``experts`` for some, of which ``hits`` were there."""
+        routed = self.experts.get(unit) or self.experts.setdefault(unit, Routed([0] * experts))
+        for expert in asked:
+            routed.asked[expert] += 1
+        routed.hits += hits
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of experts asked for that were there; ``None`` where all always are."""
+        every = list(self.experts.values())
+        asked = sum(sum(routed.asked) for routed in every)
+        return sum(routed.hits for routed in every) / asked if asked else None
 
     def end_sweep(self, start: float, end: float) -> None:
         """Close one sweep over all units, from ``start`` to ``end`` in seconds since the trace began."""
@@ -222,7 +199,7 @@ class Trace:
             "sweeps": self.sweeps, "tokens": self.tokens,
             "sweep_seconds": sweep, "predicted_sweep_seconds": predicted, "bound_by": self.bound_by,
             "achieved_of_predicted": predicted / sweep if predicted and sweep else None,
-            "peak_device_bytes": self.peak_bytes,
+            "peak_device_bytes": self.peak_bytes, "expert_hit_rate": self.hit_rate,
             "stages": {
                 stage: {"seconds": total.seconds, "bytes": total.nbytes, "count": total.count,
                         "gb_per_second": total.gb_per_second} for stage, total in self.totals.items()

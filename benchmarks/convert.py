@@ -23,9 +23,9 @@ import torch
 
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import convert_model, open_model, plan_model
+from airllm_nb.progress import Progress
 from airllm_nb.tensors.files import Files
 from airllm_nb.tensors.index import read_index
-from airllm_nb.trace import Progress
 
 PIECE, THREADS = 8 << 20, 8
 MOST_READ, MOST_WRITTEN = 4 << 30, 2 << 30

@@ -35,7 +35,7 @@ def least_budget(model: Path, given: argparse.Namespace) -> int:
     """The VRAM in which nothing stays resident."""
     from airllm_nb.config import LoadOptions
     from airllm_nb.intake import planning, prepare
-    from airllm_nb.plan.residency import window
+    from airllm_nb.plan.placement import window
     from airllm_nb.stream.ring import align
 
     budget = 4 << 30

@@ -26,7 +26,7 @@ from huggingface_hub.utils import get_session
 from airllm_nb import LoadOptions
 from airllm_nb.errors import AirLLMError
 from airllm_nb.intake.prepare import prepare
-from airllm_nb.trace import Progress
+from airllm_nb.progress import Progress
 
 SEEN = struct.Struct("qq")  # steps, peak
 

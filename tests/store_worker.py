@@ -10,11 +10,11 @@ import torch
 
 from airllm_nb.encoding.formats import get_encoding
 from airllm_nb.intake.find.local import fingerprint_of
+from airllm_nb.progress import Progress
 from airllm_nb.store.jobs import encode_jobs
 from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.writer import write_store
 from airllm_nb.tensors.index import read_index
-from airllm_nb.trace import Progress
 
 
 def anonymous_bytes() -> int:

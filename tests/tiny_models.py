@@ -14,7 +14,9 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import StreamedModel
 from airllm_nb.intake import planning, prepare
 from airllm_nb.model.device import Budgets
-from airllm_nb.plan.residency import Machine, window
+from airllm_nb.plan.experts import staging
+from airllm_nb.plan.placement import window
+from airllm_nb.plan.residency import Machine
 from airllm_nb.stream.ring import align, host_room
 
 MACHINE = Machine(True, disk=1e9, link=1e10, memory=1e10)
@@ -255,12 +257,14 @@ def streamed(folder: Path, **options: Any) -> StreamedModel:
     """Open with room for three units on the device, and with less RAM than weights, so that some come from disk."""
     ample = {"vram_budget": "1GiB", "ram_budget": "1GiB", "max_seq_len": 32}
     prepared = prepare.prepare(folder, LoadOptions.create(**{"dtype": "float32", **ample, **options}))
-    units = [unit.nbytes for unit in prepared.sizes if unit.kind != "embedding"]
+    units = [unit.nbytes for unit in prepared.sizes if unit.kind not in ("embedding", "experts")]
+    banks = [unit.experts for unit in prepared.sizes if unit.experts]
     needs = planning.needs(prepared, prepared.planned, prepared.planned.sizes[0]).total
-    vram = needs + window([align(size) for size in units])
+    vram = needs + window([align(size) for size in units]) + staging(banks, 0)[1]
     all_but_one = sum(map(align, units)) - 1
     ring = window([host_room(size) for size in units])
-    ram = max(min(ring + max(units), all_but_one), max(map(host_room, units)))
+    passing = max((align(bank.nbytes) for bank in banks), default=0)
+    ram = passing + max(min(ring + max(units), all_but_one), max(map(host_room, units)))
     model = StreamedModel(prepared, MACHINE, Budgets(vram, ram))
     assert "disk" in model.plan.tiers or len(units) <= 3
     assert model.plan.streamed_bytes or len(units) <= 3

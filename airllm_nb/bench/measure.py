@@ -22,8 +22,8 @@ from ..errors import OptionError
 from ..model.device import choose_device
 from ..plan.needs import context_length
 from ..plan.residency import ResidencyPlan
+from ..progress import Progress, ProgressCallback, silent
 from ..store.names import SYNTHETIC
-from ..trace import Progress, ProgressCallback, silent
 from . import synthetic
 from .result import BenchResult
 from .routing import Routing

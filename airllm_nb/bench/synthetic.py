@@ -25,6 +25,7 @@ from ..encoding.base import Part
 from ..encoding.formats import get_encoding
 from ..errors import StoreError
 from ..intake.written import store_jobs
+from ..progress import Progress, ProgressCallback, silent
 from ..store.atomic import write_atomically
 from ..store.listing import are_whole
 from ..store.locks import locked
@@ -35,7 +36,6 @@ from ..store.space import OVERHEAD, check_space
 from ..store.writer import write_store
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import INDEX_FILE, ITEMSIZE
-from ..trace import Progress, ProgressCallback, silent
 from .shapes import SHAPES, native_tensors, shape_config, skeleton_of, tensors_by_file
 
 __all__ = ["SHAPES", "is_finished", "remove", "shape_config", "write"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import StoreError
+from ..progress import ProgressCallback
 from ..store.locks import locked
 from ..store.manifest import StoreMeta, open_store
 from ..store.names import shard_name
@@ -21,7 +22,6 @@ from ..store.shard import Chunk, Entry, Item, ShardJob, plain
 from ..store.writer import write_store
 from ..tensors.files import Unchanged
 from ..tensors.index import INDEX_FILE
-from ..trace import ProgressCallback
 from .companions import copy_small
 
 if TYPE_CHECKING:

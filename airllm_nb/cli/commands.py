@@ -13,7 +13,8 @@ from ..config import format_bytes
 from ..disk import status
 from ..errors import OptionError
 from ..flags import in_flags, sampling
-from ..trace import Meter, Progress, result_parts
+from ..progress import Meter, Progress
+from ..trace import result_parts
 from .arguments import load_options, read_prompt
 
 INTERRUPTED = 130

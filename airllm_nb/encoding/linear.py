@@ -144,7 +144,14 @@ class EncodedWeight:
     """What stands in a module for a packed weight that its own code reads: unpacked when it is used.
 
     An index into a stack of matrices unpacks that one alone, into the scratch: it lasts until the next is unpacked.
+
+    Attributes
+    ----------
+    bound
+        Where only some matrices of the stack are bound: place among them → number in the stack.
     """
+
+    bound: Mapping[int, int] | None = None
 
     def __init__(
         self, module: nn.Module, names: Mapping[str, str], encoded: Encoded, dtype: torch.dtype, scratch: Scratch
@@ -169,9 +176,10 @@ class EncodedWeight:
         if encoded.pieces is None:
             encoded.encoding().unpack(parts, room)
             return room.t() if transposed else room
+        original = number if self.bound is None else self.bound.get(number, 0)
         for piece, below in enumerate(room.chunk(encoded.pieces, dim=1 if transposed else 0)):
-            at = number * encoded.pieces + piece
-            encoded.encoding(at).unpack({name: part[at] for name, part in parts.items()}, below)
+            at, encoding = number * encoded.pieces + piece, encoded.encoding(original * encoded.pieces + piece)
+            encoding.unpack({name: part[at] for name, part in parts.items()}, below)
         return room.t() if transposed else room
 
     def matrix(self, number: int) -> torch.Tensor:

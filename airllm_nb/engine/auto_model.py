@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import LoadOptions
-from ..trace import ProgressCallback, silent
+from ..progress import ProgressCallback, silent
 from .facade import StreamedModel, open_model
 
 
@@ -28,7 +28,7 @@ class AutoModel:
         pretrained_model_name_or_path
             What to open.
         progress
-            Called with :class:`~airllm_nb.trace.Progress` during downloads, conversion and set-up.
+            Called with :class:`~airllm_nb.progress.Progress` during downloads, conversion and set-up.
         **options
             The fields of :class:`~airllm_nb.config.LoadOptions`; an unknown one is refused by name.
         """

@@ -18,7 +18,8 @@ from ..disk import told
 from ..intake import planning, prepare
 from ..model.device import Budgets, budgets_of
 from ..plan.residency import ResidencyPlan
-from ..trace import ProgressCallback, Trace, silent
+from ..progress import ProgressCallback, silent
+from ..trace import Trace
 from .fit import FittedPlan
 from .machine import measure
 from .preview import Preview

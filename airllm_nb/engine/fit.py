@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,7 @@ class Fit:
 class FittedPlan(ResidencyPlan):
     """A plan of a model that is not loaded, and whether there is room for it."""
 
-    fit: Fit
+    fit: Fit = field(kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -196,7 +196,7 @@ def with_fit(plan: ResidencyPlan, prepared: Prepared, on_disk: tuple[Space, ...]
         chosen=prepared.source.why,
         compression=prepared.encoding,
     )
-    return FittedPlan(**{field.name: getattr(plan, field.name) for field in fields(plan)}, fit=fit)
+    return FittedPlan(**{each.name: getattr(plan, each.name) for each in fields(plan)}, fit=fit)
 
 
 def _why(prepared: Prepared) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..config import LoadOptions
 from ..intake import planning, prepare
 from ..model.device import Budgets, budgets_of
-from ..trace import ProgressCallback, silent
+from ..progress import ProgressCallback, silent
 from .fit import FittedPlan, Space, spaces, with_fit
 from .machine import measure
 

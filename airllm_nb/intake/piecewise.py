@@ -24,6 +24,7 @@ from ..checkpoint.source import Source
 from ..config import LoadOptions, format_bytes
 from ..disk import free_disk, nearest, open_file, status
 from ..errors import CheckpointError, SourceError
+from ..progress import Progress, ProgressCallback
 from ..store.locks import exclusively, locked
 from ..store.manifest import Store, StoreMeta
 from ..store.names import DOWNLOAD, MANIFEST
@@ -32,7 +33,6 @@ from ..store.space import FULL, OVERHEAD, explain
 from ..store.writer import Writer
 from ..tensors.index import TensorInfo
 from ..tensors.inside import inside
-from ..trace import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,10 @@ from ..model.device import Budgets, has_memory, total_ram
 from ..model.placing import keep_unpacked, temporary_bytes
 from ..model.skeleton import collect_weights, cut_units, is_tied
 from ..model.slices import slice_limit, slice_linears
-from ..plan.needs import activation_bytes, cache_bytes, returned_bytes
-from ..plan.residency import Machine, Needs, ResidencyPlan, UnitSize, make_plan, window
+from ..plan.experts import Experts, staging
+from ..plan.needs import activation_bytes, cache_bytes, returned_bytes, routed_experts
+from ..plan.placement import make_plan, window
+from ..plan.residency import Machine, Needs, ResidencyPlan, UnitSize
 from ..plan.work import Work, choose_chunk
 from ..stream.ring import align
 from .prepared import Prepared
@@ -40,7 +42,14 @@ def cut(prepared: Prepared, budgets: Budgets) -> None:
         prepared.deltas = lora.attach(skeleton, prepared.adapter, prepared.dtype)
     prepared.small += prepared.deltas
     prepared.sizes = [
-        UnitSize(unit.name, 0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes, unit.kind)
+        UnitSize(
+            unit.name,
+            0 if unit.kind == "embedding" and is_tied(unit) else unit.nbytes,
+            unit.kind,
+            Experts(unit.experts, routed_experts(skeleton.config, unit.experts), unit.nbytes // unit.experts)
+            if unit.experts
+            else None,
+        )
         for unit in prepared.units
     ]
     # What we write takes nothing beside the scratch: one kernel unpacks it, or chunks in a processor's cache.
@@ -141,5 +150,6 @@ def plan(
 
 def _arenas(units: Sequence[UnitSize]) -> tuple[int, int]:
     """Bytes of the arena that keeps a link busy, and of the smallest one: for the units in flight, for the largest."""
-    sizes = [align(unit.nbytes) for unit in units if unit.kind != "embedding"]
-    return window(sizes), max(sizes)
+    sizes = [align(unit.nbytes) for unit in units if unit.kind not in ("embedding", "experts")]
+    _, least = staging([unit.experts for unit in units if unit.experts], 0)
+    return window(sizes) + least, max(sizes) + least

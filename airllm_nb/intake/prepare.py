@@ -27,10 +27,10 @@ from ..model.placing import place as place_packed
 from ..model.skeleton import build, collect_weights
 from ..model.tying import untie
 from ..plan.needs import check_positions
+from ..progress import Progress, ProgressCallback, silent
 from ..store.locks import Hold
 from ..tensors.dtypes import TORCH_DTYPES
 from ..tensors.index import Extent, TensorInfo
-from ..trace import Progress, ProgressCallback, silent
 from . import pointer, written
 from .containers.container import Weights
 from .containers.store import StoreContainer

@@ -18,10 +18,10 @@ from ..model.skeleton import ModelUnit, Weight
 from ..plan.needs import DEFAULT_LENGTH, context_length
 from ..plan.residency import Needs, UnitSize
 from ..plan.work import Work
+from ..progress import ProgressCallback, silent
 from ..store.locks import Hold
 from ..store.manifest import StoreMeta
 from ..tensors.index import TensorInfo
-from ..trace import ProgressCallback, silent
 from .containers.container import Container, ToWrite, Weights, dtype_name
 from .containers.table import container_of
 from .find.picks import Room

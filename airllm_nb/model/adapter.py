@@ -19,8 +19,8 @@ from ..checkpoint.lora.adapter import Adapter, Pair, read_adapter
 from ..config import LoadOptions
 from ..encoding.linear import EncodedLinear
 from ..errors import CheckpointError, UnsupportedModelError
+from ..progress import ProgressCallback, silent
 from ..tensors.index import TensorInfo
-from ..trace import ProgressCallback, silent
 from .skeleton import Weight, kept_in_float32
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from ..stream.copier import Copier, CudaCopier, MemoryCopier
 from ..stream.mapped import MappedFiles
 from ..tensors.files import Unchanged
 from ..trace import Trace
+from .banked import Banked
 from .feeds import Feed, Gathered, InPlace, Streamed, unbind
 from .hooks import Guard, PartGuard, Turn, UnitHooks
 from .placing import computes_packed, reserve_scratch
@@ -84,6 +85,7 @@ class Executor:
         self._tiers = {unit.name: tier for unit, tier in zip(stage.units, stage.plan.tiers, strict=True)}
         self._hooks: list[Any] = []
         self._resident, self._streamed = Resident(self._files, stage.device), None  # type: Resident, Streamed | None
+        self._banked: Banked | None = None
         self.feeds: list[tuple[ModelUnit, Feed]] = []
         self._timed = [module for module in model.modules() if hasattr(module, "timer")] if profile else []
         try:
@@ -135,6 +137,8 @@ class Executor:
         try:
             if self._streamed is not None:
                 self._streamed.begin()
+            if self._banked is not None:
+                self._banked.begin()
             self.recorder.begin_sweep()
             yield
             self.recorder.end_sweep()
@@ -183,11 +187,12 @@ class Executor:
             module.timer = None
         for feed in {id(feed): feed for _, feed in self.feeds}.values():
             feed.close()
-        if self._streamed is not None:  # also where building was interrupted before its units were followed
-            self._streamed.close()
+        for made in (self._streamed, self._banked):  # also where building was interrupted before units were followed
+            if made is not None:
+                made.close()
         self.feeds.clear()
         self._resident.close()
-        self.recorder.prefetcher = self._streamed = None
+        self.recorder.prefetcher = self._streamed = self._banked = None
         self._files.close()
 
     # --- building
@@ -214,7 +219,7 @@ class Executor:
 
     def _feed_units(self) -> None:
         """Give each unit its feed, as the plan says."""
-        in_place, streamed, tables = InPlace(), list[ModelUnit](), list[ModelUnit]()
+        in_place, streamed, tables, banks = InPlace(), list[ModelUnit](), list[ModelUnit](), list[ModelUnit]()
         for unit in self._stage.units:
             tier = self._tiers[unit.name]
             if unit.kind == "embedding":
@@ -229,8 +234,13 @@ class Executor:
                     self._resident.add(unit, in_place=True)
                 self.feeds.append((unit, in_place if unit.cast_bytes else self._resident))
             else:
-                streamed.append(unit)
+                (banks if unit.kind == "experts" else streamed).append(unit)
         self._feed_tables(tables)
+        if banks:
+            self._banked = Banked(
+                banks, self.plan, self._device, self._depth, self.recorder, lambda: self._cancel.is_set()
+            )
+            self.feeds += [(unit, self._banked) for unit in banks]
         if streamed:
             self._streamed = Streamed(
                 streamed, self._tiers, self.plan, self._device, self._copier, self._depth, self.recorder,

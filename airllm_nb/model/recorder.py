@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,14 @@ class Recorder:
         self._copier.begin()
         self._before, self._kv_cache = used_memory(self._device)[0], 0
         self._origin, self._origin_seconds, self._origin_clock = self._copier.mark(), trace.now(), self.clock()
+
+    def moved(self, moved: Moved) -> None:
+        """Record a movement that is no unit's of the schedule."""
+        self._moved.append(moved)
+
+    def routed(self, unit: str, experts: int, asked: Sequence[int], hits: int) -> None:
+        """A layer of so many ``experts`` was asked for some, of which ``hits`` were there."""
+        self._trace.add_routed(unit, experts, asked, hits)
 
     def begin_sweep(self) -> None:
         self._sweep, self._trace.began = self._copier.mark(), self._trace.now()
@@ -127,12 +135,12 @@ class Recorder:
             self._marks.popleft()
 
     def _add_moved(self, moved: Moved) -> bool:
-        unit = moved.unit
+        unit, nbytes = moved.unit, moved.nbytes
         if moved.stage != "read":
-            return self._add_marks(moved.stage, unit.name, moved.start, moved.end, unit.nbytes)
+            return self._add_marks(moved.stage, unit.name, moved.start, moved.end, nbytes or unit.nbytes)
         shift = self._origin_seconds - self._origin_clock
         if moved.end + shift > 0:
-            self._trace.add("read", unit.name, moved.start + shift, moved.end + shift, unit.read_bytes)
+            self._trace.add("read", unit.name, moved.start + shift, moved.end + shift, nbytes or unit.read_bytes)
         return True
 
     def _add_marks(self, stage: str, unit: str, start: Any, end: Any, nbytes: int) -> bool:

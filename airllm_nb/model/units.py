@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..encoding.linear import EncodedWeight
+from ..stream.bank import Bank
 from ..stream.ring import CACHE_LINE
 from ..stream.unit import ALIGNMENT, Piece, Unit, merge
 from ..tensors.dtypes import torch_dtype
@@ -93,7 +95,8 @@ class Binding:
 class ModelUnit:
     """A unit with its place in the model: bound before ``module`` runs, released after it.
 
-    ``kind`` is ``"block"``, ``"head"``, or ``"embedding"``: a table whose rows are gathered, never streamed as a whole.
+    ``kind`` is ``"block"``, ``"head"``, ``"embedding"``: a table whose rows are gathered, never streamed as a whole, or
+    ``"experts"``: as many as ``experts``, of which those move that tokens are routed to.
     """
 
     module: nn.Module
@@ -101,6 +104,7 @@ class ModelUnit:
     bindings: list[Binding]
     stream: Unit
     kind: str = "block"
+    experts: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -110,6 +114,13 @@ class ModelUnit:
     def cast_bytes(self) -> int:
         """Memory for the weights in the compute dtype, where that is not the stored one."""
         return sum(b.weight.elements * b.weight.dtype.itemsize for b in self.bindings if b.weight.needs_cast)
+
+    @functools.cached_property
+    def bank(self) -> Bank:
+        """Its experts as bytes."""
+        leads = self.bindings[0].weight.meta.device.type == "cpu"
+        stacks = {each.attribute: (each.weight.info, each.weight.lead if leads else 0) for each in self.bindings}
+        return Bank.of(self.name, self.experts, stacks)
 
 
 def cut_units(
@@ -192,6 +203,9 @@ class _Cutter:
             else:
                 self.small.update({weight.name: weight for _, _, weight in below})
             return
+        if count := experts_of(module):
+            self.units.append(_bank_unit(module, name, below, count))
+            return
         if self._is_whole(module, below):
             kind = "head" if module in self._heads else "block"
             self.units.append(_unit(module, name, below, kind, self._on_host))
@@ -205,7 +219,7 @@ class _Cutter:
         """Whether the module is one unit: it fits, or cannot be cut; and hooks on its forward see it run."""
         if module in self._bypassed or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             return False
-        if any(isinstance(child, nn.Embedding) for child, _, _ in below):
+        if any(isinstance(child, nn.Embedding) or experts_of(child) for child, _, _ in below):
             return False
         fits = sum(weight.info.nbytes for _, _, weight in below) <= self._limit
         is_leaf = len(self._owned.get(module, [])) == len(below)
@@ -232,6 +246,27 @@ def _unit(
                 cursor += extent.nbytes
         bindings.append(Binding(owner, attribute, weight, seen[weight.name]))
     return ModelUnit(module, name, bindings, Unit(name, cursor, merge(pieces), first), kind)
+
+
+def experts_of(module: nn.Module) -> int:
+    """How many experts a module has that native code computes with as stacks, each with one matrix of every stack.
+
+    By the marks that transformers puts on such a class; 0 for other modules.
+    """
+    count = getattr(module, "num_experts", 0)
+    if not isinstance(count, int) or not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
+        return 0
+    stacks = [each for each in module._parameters.values() if each is not None]
+    packed = [each for each in vars(module).values() if isinstance(each, EncodedWeight)]
+    is_equal = all(each.shape[0] == count for each in packed)
+    return count if stacks and is_equal and all(len(s) and s[0] % count == 0 for s in (p.shape for p in stacks)) else 0
+
+
+def _bank_unit(module: nn.Module, name: str, owned: list[tuple[nn.Module, str, Weight]], count: int) -> ModelUnit:
+    """Experts are bytes by themselves: a unit of no pieces."""
+    bindings = [Binding(owner, attribute, weight, 0) for owner, attribute, weight in owned]
+    nbytes = sum(weight.info.nbytes for _, _, weight in owned)
+    return ModelUnit(module, name, bindings, Unit(name, nbytes, ()), "experts", count)
 
 
 def _where(weight: Weight) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from ..config import LoadOptions
 from ..errors import AirLLMError, BudgetError, OptionError
-from ..trace import Meter, Progress, ProgressCallback
+from ..progress import Meter, Progress, ProgressCallback
 from .progress_line import ProgressLine, progress_text
 from .registry import Entry, Registry
 

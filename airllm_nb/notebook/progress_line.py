@@ -10,7 +10,7 @@ from typing import Any
 from IPython.display import display
 
 from ..config import format_bytes
-from ..trace import Meter, Progress
+from ..progress import Meter, Progress
 from .environment import output_of
 
 # Redraws a second are bounded: a front end falls behind otherwise.

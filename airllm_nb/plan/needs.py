@@ -134,7 +134,14 @@ def _feed_forward(text: Any, hidden: int) -> int:
     """Values a token in the feed-forward part."""
     dense = 4 * (_largest(text, "intermediate_size") or 4 * hidden)
     inner = _largest(text, "moe_intermediate_size") or _largest(text, "intermediate_size")
-    return max(dense, _largest(text, "num_experts_per_tok") * 3 * (hidden + inner))
+    # Two more of the hidden size where experts stream: each token is given to each of its experts, and taken back.
+    return max(dense, _largest(text, "num_experts_per_tok") * (5 * hidden + 3 * inner))
+
+
+def routed_experts(config: Any, count: int) -> int:
+    """How many of a layer's ``count`` experts a token is routed to; all, where the config does not say."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
+    return min(_largest(config.get_text_config(), *names) or count, count)
 
 
 def _cached_widths(text: Any) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from typing import IO, Literal
 
 from ..disk import entries, open_file, status
 from ..errors import StoreError
-from ..trace import Progress, ProgressCallback
+from ..progress import Progress, ProgressCallback
 from .atomic import sweep, unfinished_shards
 from .names import JOURNAL, LOCK
 from .space import explain

@@ -15,9 +15,9 @@ from typing import Any
 from ..disk import entries, open_file, read_json, status
 from ..encoding.base import PART
 from ..errors import FileError, StoreError
+from ..progress import Progress, ProgressCallback, silent
 from ..tensors.index import PAD, CheckpointIndex, TensorInfo, read_header
 from ..tensors.inside import inside
-from ..trace import Progress, ProgressCallback, silent
 from .locks import tidy
 from .names import MANIFEST, is_shard, parse_expert
 from .shard import ShardJob

@@ -18,9 +18,9 @@ from typing import Any
 from ..config import format_bytes
 from ..disk import open_file, status
 from ..errors import AirLLMError, CheckpointError, StoreError
+from ..progress import Progress, ProgressCallback, silent
 from ..tensors.files import Unchanged
 from ..tensors.inside import inside
-from ..trace import Progress, ProgressCallback, silent
 from .atomic import sweep, unfinished_shards, write_atomically
 from .locks import locked
 from .manifest import FORMAT, Store, StoreMeta, damaged, finished_store, open_store, read_manifest

@@ -68,6 +68,17 @@ class LRU:
         """A free slot, or that of the expert that was used longest ago."""
         return self._free.pop() if self._free else self._slot_of.pop(next(iter(self._slot_of)))
 
+    def forget(self, experts: Iterable[int]) -> None:
+        """Of these nothing is there, after all: bringing them has failed."""
+        for expert in experts:
+            if expert in self._slot_of:
+                self._free.append(self._slot_of.pop(expert))
+
+    @property
+    def free(self) -> int:
+        """Slots that no expert is in."""
+        return len(self._free)
+
     @property
     def cached(self) -> dict[int, int]:
         """Expert → slot, from what was used longest ago on; a copy."""

@@ -60,12 +60,16 @@ class Stop:
 
 @dataclass(frozen=True)
 class Moved:
-    """One finished movement for the trace; ``start`` and ``end`` are marks for a copy, seconds for a read."""
+    """One finished movement for the trace; ``start`` and ``end`` are marks for a copy, seconds for a read.
+
+    ``nbytes`` says how much of the unit it was; ``None``: all of it.
+    """
 
     stage: str
     unit: Unit
     start: Any
     end: Any
+    nbytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from airllm_nb.cli import main
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import open_model
 from airllm_nb.errors import OptionError
-from airllm_nb.trace import Progress
+from airllm_nb.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,10 +19,10 @@ from airllm_nb.bench.synthetic import is_finished, remove, write
 from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import open_model
 from airllm_nb.errors import OptionError, StoreError
+from airllm_nb.progress import Progress
 from airllm_nb.store.manifest import read_manifest
 from airllm_nb.store.names import SYNTHETIC_MARKER
 from airllm_nb.tensors.index import read_index
-from airllm_nb.trace import Progress
 
 IDS = torch.tensor([[3, 4, 5, 6]])
 

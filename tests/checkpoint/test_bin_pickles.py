@@ -21,8 +21,8 @@ from airllm_nb.checkpoint.bin.pickles import PickledWeights, convert_pickles, lo
 from airllm_nb.config import LoadOptions
 from airllm_nb.errors import CheckpointError
 from airllm_nb.intake.find.resolve import resolve
+from airllm_nb.progress import Progress
 from airllm_nb.tensors.index import read_index
-from airllm_nb.trace import Progress
 
 OPTIONS = LoadOptions()
 

@@ -21,12 +21,12 @@ from airllm_nb.cli import main
 from airllm_nb.errors import SourceError, StoreError
 from airllm_nb.intake.find.identity import by_commit, by_contents, fingerprints_at
 from airllm_nb.intake.pointer import POINTER, original_of
+from airllm_nb.progress import silent
 from airllm_nb.store.locks import Hold, locked
 from airllm_nb.store.manifest import StoreMeta
 from airllm_nb.store.names import LOCK, MANIFEST
 from airllm_nb.store.shard import ShardJob, plain
 from airllm_nb.store.writer import write_store
-from airllm_nb.trace import silent
 
 ROOT = Path(__file__).parents[2]
 ONE, TWO = "llama--4bit--bfloat16--00000001", "llama--8bit--float16--00000002"

@@ -26,7 +26,7 @@ from airllm_nb.errors import SourceError
 from airllm_nb.flags import in_flags
 from airllm_nb.intake.pointer import original_of
 from airllm_nb.notebook.progress_line import progress_text
-from airllm_nb.trace import Meter, Progress
+from airllm_nb.progress import Meter, Progress
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}

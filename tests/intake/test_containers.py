@@ -18,7 +18,7 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.intake.containers.container import Container, ToWrite
 from airllm_nb.intake.containers.table import CONTAINERS, container_of
 from airllm_nb.intake.find.resolve import resolve
-from airllm_nb.trace import silent
+from airllm_nb.progress import silent
 
 
 def opened(path: Path) -> Container:

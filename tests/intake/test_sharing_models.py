@@ -14,10 +14,10 @@ from test_locks import KERNEL, _waiting, held, python, steps, until
 from airllm_nb import LoadOptions, convert_model, open_model
 from airllm_nb.errors import AirLLMError, BudgetError, StoreError
 from airllm_nb.intake.pointer import POINTER
+from airllm_nb.progress import silent
 from airllm_nb.store.listing import cached_stores, remove_store
 from airllm_nb.store.locks import Hold, in_use, locked
 from airllm_nb.store.names import LOCK
-from airllm_nb.trace import silent
 
 pytest.importorskip("fcntl")
 

@@ -4,6 +4,7 @@ kernel by that, and kernels round differently. Equal logits on one processor wou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from airllm_nb.config import LoadOptions
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.intake import prepare
 from airllm_nb.model import skeleton
+from airllm_nb.model.units import experts_of
 from airllm_nb.plan.residency import Machine
 from airllm_nb.stream.ring import CACHE_LINE, LOCKED, PAGE_CACHE, PAGEABLE
 from airllm_nb.tensors.index import TensorInfo
@@ -57,13 +59,23 @@ def places(model: StreamedModel) -> dict[str, int]:
 
         return hook
 
-    # A unit binds what is below its module: what the modules below see of it is seen after that.
-    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.native.named_modules()]
+    # A unit binds what is below its module: what the modules below see of it is seen after that. Experts are bound
+    # within the forward, for native code.
+    hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.native.named_modules()
+             if not experts_of(module)]  # fmt: skip
+    for name, layer in model._executor._banked.layers.items() if model._executor._banked else ():
+        native = functools.partial(noted, layer._native, note(name))
+        layer._native = native
     with torch.inference_mode():
         model(IDS)
     for hook in hooks:
         hook.remove()
     return found
+
+
+def noted(native: Callable[..., Any], note: Callable[..., None], module: torch.nn.Module, *args: Any) -> Any:
+    note(module)
+    return native(module, *args)
 
 
 def check(model: StreamedModel, native: Any) -> None:

@@ -34,7 +34,8 @@ from airllm_nb.notebook import canvas
 from airllm_nb.notebook.canvas import DPI, STYLE, WIDTH, Picture, text_width
 from airllm_nb.notebook.memory_figures import MOST_SAMPLES, budget_parts, memory_parts, plan_bar, vram_timeline
 from airllm_nb.notebook.sweep_figures import MOST_BARS, compare, lanes, overlap, thin
-from airllm_nb.plan.residency import Machine, Needs, UnitSize, make_plan
+from airllm_nb.plan.placement import make_plan
+from airllm_nb.plan.residency import Machine, Needs, UnitSize
 from airllm_nb.timeline import last_sweep, union
 from airllm_nb.trace import MemorySample, Trace
 

@@ -32,7 +32,7 @@ from airllm_nb.notebook.loading import Loading
 from airllm_nb.notebook.options import one_line
 from airllm_nb.notebook.progress_line import ProgressLine, clock_time, progress_text
 from airllm_nb.notebook.prompt_variables import expand
-from airllm_nb.trace import Meter, Progress
+from airllm_nb.progress import Meter, Progress
 
 MAGICS = ("load", "plan", "bench", "status", "trace", "unload")
 LONG = 60_000

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from airllm_nb.config import parse_bytes
 from airllm_nb.errors import BudgetError
-from airllm_nb.plan.residency import Machine, Needs, ResidencyPlan, UnitSize, make_plan
+from airllm_nb.plan.placement import make_plan
+from airllm_nb.plan.residency import Machine, Needs, ResidencyPlan, UnitSize
 from airllm_nb.stream.ring import PAGE, PAGEABLE, align, host_room, place
 
 GPU = Machine(has_device=True, disk=2e9, link=20e9, memory=500e9)

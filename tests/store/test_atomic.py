@@ -14,11 +14,11 @@ from test_cache_command import jobs
 
 from airllm_nb import LoadOptions, plan_model
 from airllm_nb.intake.replacements import POINTER, RECORDS
+from airllm_nb.progress import silent
 from airllm_nb.store.atomic import begin, sweep, write_atomically
 from airllm_nb.store.locks import locked
 from airllm_nb.store.manifest import Store, StoreMeta, open_store
 from airllm_nb.store.writer import write_store
-from airllm_nb.trace import silent
 
 META = StoreMeta("4bit", "bfloat16", "f" * 16)
 THEIRS = [

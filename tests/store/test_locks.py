@@ -21,6 +21,7 @@ import pytest
 
 from airllm_nb import LoadOptions, convert_model
 from airllm_nb.errors import StoreError
+from airllm_nb.progress import Progress, silent
 from airllm_nb.store import locks as folders
 from airllm_nb.store.atomic import write_atomically
 from airllm_nb.store.listing import cached_stores, remove_store
@@ -29,7 +30,6 @@ from airllm_nb.store.manifest import StoreMeta, open_store
 from airllm_nb.store.names import LOCK, MANIFEST
 from airllm_nb.store.shard import ShardJob, plain
 from airllm_nb.store.writer import write_store
-from airllm_nb.trace import Progress, silent
 
 pytest.importorskip("fcntl")
 ROOT = Path(__file__).parents[2]

@@ -262,24 +262,37 @@ def through_a_device(path: Path, shards: Path, **options: Any) -> Any:
         skeleton.cut_units.__defaults__ = whole
 
 
+def extents_of(unit: Any) -> list[Any]:
+    if unit.experts:
+        return [run.extent for runs in unit.bank.runs for run in runs]
+    return [piece.extent for piece in unit.stream.pieces]
+
+
 def test_the_packed_bytes_move_and_no_others(made: tuple[str, Path, Any], tmp_path: Path) -> None:
     _, path, _ = made
     with through_a_device(path, tmp_path, prefetching=False) as model:
         units = model._prepared.units
         # Some vectors of a GGUF file are written once; whatever streams lies in the checkpoint.
-        files = {piece.extent.path for unit in units for piece in unit.stream.pieces}
-        assert all(path in (file, file.parent) for file in files)
+        extents = {unit.name: extents_of(unit) for unit in units}
+        assert all(path in (each.path, each.path.parent) for several in extents.values() for each in several)
         # Each byte of the checkpoint is in one unit or in none.
-        pieces = {(piece.extent.path, piece.extent.offset + at) for unit in units if unit.kind != "embedding"
-                  for piece in unit.stream.pieces for at in range(0, piece.extent.nbytes, 1 << 20)}  # fmt: skip
+        pieces = {(each.path, each.offset + at) for unit in units if unit.kind != "embedding"
+                  for each in extents[unit.name] for at in range(0, each.nbytes, 1 << 20)}  # fmt: skip
         assert len(pieces) >= len(units) - 2
         model(IDS)
-        moved = model.trace.totals["copy"].nbytes
-        assert moved == model.plan.streamed_bytes > 0
+        moved, experts = model.trace.totals["copy"].nbytes, model.trace.experts
+        assert moved > 0
         assert "gpu" not in model.plan.tiers
+        # Of experts those that were asked for: here no others.
+        asked = {unit.name: sum(experts[unit.name].asked) for unit in units if unit.experts}
+        swept = sum(unit.bank.expert_bytes * asked[unit.name] if unit.experts else unit.nbytes
+                    for unit in units if unit.kind != "embedding")  # fmt: skip
+        assert moved == swept
     wanted = streaming(stored_bytes(path))
-    padding = sum(unit.nbytes - unit.stream.read_bytes for unit in units if unit.kind != "embedding")
-    assert moved - padding == sum(wanted.values())
+    idle = sum(unit.bank.expert_bytes * (unit.experts - asked[unit.name]) for unit in units if unit.experts)
+    dense = [unit for unit in units if unit.kind not in ("embedding", "experts")]
+    padding = sum(unit.nbytes - unit.stream.read_bytes for unit in dense)
+    assert moved - padding + idle == sum(wanted.values())
     assert padding < ALIGNMENT * len(wanted)
 
 

@@ -35,6 +35,7 @@ from airllm_nb.engine import preview
 from airllm_nb.errors import AirLLMError
 from airllm_nb.model import skeleton
 from airllm_nb.plan.residency import Machine
+from airllm_nb.plan.experts import staging
 from airllm_nb.stream.ring import align, host_room
 
 preview.measure = lambda prepared: Machine(True, disk=1e9, link=1e10, memory=1e10)
@@ -45,9 +46,11 @@ def plans(name):
     try:
         view = preview.Preview(name, options)
         ample = view.plan()
-        largest = max(unit.nbytes for unit in ample.units if unit.kind != "embedding")
-        vram = ample.needs.total + align(largest)
-        return [described(plan) for plan in (ample, view.plan(vram), view.plan(vram, host_room(largest)))]
+        largest = max(unit.nbytes for unit in ample.units if unit.kind not in ("embedding", "experts"))
+        banks = [unit.experts for unit in ample.units if unit.experts]
+        vram = ample.needs.total + align(largest) + staging(banks, 0)[1]
+        ram = host_room(largest) + max([align(bank.nbytes) for bank in banks], default=0)
+        return [described(plan) for plan in (ample, view.plan(vram), view.plan(vram, ram))]
     except AirLLMError as error:
         return f"{type(error).__name__}: {error}"
 

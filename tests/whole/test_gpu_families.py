@@ -16,7 +16,7 @@ from airllm_nb.engine.facade import StreamedModel
 from airllm_nb.engine.machine import measure
 from airllm_nb.intake import planning, prepare
 from airllm_nb.model.device import Budgets
-from airllm_nb.plan.residency import window
+from airllm_nb.plan.placement import window
 from airllm_nb.stream.ring import align, host_room
 
 pytestmark = pytest.mark.gpu

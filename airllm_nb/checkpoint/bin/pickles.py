@@ -18,12 +18,12 @@ import torch
 
 from ...disk import open_file, status
 from ...errors import CheckpointError
+from ...progress import ProgressCallback, silent
 from ...store.manifest import StoreMeta
 from ...store.shard import Entry
 from ...tensors.dtypes import CASTABLE, DTYPE_NAMES, TORCH_DTYPES
 from ...tensors.index import BIN_INDEX_FILE
 from ...tensors.pages import watch
-from ...trace import ProgressCallback, silent
 from ..companions import copy_companions
 from ..rewrite import is_complete, rewrite
 from ..source import Source

@@ -18,10 +18,10 @@ import torch
 
 from ...disk import status
 from ...errors import AirLLMError, CheckpointError, UnsupportedModelError
+from ...progress import ProgressCallback, silent
 from ...store.manifest import StoreMeta
 from ...store.shard import Entry
 from ...tensors.dtypes import DTYPE_NAMES
-from ...trace import ProgressCallback, silent
 from ..rewrite import is_complete, rewrite
 from ..sizes import limited
 from .cursor import called, damaged, read_as_array

@@ -15,9 +15,9 @@ from typing import BinaryIO, cast
 
 from ...config import LoadOptions
 from ...disk import open_file, status
+from ...progress import Progress, ProgressCallback
 from ...tensors.index import CheckpointIndex, TensorInfo, header_length, join_headers, parse_header, read_header
 from ...tensors.inside import inside
-from ...trace import Progress, ProgressCallback
 from ..bin.in_place import tensors_in_place
 from ..source import Source
 from .errors import unreachable

@@ -15,8 +15,8 @@ from typing import Any
 
 from ...config import LoadOptions
 from ...disk import read_json, read_text
+from ...progress import Progress, ProgressCallback
 from ...tensors.inside import is_inside
-from ...trace import Progress, ProgressCallback
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from ...config import MiB, cache_dir
 from ...disk import status
 from ...errors import SourceError
+from ...progress import Progress, ProgressCallback, silent
 from ...store.locks import locked
-from ...trace import Progress, ProgressCallback, silent
 from .repository import answers
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import CheckpointError
+from ...progress import ProgressCallback
 from ...store.jobs import RowWorkers
 from ...store.manifest import Store, StoreMeta
 from ...store.shard import Chunk, Item, ShardJob, plain
@@ -14,7 +15,6 @@ from ...store.writer import write_store
 from ...tensors.dtypes import DTYPE_NAMES
 from ...tensors.files import Unchanged
 from ...tensors.index import TensorInfo
-from ...trace import ProgressCallback
 
 if TYPE_CHECKING:
     import torch

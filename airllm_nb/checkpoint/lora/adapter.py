@@ -17,8 +17,8 @@ from typing import Any
 from ...config import LoadOptions, format_bytes
 from ...disk import read_json
 from ...errors import CheckpointError, UnsupportedModelError
+from ...progress import ProgressCallback, silent
 from ...tensors.index import TensorInfo
-from ...trace import ProgressCallback, silent
 from ..patterns import Patterns
 from .files import CONFIG_FILE, AdapterFiles, find_adapter, read_tensors
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from ...config import LoadOptions, cache_dir
 from ...disk import entries, expanded, status
 from ...errors import CheckpointError, SourceError, StoreError
+from ...progress import ProgressCallback
 from ...store.atomic import write_atomically
 from ...store.names import ADAPTER, ADAPTERS, StoreName
 from ...tensors.index import Extent, TensorInfo, read_header
-from ...trace import ProgressCallback
 from ..hub.errors import explained, unreachable
 from ..hub.headers import Headers
 from ..hub.repository import HUB_ID, Repository, offline

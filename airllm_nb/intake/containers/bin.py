@@ -9,8 +9,8 @@ import torch
 
 from ...checkpoint.bin.in_place import is_wide, pickle_index
 from ...checkpoint.bin.pickles import convert_pickles, load_pickle
+from ...progress import ProgressCallback
 from ...tensors.index import CheckpointIndex, TensorInfo
-from ...trace import ProgressCallback
 from .container import ToWrite, dtype_name
 from .safetensors import Safetensors
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from ...checkpoint.sizes import Holds
 from ...checkpoint.source import Source
 from ...encoding.base import Encoded
+from ...progress import ProgressCallback
 from ...tensors.index import TensorInfo
-from ...trace import ProgressCallback
 
 if TYPE_CHECKING:
     import torch

@@ -17,8 +17,8 @@ from ...checkpoint.mapping import map_checkpoint
 from ...checkpoint.sizes import Holds
 from ...checkpoint.source import Source
 from ...disk import status
+from ...progress import ProgressCallback
 from ...tensors.index import TensorInfo
-from ...trace import ProgressCallback
 from .container import ToWrite, Weights, dtype_name
 
 

@@ -17,10 +17,10 @@ from ...checkpoint.sizes import Holds
 from ...checkpoint.source import Source, read_config
 from ...disk import read_json
 from ...encoding import formats
+from ...progress import ProgressCallback
 from ...store.manifest import StoreMeta
 from ...tensors.dtypes import TORCH_DTYPES
 from ...tensors.index import CheckpointIndex, TensorInfo, read_header, read_index
-from ...trace import ProgressCallback
 from ..native import native_weights
 from .container import ToWrite, Weights, dtype_name
 

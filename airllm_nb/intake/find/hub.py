@@ -25,9 +25,9 @@ from ...checkpoint.source import Source
 from ...config import LoadOptions, format_bytes
 from ...disk import free_disk, status
 from ...errors import CheckpointError, SourceError
+from ...progress import Progress, ProgressCallback
 from ...tensors.index import shard_names
 from ...tensors.inside import inside
-from ...trace import Progress, ProgressCallback
 from .identity import fingerprint
 from .layout import Choice, choose
 from .local import CheckConfig, clean_name

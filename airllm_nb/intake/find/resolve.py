@@ -14,8 +14,8 @@ from ...checkpoint.source import Source
 from ...config import LoadOptions
 from ...disk import expanded
 from ...errors import CheckpointError, SourceError
+from ...progress import ProgressCallback, silent
 from ...tensors.inside import inside
-from ...trace import ProgressCallback, silent
 from .foreign import refuse_foreign
 from .hub import fetch
 from .identity import stored
