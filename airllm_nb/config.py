@@ -24,10 +24,8 @@ GiB = 1 << 30
 
 _UNITS = {
     "": 1, "B": 1,
-    "K": 1 << 10, "KIB": 1 << 10, "KB": 10**3,
-    "M": 1 << 20, "MIB": 1 << 20, "MB": 10**6,
-    "G": 1 << 30, "GIB": 1 << 30, "GB": 10**9,
-    "T": 1 << 40, "TIB": 1 << 40, "TB": 10**12,
+    "K": 1 << 10, "KIB": 1 << 10, "KB": 10**3, "M": 1 << 20, "MIB": 1 << 20, "MB": 10**6,
+    "G": 1 << 30, "GIB": 1 << 30, "GB": 10**9, "T": 1 << 40, "TIB": 1 << 40, "TB": 10**12,
 }  # fmt: skip
 
 
@@ -193,6 +191,8 @@ class LoadOptions:
         Read files past the system's page cache; default: when the model is larger than RAM and that is not slower.
     profiling_mode
         Log a table of time per stage after every generation.
+    exact
+        The native loop, a dynamic cache and no graph: every operation as transformers runs it, and as slowly.
     delete_original
         After the store is written **and verified**, delete the source weights (with compression only).
     hf_token
@@ -248,6 +248,7 @@ class LoadOptions:
         check=_must("True, False or None", lambda given: given in (True, False)),
     )  # fmt: skip
     profiling_mode: bool = _option("--profile", default=False, action="store_true", help="time each stage and layer")
+    exact: bool = _option("--exact", default=False, action="store_true", help="native loop, dynamic cache, no graph")
     delete_original: bool = _option(
         "--delete-original", default=False, action="store_true",
         help="delete the source weights once the store is verified",

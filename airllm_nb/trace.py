@@ -91,10 +91,10 @@ class Trace:
 
     Attributes
     ----------
-    windows
-        Start and end of each sweep, in seconds since the trace began.
-    began
-        Start of the sweep that runs, or of the last one.
+    windows, began
+        Start and end of each sweep, in seconds since the trace began; start of that which runs, or of the last one.
+    replayed
+        Sweeps that ran as they were recorded, at once: what units took in them is not known.
     plan
         What was planned for it, see :meth:`~airllm_nb.plan.residency.ResidencyPlan.as_dict`; empty until it runs.
     tiers
@@ -115,7 +115,7 @@ class Trace:
         self._memory_every, self._memory_next = MEMORY_EVERY, 0.0
         self.totals: dict[str, StageTotal] = {stage: StageTotal() for stage in STAGES}
         self.by_unit: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STAGES, 0.0))
-        self.sweeps = self.tokens = self.peak_bytes = 0
+        self.sweeps = self.replayed = self.tokens = self.peak_bytes = 0
         self.predicted_sweep_seconds: float | None = None
         # The resource that the prediction rests on: "disk", "link" or "compute".
         self.bound_by: str | None = None
@@ -196,7 +196,7 @@ class Trace:
         """Totals as a plain dict: seconds, bytes and GB/s of each stage, sweeps, tokens, achieved / predicted."""
         sweep, predicted = self.median_sweep(), self.predicted_sweep_seconds
         return {
-            "sweeps": self.sweeps, "tokens": self.tokens,
+            "sweeps": self.sweeps, "replayed": self.replayed, "tokens": self.tokens,
             "sweep_seconds": sweep, "predicted_sweep_seconds": predicted, "bound_by": self.bound_by,
             "achieved_of_predicted": predicted / sweep if predicted and sweep else None,
             "peak_device_bytes": self.peak_bytes, "expert_hit_rate": self.hit_rate,

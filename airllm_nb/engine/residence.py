@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config import format_bytes
+from ..decode.steps import Steps
 from ..errors import BudgetError, GenerationStopped
 from ..intake import planning
 from ..model.device import Budgets, available_vram
@@ -46,6 +47,8 @@ class Residence:
     ----------
     plan, executor
         What is in force; no executor where building one has failed, the next run builds it again.
+    steps
+        Replays decode steps, where it can.
     trace
         What the last run did.
     shrunk_from
@@ -61,6 +64,7 @@ class Residence:
         self._prepared, self._machine, self.budgets, self._turn = prepared, machine, budgets, turn
         self._admitted, self._began = prepared.planned, False
         self.executor: Executor | None = None
+        self.steps: Steps | None = None
         self.trace, self.shrunk_from = Trace(), None  # type: Trace, int | None
         self.plan: ResidencyPlan = planning.plan(prepared, machine, budgets, prepared.planned)[0]
         self._wished = self.plan.needs
@@ -114,7 +118,7 @@ class Residence:
         assert executor is not None, "there is room"
         executor.start(self.trace, cancel)
         try:
-            with executor.on_device():
+            with executor.on_device(), self._replaying(work, tokens):
                 yield executor, tokens
         except GenerationStopped:
             executor.sources.check()  # what there is so far is kept
@@ -122,6 +126,13 @@ class Residence:
         finally:
             executor.finish()
         executor.sources.check()
+
+    def _replaying(self, work: Work, tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Steps may be replayed within, in what the budget has left beside weights and what ``work`` needs."""
+        if self.steps is None:
+            return contextlib.nullcontext()
+        taken = self.plan.device_bytes - self.plan.needs.total + planning.needs(self._prepared, work, tokens).total
+        return self.steps.within(self.budgets.vram - taken, work.length)
 
     def admit(self, work: Work, has_cache: bool) -> None:
         """Refuse a forward within a run that needs more room than the run has.
@@ -177,6 +188,9 @@ class Residence:
 
     def close(self, hooks: bool = True) -> None:
         """Free the executor's memory, threads and files, and remove its ``hooks``. Safe to call twice."""
+        if self.steps is not None:
+            self.steps.close()
+            self.steps = None
         if self.executor is not None:
             self.executor.close(hooks)
             self.executor = None
@@ -191,6 +205,8 @@ class Residence:
         stage = Stage(prepared.device, prepared.units, prepared.small, self.plan)
         options = prepared.options
         self.executor = Executor(prepared.skeleton, stage, options.depth, self._turn, profile=options.profiling_mode)
+        if self.executor.can_be_recorded and not (options.exact or options.profiling_mode):
+            self.steps = Steps.on(prepared.device, prepared.skeleton)
 
     def _refuse_to_lose(self) -> None:
         """A new plan reads all weights anew, and may let them stream."""

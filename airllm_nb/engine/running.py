@@ -106,14 +106,15 @@ class Running(FixedWeights):
             If there is no room for it; all positions get logits, unless ``logits_to_keep`` says otherwise.
         """
         runs = self._turn.runs
+        if runs and (steps := self._residence.steps) is not None:
+            as_ever = functools.partial(self._forward_within, native, args, kwargs)
+            return steps.run(functools.partial(native, self), args, kwargs, as_ever, self._replaying)
+        if runs:
+            return self._forward_within(native, args, kwargs)
         with self._gradients((*args, *kwargs.values())):
             # Where the caller has them: to look at what is on a GPU is to wait for it.
-            work, past = of_forward(self, args, kwargs, within=runs), kwargs.get("past_key_values")
-            args, kwargs = tuple(map(self._on_device, args)), {k: self._on_device(v) for k, v in kwargs.items()}
-            if runs:
-                self._residence.admit(work, has_cache=past is not None or kwargs.get("use_cache") is False)
-                with self._executor.sweep():
-                    return native(self, *args, **kwargs)
+            work, past = of_forward(self, args, kwargs), kwargs.get("past_key_values")
+            args, kwargs = self._all_on_device(args, kwargs)
             fresh = past is None and len(args) <= 1  # a cache may come by position too
             cancel = threading.Event()
             with self._claimed(cancel):
@@ -121,6 +122,15 @@ class Running(FixedWeights):
                     with attempt, self._residence.session(work, cancel) as (executor, _), executor.sweep():
                         return native(self, *args, **kwargs)
             raise AssertionError("an attempt returns or raises")
+
+    def _forward_within(self, native: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One forward that a generation calls."""
+        with self._gradients((*args, *kwargs.values())):
+            work, past = of_forward(self, args, kwargs, within=True), kwargs.get("past_key_values")
+            args, kwargs = self._all_on_device(args, kwargs)
+            self._residence.admit(work, has_cache=past is not None or kwargs.get("use_cache") is False)
+            with self._executor.sweep():
+                return native(self, *args, **kwargs)
 
     def _look(self, part: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A model within this one, called on its own: its tokens are looked at as those of the whole are."""
@@ -190,6 +200,12 @@ class Running(FixedWeights):
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.device) if isinstance(value, torch.Tensor) else value
+
+    def _all_on_device(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(self._on_device, args)), {name: self._on_device(value) for name, value in kwargs.items()}
+
+    def _replaying(self) -> contextlib.AbstractContextManager[None]:
+        return self._executor.sweep(is_replayed=True)  # type: ignore[no-any-return]
 
     def __enter__(self) -> Any:
         return self

@@ -120,8 +120,10 @@ class Executor:
         self.recorder.finish()
 
     @contextlib.contextmanager
-    def sweep(self) -> Iterator[None]:
+    def sweep(self, is_replayed: bool = False) -> Iterator[None]:
         """A forward of the whole model runs within, as one sweep of the trace.
+
+        ``is_replayed``: all at once, as it was recorded, so that no unit is known.
 
         Raises
         ------
@@ -141,7 +143,7 @@ class Executor:
                 self._banked.begin()
             self.recorder.begin_sweep()
             yield
-            self.recorder.end_sweep()
+            self.recorder.end_sweep(is_replayed)
         finally:
             self._is_sweeping = False
 
@@ -163,6 +165,11 @@ class Executor:
     def position(self) -> tuple[int, int]:
         """The unit that computes, counted from 1, and how many there are in a sweep; 0 where units are not followed."""
         return self._reached + 1, len(self._stage.units)
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether nothing in a sweep waits for the host: a device has all weights."""
+        return self.plan.machine.has_device and all(feed.is_on_device for _, feed in self.feeds)
 
     @property
     def changed(self) -> str:

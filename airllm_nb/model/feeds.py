@@ -35,10 +35,13 @@ class Feed:
         Weights are bound for good, as parameters of an ordinary model.
     is_followed
         Forwards of its units are timed and counted, and a stop is heard before each.
+    is_on_device
+        Nothing waits for the host: what it takes is where compute runs.
     """
 
     stays = False
     is_followed = True
+    is_on_device = False
 
     def enter(self, unit: ModelUnit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Have the weights of ``unit`` bound; returns the arguments of its forward if they become others."""
@@ -167,6 +170,7 @@ class Gathered(Feed):
         # A padding row matters for gradients only, and its index means nothing in the small table.
         unit.module.padding_idx = None  # type: ignore[assignment]
         self._tables[unit.name] = table, dtype
+        self.is_on_device = all(each.device == self._device for each, _ in self._tables.values())
 
     def enter(self, unit: ModelUnit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         (ids,), module = (*args, *kwargs.values()), unit.module

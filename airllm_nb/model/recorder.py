@@ -96,10 +96,11 @@ class Recorder:
             self._sample()
             self.resolve()
 
-    def end_sweep(self) -> None:
+    def end_sweep(self, is_replayed: bool = False) -> None:
         """One forward is over (on the host)."""
         self._marks.append(("sweep", "", self._sweep, self._copier.mark()))
-        if self._device.type == "cuda":
+        self._trace.replayed += is_replayed
+        if self._device.type == "cuda" and not is_replayed:  # to ask takes longer than all else here
             # Between two forwards no activations are left: what is more than at the beginning is the cache.
             self._kv_cache = max(used_memory(self._device)[0] - self._before, 0)
         if self._trace.wants_memory:

@@ -26,7 +26,7 @@ class Resident(Feed):
         Where compute runs.
     """
 
-    stays = True
+    stays = is_on_device = True
 
     def __init__(self, files: MappedFiles, device: torch.device):
         self._files, self._device = files, device
