@@ -131,7 +131,8 @@ class DevicePool:
 
         run(triton_slots.ensure, (1,), slots, ids, self._slot_of, self._expert_of, self._order, slots, self._moves,
             self._counts, self._counts[2:], ids.numel(), self.experts, self.slots,
-            IDS=_power(ids.numel()), SLOTS=_power(self.slots), KEEPS=self._keeps)  # fmt: skip
+            IDS=_power(ids.numel()), SLOTS=_power(self.slots), KEEPS=self._keeps,
+            num_warps=4 if ids.numel() <= 16 else 8)  # fmt: skip
 
     def _gather(self, number: int) -> None:
         """What was found missing among so many ids."""

@@ -29,7 +29,7 @@ WITH_PRODUCT = [found for found in PACKINGS if not isinstance(found, MXFP4) and 
 # What is multiplied out of slots, and its shape in the tests: more rows and columns than a program takes at once, and
 # not a multiple of it.
 OF_SLOTS: list[tuple[Encoding, int, int]] = [
-    (NF4(), 37, 1216), (NF4(64, 256, 0.125), 21, 192), (FP4(32), 16, 96), (Affine8(), 37, 1184), (Int8(), 21, 1070),
+    (NF4(), 9, 576), (NF4(64, 256, 0.125), 6, 192), (FP4(32), 5, 96), (Affine8(), 9, 416), (Int8(), 6, 300),
 ]  # fmt: skip
 
 

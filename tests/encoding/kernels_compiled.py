@@ -17,12 +17,13 @@ from airllm_nb.encoding.kernels import triton_blocks, triton_bytes, triton_fp8, 
 T4, H100 = (75, "*fp16"), (90, "*bf16")
 
 
-def compile_for(gpu: tuple[int, str], kernel: Any, constants: dict[str, Any], **types: str) -> None:
+def compile_for(gpu: tuple[int, str], kernel: Any, constants: dict[str, Any], warps: int = 4, **types: str) -> None:
     """Each argument that has neither a constant nor a type is an int; ``"float"`` is the type of the GPU's models."""
     types = {name: gpu[1] if kind == "float" else kind for name, kind in types.items()}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", gpu[0], 32)).asm["cubin"]
+    target = GPUTarget("cuda", gpu[0], 32)
+    assert triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
 
 
 @every_type
@@ -66,18 +67,20 @@ def test_mxfp4(gpu: tuple[int, str]) -> None:
 @pytest.mark.parametrize("gpu", [T4, H100])
 @pytest.mark.parametrize("nested", [0, 256])
 def test_nf4(gpu: tuple[int, str], nested: int) -> None:
-    constants = {"BLOCK": 64, "NESTED": nested, "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": 16, "BLOCKS": 16}
+    constants = {"BLOCK": 64, "NESTED": nested, "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": 2, "STEPS": 4,
+                 "IS_EVEN": gpu is H100}  # fmt: skip
     types = {"weight": "*u8", "absmax": "*u8" if nested else "*fp32", "nested_absmax": "*fp32", "quant_map": "*fp32",
              "code": "*fp32", "slots": "*i32", "offset": "fp32"}  # fmt: skip
-    compile_for(gpu, triton_nf4.multiply_nf4, constants, **types, x="float", bias="float", out="float")
+    compile_for(gpu, triton_nf4.multiply_nf4, constants, 1, **types, x="float", bias="float", out="float")
 
 
 @pytest.mark.parametrize("gpu", [T4, H100])
 @pytest.mark.parametrize(("weight", "block"), [("*u8", 32), ("*i8", 0)])
 def test_bytes(gpu: tuple[int, str], weight: str, block: int) -> None:
-    constants = {"BLOCK": block, "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": 16, "BLOCKS": 16}
+    constants = {"BLOCK": block, "IS_SIGNED": weight == "*i8", "HAS_SLOTS": True, "HAS_BIAS": True, "ROWS": 2,
+                 "STEPS": 4, "IS_EVEN": gpu is H100}  # fmt: skip
     types = {"weight": weight, "scale": "*fp16", "minimum": "*fp16", "slots": "*i32", "factor": "fp32"}
-    compile_for(gpu, triton_bytes.multiply_bytes, constants, **types, x="float", bias="float", out="float")
+    compile_for(gpu, triton_bytes.multiply_bytes, constants, 1, **types, x="float", bias="float", out="float")
 
 
 @pytest.mark.parametrize("gpu", [T4, H100])

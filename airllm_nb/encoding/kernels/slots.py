@@ -1,7 +1,7 @@
 """Launches of products out of slots: several vectors, each with a matrix of its own; one of either is a special case.
 
-How many rows a program has, and how much of a row it reads at once, is chosen by the shape of the matrix alone: the
-same launch computes the same bits each time, and may be captured in a graph.
+How a row is summed depends on its length alone: the same bits come each time, and of a slice of the matrix the same as
+of the whole. What is launched depends on shapes alone, so that a graph may hold it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def multiply_nf4(
     from . import triton_nf4
 
     code = encoding.code(out.device)
-    grid = -(-rows // 16), number
     nested = parts.get("nested_absmax", code), parts.get("nested_quant_map", code)
-    blocks = columns // encoding.block
+    blocks, turns = columns // encoding.block, of_words(columns // 8)
+    grid = -(-rows // turns["ROWS"]), number
     run(triton_nf4.multiply_nf4, grid, out, x, weight, parts["absmax"], *nested, code, *given(slots, bias, x), out,
         rows, blocks, *strides(x, out), encoding.offset, BLOCK=encoding.block, NESTED=encoding.nested,
-        **options(slots, bias), ROWS=16, BLOCKS=at_once(blocks, 1024 // encoding.block))  # fmt: skip
+        **options(slots, bias), **turns)  # fmt: skip
     return True
 
 
@@ -44,7 +44,7 @@ def multiply_affine8(
     out: torch.Tensor,
 ) -> bool:  # fmt: skip
     """See :class:`.affine8.Affine8`."""
-    if x.shape[-1] % encoding.block:
+    if x.shape[-1] % encoding.block or not is_aligned(parts["weight"]):
         return False
     _multiply_bytes(x, parts["weight"], parts["spread"], parts["minimum"], slots, bias, out, 1 / 255, encoding.block)
     return True
@@ -55,7 +55,7 @@ def multiply_int8(
     out: torch.Tensor,
 ) -> bool:  # fmt: skip
     """See :class:`.bnb.Int8`."""
-    if encoding.transposed:
+    if encoding.transposed or x.shape[-1] % 4 or not is_aligned(parts["weight"]):
         return False
     _multiply_bytes(x, parts["weight"], parts["scale"], parts["scale"], slots, bias, out, 1 / 127, 0)
     return True
@@ -68,10 +68,11 @@ def _multiply_bytes(
     from . import triton_bytes
 
     (number, rows), columns = out.shape, x.shape[-1]
-    grid = -(-rows // 16), number
+    turns = of_words(columns // 4)
+    grid = -(-rows // turns["ROWS"]), number
     run(triton_bytes.multiply_bytes, grid, out, x, weight, scale, minimum, *given(slots, bias, x), out, rows, columns,
-        *strides(x, out), factor, BLOCK=block, **options(slots, bias), ROWS=16,
-        BLOCKS=at_once(-(-columns // 32), 16))  # fmt: skip
+        *strides(x, out), factor, BLOCK=block, IS_SIGNED=weight.dtype == torch.int8, **options(slots, bias),
+        **turns)  # fmt: skip
 
 
 # ---- what launches have in common ------------------------------------------------------------------------------------
@@ -93,14 +94,18 @@ def strides(x: torch.Tensor, out: torch.Tensor) -> tuple[int, int]:
     return 0 if len(x) == 1 else x.stride(0), out.stride(0)
 
 
+def of_words(words: int) -> dict[str, int]:
+    """How a warp takes rows of so many words: 32 at a time, of eight rows or eight times as much of fewer.
+
+    It is summed in the same order however it is taken. On an H200 this is the fastest for rows of 768 to 14,336 values.
+    """
+    steps = next((steps for steps in (4, 2) if words % (32 * steps) == 0), 1)
+    return {"ROWS": 8 // steps, "STEPS": steps, "IS_EVEN": words % 32 == 0, "num_warps": 1}
+
+
 def is_aligned(part: torch.Tensor) -> bool:
     """Whether words can be read of it."""
-    return part.data_ptr() % 16 == 0
-
-
-def at_once(count: int, most: int) -> int:
-    """A power of two that is not much more than there are."""
-    return min(1 << max(count - 1, 0).bit_length(), most)
+    return part.data_ptr() % 4 == 0
 
 
 def run(kernel: Any, grid: tuple[int, ...], out: torch.Tensor, *arguments: Any, **constants: Any) -> None:
