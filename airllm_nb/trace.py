@@ -7,6 +7,7 @@ spans are kept for the last :data:`CAPACITY` only, so that a trace never outgrow
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from .config import format_seconds
+from .routed import Routed, asked_and_hits, experts_line
 
 T = TypeVar("T")
 STAGES = ("read", "copy", "dequantise", "compute", "wait")
@@ -65,22 +67,6 @@ class StageTotal:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
-@dataclass
-class Routed:
-    """What one layer's experts were asked for.
-
-    Attributes
-    ----------
-    asked
-        By expert, in how many forwards some token was routed to it.
-    hits
-        Of all that, how often the expert was there, and nothing moved.
-    """
-
-    asked: list[int]
-    hits: int = 0
-
-
 class Trace:
     """The record of one generation. One thread writes it; others may read it meanwhile.
 
@@ -112,10 +98,15 @@ class Trace:
         self.experts: dict[str, Routed] = {}
         self.spans: deque[Span] = deque(maxlen=CAPACITY)
         self.memory: list[MemorySample] = []
+        # With each sample: seconds, and how often experts were asked for and there.
+        self._routed: list[tuple[float, int, int]] = []
         self._memory_every, self._memory_next = MEMORY_EVERY, 0.0
         self.totals: dict[str, StageTotal] = {stage: StageTotal() for stage in STAGES}
         self.by_unit: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STAGES, 0.0))
         self.sweeps = self.replayed = self.tokens = self.peak_bytes = 0
+        # Sweeps begun; and of the first one, which says little of the others, experts asked for and there, and bytes.
+        self._begun, self._second, self._prompt = 0, math.inf, (0, 0)
+        self._prompt_bytes = dict.fromkeys(STAGES, 0)
         self.predicted_sweep_seconds: float | None = None
         # The resource that the prediction rests on: "disk", "link" or "compute".
         self.bound_by: str | None = None
@@ -130,6 +121,8 @@ class Trace:
         total.seconds += end - start
         total.nbytes += nbytes
         total.count += 1
+        if start < self._second:  # by its time, as it is added late
+            self._prompt_bytes[stage] += nbytes
         self.by_unit[unit][stage] += end - start
         self.spans.append(Span(stage, unit, start, end, nbytes, self.sweeps))
 
@@ -143,9 +136,14 @@ class Trace:
     @property
     def hit_rate(self) -> float | None:
         """The share of experts asked for that were there; ``None`` where all always are."""
-        every = list(self.experts.values())
-        asked = sum(sum(routed.asked) for routed in every)
-        return sum(routed.hits for routed in every) / asked if asked else None
+        asked, hits = asked_and_hits(self.experts)
+        return hits / asked if asked else None
+
+    def begin_sweep(self) -> None:
+        """A sweep over all units begins now."""
+        self.began, self._begun = self.now(), self._begun + 1
+        if self._begun == 2:
+            self._second, self._prompt = self.began, asked_and_hits(self.experts)
 
     def end_sweep(self, start: float, end: float) -> None:
         """Close one sweep over all units, from ``start`` to ``end`` in seconds since the trace began."""
@@ -171,8 +169,10 @@ class Trace:
         """Record device memory in use; ``sample.seconds`` is :meth:`now`."""
         self.peak_bytes = max(self.peak_bytes, sample.reserved)
         self.memory.append(sample)
+        if self.experts:
+            self._routed.append((sample.seconds, *asked_and_hits(self.experts)))
         if len(self.memory) >= MOST_MEMORY:
-            self.memory = self.memory[::2]
+            self.memory, self._routed = self.memory[::2], self._routed[::2]
             self._memory_every *= 2
         self._memory_next = sample.seconds + self._memory_every
 
@@ -199,15 +199,28 @@ class Trace:
             "sweeps": self.sweeps, "replayed": self.replayed, "tokens": self.tokens,
             "sweep_seconds": sweep, "predicted_sweep_seconds": predicted, "bound_by": self.bound_by,
             "achieved_of_predicted": predicted / sweep if predicted and sweep else None,
-            "peak_device_bytes": self.peak_bytes, "expert_hit_rate": self.hit_rate,
+            "peak_device_bytes": self.peak_bytes, "experts": self._experts(),
             "stages": {
                 stage: {"seconds": total.seconds, "bytes": total.nbytes, "count": total.count,
                         "gb_per_second": total.gb_per_second} for stage, total in self.totals.items()
             },
         }  # fmt: skip
 
+    def _experts(self) -> dict[str, Any] | None:
+        """Of a sweep after the prompt's, if there is one: hits, and experts and bytes that moved."""
+        asked, hits = asked_and_hits(self.experts)
+        stage = "copy" if self.totals["copy"].nbytes else "read"  # over the link; from disk, where there is none
+        nbytes, sweeps = self.totals[stage].nbytes, max(self._begun, 1)
+        if sweeps > 1 and asked > self._prompt[0]:
+            asked, hits = asked - self._prompt[0], hits - self._prompt[1]
+            nbytes, sweeps = nbytes - self._prompt_bytes[stage], sweeps - 1
+        if not asked:
+            return None
+        return {"asked": asked / sweeps, "hit_rate": hits / asked, "moved": (asked - hits) / sweeps,
+                "bytes": nbytes / sweeps}  # fmt: skip
+
     def table(self) -> str:
-        """Milliseconds per stage, one row per unit and a total, as text."""
+        """Milliseconds per stage, one row per unit and a total, as text; of experts what moved."""
         width = max([len(unit) for unit in self.by_unit] + [5])
         head = f"{'unit':<{width}}" + "".join(f"{stage + ' ms':>15}" for stage in STAGES)
         rows = [
@@ -215,7 +228,8 @@ class Trace:
             for unit, times in self.by_unit.items()
         ]
         total = f"{'total':<{width}}" + "".join(f"{self.totals[stage].seconds * 1e3:>15.2f}" for stage in STAGES)
-        return "\n".join([head, *rows, total])
+        experts = experts_line(self.summary())
+        return "\n".join([head, *rows, total, *([experts] if experts else [])])
 
     def chrome_events(self) -> Iterable[dict[str, Any]]:
         """The spans in the Trace Event Format, microseconds, one row per stage."""
@@ -227,6 +241,9 @@ class Trace:
                 "ts": span.start * 1e6, "dur": (span.end - span.start) * 1e6,
                 "args": {"bytes": span.nbytes, "sweep": span.sweep},
             }  # fmt: skip
+        for seconds, asked, hits in list(self._routed):
+            yield {"ph": "C", "name": "experts", "pid": 1, "ts": seconds * 1e6,
+                   "args": {"cached": hits, "moved": asked - hits}}  # fmt: skip
         for sample in self.memory:
             yield {"ph": "C", "name": "device memory", "pid": 1, "ts": sample.seconds * 1e6,
                    "args": {name: value for name, value in sample._asdict().items() if name != "seconds"}}  # fmt: skip
@@ -264,7 +281,9 @@ def speed_line(summary: Mapping[str, Any]) -> str:
 def result_parts(result: Any) -> list[str]:
     """``["48 tokens", "12.3 tok/s", "predicted … a token"]`` of a generation's result."""
     tokens = f"{len(result.token_ids)} token{'s' * (len(result.token_ids) != 1)}"
-    return [tokens, f"{result.tokens_per_second:.3g} tok/s", speed_line(result.trace.summary())]
+    summary = result.trace.summary()
+    parts = [tokens, f"{result.tokens_per_second:.3g} tok/s", speed_line(summary), experts_line(summary)]
+    return [part for part in parts if part]
 
 
 def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -214,9 +214,9 @@ class Row:
         if self.case.prompt > 16 and experts:
             rate = experts["prompt_bytes"] / self.found["first_token_seconds"]
             said.append(f"{rate / probed['link']:.0%} of the link")
-        if experts.get("missed"):
-            moved, wanted = experts["moved_bytes"], experts["missed"] * experts["expert_bytes"]
-            said.append("bytes = missed experts" if moved == wanted else f"bytes {moved / wanted:.3f} × missed experts")
+        if experts.get("moved"):
+            ratio = experts["moved_bytes"] / (experts["moved"] * experts["expert_bytes"])
+            said.append("bytes = missed experts" if abs(ratio - 1) < 1e-9 else f"bytes {ratio:.3f} × missed experts")
         if resident is not None and resident is not self and experts and "error" not in resident.found:
             least = experts["moved_bytes"] / probed["link"] + resident.found["sweep_seconds"]
             said.append(f"{self.found['sweep_seconds'] / least:.2f} × (missed / link + resident step)")

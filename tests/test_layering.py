@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "airllm_nb"
 
-BASE = {"config", "flags", "disk", "errors", "progress", "trace", "timeline"}
+BASE = {"config", "flags", "disk", "errors", "progress", "trace", "timeline", "routed"}
 AT_REST = BASE | {"tensors", "encoding", "store", "checkpoint"}
 MOVING = BASE | {"tensors", "encoding", "stream"}
 ROOMS = AT_REST | MOVING | {"plan", "model", "decode"}
@@ -22,7 +22,8 @@ ALLOWED = {
     "config": {"errors", "disk"},
     "flags": {"config", "errors", "disk"},
     "progress": {"config", "errors"},
-    "trace": {"config", "errors"},
+    "routed": set(),
+    "trace": {"routed", "config", "errors"},
     "timeline": {"trace", "config", "errors"},
     "tensors": BASE,
     "encoding": BASE | {"tensors"},

@@ -21,11 +21,10 @@ from ..engine.facade import StreamedModel, open_model
 from ..errors import OptionError
 from ..model.device import choose_device
 from ..plan.needs import context_length
-from ..plan.residency import ResidencyPlan
 from ..progress import Progress, ProgressCallback, silent
 from ..store.names import SYNTHETIC
 from . import synthetic
-from .result import BenchResult
+from .result import BenchResult, experts_of, links_of
 from .routing import Routing
 
 POLL = 0.1
@@ -209,6 +208,7 @@ def _measure(
             pool, model, ids, tokens, routed, lambda *at: progress(_report("measuring", tokens, tokens, *at))
         )
     summary, plan, cuda = model.trace.summary(), model.plan, model.device.type == "cuda"
+    experts = experts_of(model.trace, plan)
     return BenchResult(
         model=model.name, compression=model.status()["compression"], device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."), sweeps=sweeps, prompt_tokens=prompt_tokens, batch=batch,
@@ -218,7 +218,8 @@ def _measure(
         tokens_per_second=batch * sweeps / (times[-1] - times[1]), first_token_seconds=times[1] - times[0],
         open_seconds=None, same_tokens=bool(torch.equal(first, again)),
         peak_bytes=torch.cuda.max_memory_reserved(model.device) if cuda else summary["peak_device_bytes"],
-        links=_links(plan, summary["sweep_seconds"]), stages=summary["stages"], plan=plan.as_dict(),
+        links=links_of(plan, summary["sweep_seconds"], experts), experts=experts, stages=summary["stages"],
+        plan=plan.as_dict(),
         probed=dataclasses.asdict(plan.machine), machine=machine_facts(model.device),
     )  # fmt: skip
 
@@ -256,17 +257,6 @@ def _generate(
 
 def _report(what: str, before: int, tokens: int, done: int, unit: int, units: int) -> Progress:
     return Progress("bench", before + max(done, 0), 2 * tokens, "tokens", f"{what}, unit {unit} of {units}")
-
-
-def _links(plan: ResidencyPlan, seconds: float) -> dict[str, dict[str, float]]:
-    moved = {"disk": plan.swept_bytes("disk"), "memory": plan.swept_bytes("gpu", "ram", "disk")}
-    if plan.machine.has_device:
-        moved["link"] = plan.swept_bytes("ram", "disk")
-    return {
-        name: {"bytes": moved[name], "gb_per_second": moved[name] / seconds / 1e9,
-               "probed_gb_per_second": getattr(plan.machine, name) / 1e9}
-        for name in ("disk", "link", "memory") if name in moved
-    }  # fmt: skip
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..config import format_bytes, format_seconds
-from ..trace import speed_line, stage_rows
+from ..plan.residency import ResidencyPlan
+from ..routed import experts_line
+from ..trace import Trace, speed_line, stage_rows
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,12 @@ class BenchResult:
     peak_bytes
         The most VRAM that was reserved; on a CPU the memory of this process.
     links
-        By ``"disk"``, ``"link"`` (host to device) and ``"memory"`` (what compute reads): ``bytes`` a sweep by the plan,
-        ``gb_per_second`` achieved, ``probed_gb_per_second``.
+        By ``"disk"``, ``"link"`` (host to device) and ``"memory"`` (what compute reads): ``bytes`` a sweep by the plan
+        (of a mixture, that were moved), ``gb_per_second`` achieved, ``probed_gb_per_second``.
+    experts
+        Of a mixture whose experts move, a sweep: experts ``asked`` for, ``hit_rate``, ``moved``; ``bytes`` over the
+        link, ``moved_bytes`` those of experts, ``read_bytes`` from disk; and ``expert_bytes`` of one, ``prompt_bytes``
+        of the prompt's sweep.
     stages
         As in :meth:`~airllm_nb.trace.Trace.summary`.
     same_tokens
@@ -59,6 +66,7 @@ class BenchResult:
     peak_bytes: int
     same_tokens: bool
     links: dict[str, dict[str, float]]
+    experts: dict[str, float] | None
     stages: dict[str, dict[str, Any]]
     plan: dict[str, Any]
     probed: dict[str, Any]
@@ -85,6 +93,7 @@ class BenchResult:
             ("speed", speed_line(self.as_dict())),
             ("tokens", f"{self.tokens_per_second:.3g} a second, the first after {first}"),
             ("measured", asked + ("" if self.same_tokens else "; the two generations gave different tokens")),
+            *([("experts", experts_line(self.as_dict()))] if self.experts else []),
             *((name, _link_text(link)) for name, link in self.links.items() if link["bytes"]),
             ("weights", " | ".join(f"{tier} {format_bytes(has['bytes'])} ({has['units']} units)"
                                    for tier, has in self.plan["tiers"].items() if has["units"])),
@@ -129,3 +138,33 @@ def _probed_text(probed: dict[str, Any]) -> str:
         f"{name} {value / 1e9:.3g} GB/s" if isinstance(value, float) and value > 1e6 else f"{name} {value}"
         for name, value in known.items()
     )
+
+
+def experts_of(trace: Trace, plan: ResidencyPlan) -> dict[str, float] | None:
+    """Of a mixture whose experts move, what the sweeps after the prompt's were like, by what was recorded."""
+    if not (found := trace.summary()["experts"]):
+        return None
+    spans, (_, after), sweeps = trace.recent(), trace.windows[0], max(trace.sweeps - 1, 1)
+
+    def moved(stage: str, is_prompt: bool, units: Collection[str] | None = None) -> int:
+        return sum(span.nbytes for span in spans if span.stage == stage and (span.start < after) == is_prompt
+                   and (units is None or span.unit in units))  # fmt: skip
+
+    stage = "copy" if plan.machine.has_device else "read"
+    return {**found, "expert_bytes": next(unit.experts.nbytes for unit in plan.units if unit.experts),
+            "moved_bytes": moved(stage, False, trace.experts) / sweeps, "read_bytes": moved("read", False) / sweeps,
+            "prompt_bytes": moved(stage, True)}  # fmt: skip
+
+
+def links_of(plan: ResidencyPlan, seconds: float, experts: Mapping[str, float] | None) -> dict[str, dict[str, float]]:
+    """What each link carried in a sweep, see :attr:`BenchResult.links`."""
+    moved: dict[str, float] = {"disk": plan.swept_bytes("disk"), "memory": plan.swept_bytes("gpu", "ram", "disk")}
+    if plan.machine.has_device:
+        moved["link"] = plan.swept_bytes("ram", "disk")
+    if experts:
+        moved |= {"disk": experts["read_bytes"]} | ({"link": experts["bytes"]} if "link" in moved else {})
+    return {
+        name: {"bytes": moved[name], "gb_per_second": moved[name] / seconds / 1e9,
+               "probed_gb_per_second": getattr(plan.machine, name) / 1e9}
+        for name in ("disk", "link", "memory") if name in moved
+    }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Recorder:
     ----------
     prefetcher
         Whose movements are recorded, if anything streams.
+    cached
+        Of a layer of experts that are not all there, by its unit's name: says which are.
     """
 
     clock = staticmethod(time.perf_counter)
@@ -43,6 +45,7 @@ class Recorder:
         self._dequantised: list[tuple[Mark, Mark]] = []
         self._moved: deque[Moved] = deque(maxlen=65_536)
         self.prefetcher: Prefetcher | None = None
+        self.cached: dict[str, Callable[[], Iterable[int]]] = {}
         self._before, self._kv_cache = 0, 0
 
     def begin(self, trace: Trace) -> None:
@@ -63,7 +66,8 @@ class Recorder:
         self._trace.add_routed(unit, experts, asked, hits)
 
     def begin_sweep(self) -> None:
-        self._sweep, self._trace.began = self._copier.mark(), self._trace.now()
+        self._sweep = self._copier.mark()
+        self._trace.begin_sweep()
 
     def begin_compute(self) -> None:
         self._start = self._copier.mark()
@@ -112,6 +116,9 @@ class Recorder:
         if self._origin is not None:
             self.resolve(wait=True)
             self._sample()
+            for unit, routed in self._trace.experts.items():
+                if (cached := self.cached.get(unit)) is not None:
+                    routed.cached = tuple(sorted(cached()))
 
     def _sample(self) -> None:
         allocated, reserved = used_memory(self._device)

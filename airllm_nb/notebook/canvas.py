@@ -78,6 +78,8 @@ PARTS = {
     "weights": TIERS["gpu"],
     "slots": Look(SKY, _DARK[SKY], _FALLING),
     "idle slots": Look("#E3F2FB", _DARK[SKY]),
+    "experts": Look(VERMILLION, _DARK[VERMILLION], "oo"),
+    "staging": Look("#F3BE9B", _DARK[VERMILLION], "++"),
     "kv cache": Look(PURPLE, _DARK[PURPLE], "xxxx"),
     "activations": Look(YELLOW, _DARK[YELLOW], "...."),
     "scratch": Look(ORANGE, _DARK[ORANGE], "----"),

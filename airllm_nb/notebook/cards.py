@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import format_bytes
 from ..flags import in_flags
+from ..routed import expert_table, expert_use, experts_line
 from ..timeline import last_sweep, verdict
 from ..trace import Trace, speed_line, stage_rows
 
@@ -101,14 +102,17 @@ def status_card(entries: Sequence[Entry]) -> Card:
 def _last(summary: dict[str, Any]) -> str:
     if not summary["sweeps"]:
         return "last      nothing generated yet"
-    return f"last      {summary['tokens']} tokens, {speed_line(summary)}"
+    experts = experts_line(summary)
+    return f"last      {summary['tokens']} tokens, {speed_line(summary)}" + (f"; {experts}" if experts else "")
 
 
 def trace_card(trace: Trace, title: str = "") -> Card:
     """Totals of each stage of one generation, and what bounded its last sweep."""
     summary = trace.summary()
     rows = [("speed", f"{summary['tokens']} tokens in {summary['sweeps']} sweeps, {speed_line(summary)}")]
-    return Card(title or "the last generation, stage by stage (stages overlap)", [*rows, *_trace_rows(trace)])
+    use = expert_use(trace.experts, trace.sweeps)
+    title = title or "the last generation, stage by stage (stages overlap)"
+    return Card(title, [*rows, *_trace_rows(trace)], ("experts, by layer", expert_table(use)) if use else None)
 
 
 def generation_card(trace: Trace, words: str) -> Card:
@@ -119,6 +123,8 @@ def generation_card(trace: Trace, words: str) -> Card:
 def _trace_rows(trace: Trace) -> list[tuple[str, str]]:
     summary, view = trace.summary(), last_sweep(trace)
     rows = stage_rows(summary["stages"])
+    if experts := experts_line(summary):
+        rows.append(("experts", experts))
     if summary["peak_device_bytes"]:
         budget = f" of {format_bytes(trace.plan['vram_budget'])}" if trace.of_device else ""
         rows.append(("peak", format_bytes(summary["peak_device_bytes"]) + budget))

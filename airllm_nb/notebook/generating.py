@@ -7,6 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..routed import experts_line
 from ..trace import result_parts
 from .progress_line import ProgressLine
 from .registry import Entry
@@ -147,6 +148,8 @@ class Waiting:
             return ""
         unit, units = self._model.position
         parts = [f"token {self._tokens + 1}" if self._tokens else "reading the prompt", f"unit {unit} of {units}"]
+        if experts := experts_line(self._model.trace.summary()):
+            parts.append(experts)
         parts.append(f"{seconds:.0f} s of about {self._predicted:.2g} s")
         parts.append("stop with the interrupt button" if in_place else "stop with Ctrl-C")
         return " · ".join(parts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..config import format_seconds
+from ..routed import experts_line
 from ..trace import Trace
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Facts:
     tokens_per_second: float
     rates: dict[str, float]
     achieved: float | None
+    experts: str = ""
 
     @property
     def is_slow(self) -> bool:
@@ -88,6 +90,7 @@ class Facts:
         """``"0.31 tok/s · disk 1.90 GB/s · link 9.80 GB/s · 94% of the predicted speed"``"""
         parts = [self.this_sweep] + ([f"{self.tokens_per_second:.3g} tok/s"] if self.tokens else [])
         parts += [f"{name} {rate:.2f} GB/s" for name, rate in self.rates.items()]
+        parts += [self.experts] if self.experts else []
         if self.achieved:
             parts.append(f"{self.achieved:.0%} of the predicted speed")
         return " · ".join(parts)
@@ -110,13 +113,14 @@ def facts(model: StreamedModel, trace: Trace, tokens: int, limit: int, seconds: 
     layers = [layer_of(name) for name in names]
     # The first sweep is the prompt's, and says little of the others.
     expected = (trace.median_sweep() if trace.sweeps > 1 else None) or model.plan.sweep_seconds
+    summary = trace.summary()
     status = [model.name, f"{model.options.compression or 'not compressed'}", str(model.device)]
     return Facts(
         title=" · ".join(status), unit=min(unit, units), units=units,
         layer=layers[unit - 1] if 0 < unit <= len(layers) else 0, layers=max(layers, default=0),
         tokens=tokens, limit=limit, sweep=max(trace.now() - trace.began, 0.0) if trace.plan else 0.0, expected=expected,
         left=max(limit - tokens, 0) * expected, tokens_per_second=tokens / seconds if seconds else 0.0,
-        rates=rates(trace), achieved=trace.summary()["achieved_of_predicted"],
+        rates=rates(trace), achieved=summary["achieved_of_predicted"], experts=experts_line(summary),
     )  # fmt: skip
 
 

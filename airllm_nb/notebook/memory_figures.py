@@ -19,6 +19,8 @@ PART_NAMES = {
     "weights": "resident weights",
     "slots": "slots in use",
     "idle slots": "slots, idle",
+    "experts": "experts, cached",
+    "staging": "staging of experts",
     "kv cache": "KV cache",
     "activations": "activations, scratch",
     "unused": "reserved, not used",
@@ -75,8 +77,10 @@ def plan_text(plan: Any) -> str:
 def budget_parts(plan: Any) -> dict[str, int]:
     """Bytes of the VRAM budget by what they are for, ``"free"`` at the end."""
     needs = plan.needs
+    experts = {"experts": plan.slots_bytes, "staging": plan.staging_bytes} if plan.staging_bytes else {}
     return {
         "weights": plan.tier_bytes("gpu") + needs.small,
+        **experts,
         "slots": plan.arena_bytes,
         "KV cache": needs.kv_cache,
         "activations": needs.activations,
@@ -199,6 +203,8 @@ def memory_parts(sample: MemorySample, plan: Mapping[str, Any]) -> dict[str, int
     allocated = left = max(min(sample.allocated, sample.reserved), 0)
     planned = {
         "weights": plan.get("tiers", {}).get("gpu", {}).get("bytes", 0) + plan.get("small_bytes", 0),
+        "experts": plan.get("experts_bytes", 0),
+        "staging": plan.get("staging_bytes", 0),
         "slots": sample.slots,
         "idle slots": plan.get("arena_bytes", 0) - sample.slots,
         "kv cache": sample.kv_cache,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from IPython.display import display
 
 from ..errors import OptionError
+from ..routed import expert_use
 from ..timeline import last_sweep
 from ..trace import Trace
 from . import cards
@@ -49,6 +50,14 @@ class Still:
         return cls(vram_timeline(trace)) if trace.of_device else None
 
     @classmethod
+    def of_experts(cls, trace: Trace, title: str = "") -> Still | None:
+        """Which experts were asked for; ``None`` where all are there, or there are none."""
+        from .expert_figures import expert_map
+
+        use = expert_use(trace.experts, trace.sweeps)
+        return None if use is None else cls(expert_map(use, title))
+
+    @classmethod
     def of_plan(cls, plan: Any) -> Still:
         """What goes where."""
         from .memory_figures import plan_bar
@@ -72,6 +81,7 @@ class Still:
 
 def words(trace: Trace, title: str = "") -> str:
     """What the pictures of a generation show, for whoever cannot see them."""
+    from .expert_figures import expert_text
     from .memory_figures import memory_text
     from .sweep_figures import overlap_text
 
@@ -79,6 +89,8 @@ def words(trace: Trace, title: str = "") -> str:
     texts = [overlap_text(view, title, trace.plan)] if view else []
     if trace.of_device:
         texts.append(memory_text(trace))
+    if use := expert_use(trace.experts, trace.sweeps):
+        texts.append(expert_text(use, title))
     return "\n".join(texts)
 
 
@@ -123,6 +135,8 @@ def show(runs: Sequence[Run]) -> None:
     for run in runs:
         if memory := Still.of_memory(run.trace):
             display(memory)
+        if experts := Still.of_experts(run.trace, run.title):
+            display(experts)
         display(cards.trace_card(run.trace, run.title if len(runs) > 1 else ""))
 
 

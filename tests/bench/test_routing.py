@@ -92,3 +92,17 @@ def test_what_has_no_experts_is_refused(mixture: Path, tmp_path: Path) -> None:
         bench_model(synthetic_model("small-qwen", 1), routing="local")
     with pytest.raises(OptionError, match="use uniform or local"):
         bench_model(mixture, routing="even")
+
+
+def test_what_moves_is_what_was_missed(mixture: Path) -> None:
+    options = LoadOptions.create(device="cpu", vram_budget="6MiB", max_seq_len=64)
+    result = bench_model(mixture, options, routing="uniform", sweeps=12)
+    assert result.experts is not None and result.same_tokens
+    assert result.experts["asked"] == LAYERS * EACH and 0 < result.experts["hit_rate"] < 0.9
+    missed = result.experts["moved"] * result.experts["expert_bytes"]
+    assert result.experts["moved_bytes"] == pytest.approx(missed) and result.experts["prompt_bytes"] > 0
+    assert result.links["link"]["bytes"] == result.experts["bytes"] >= result.experts["moved_bytes"]
+    assert "expert hits" in dict(result.rows)["experts"]
+    # With locality more of them are there.
+    local = bench_model(mixture, options, routing="local", sweeps=12).experts
+    assert local is not None and local["hit_rate"] > result.experts["hit_rate"]

@@ -34,6 +34,7 @@ from airllm_nb.notebook import canvas
 from airllm_nb.notebook.canvas import DPI, STYLE, WIDTH, Picture, text_width
 from airllm_nb.notebook.memory_figures import MOST_SAMPLES, budget_parts, memory_parts, plan_bar, vram_timeline
 from airllm_nb.notebook.sweep_figures import MOST_BARS, compare, lanes, overlap, thin
+from airllm_nb.plan.experts import Experts
 from airllm_nb.plan.placement import make_plan
 from airllm_nb.plan.residency import Machine, Needs, UnitSize
 from airllm_nb.timeline import last_sweep, union
@@ -134,6 +135,27 @@ def test_a_plan_without_a_device_says_what_tiers_mean() -> None:
     assert len(picture.figure.axes) == 1
     assert "VRAM" not in picture.alt and "computed where it lies" in picture.alt and "read in each sweep" in picture.alt
     assert_nothing_overlaps(picture)
+
+
+def test_a_plan_of_a_mixture_shows_the_cache_of_experts() -> None:
+    blocks = [
+        unit for at in range(24)
+        for unit in (UnitSize(f"layers.{at}", 40 * MiB),
+                     UnitSize(f"layers.{at}.experts", 512 * MiB, "experts", Experts(128, 8, 4 * MiB)))
+    ]  # fmt: skip
+    machine, needs = Machine(True, disk=2e9, link=2e10, memory=1e12), Needs(50 * MiB, 700 * MiB, 300 * MiB, 100 * MiB)
+    plan = make_plan(blocks, needs, machine, 6 * GiB, 32 * GiB)
+    picture = plan_bar(plan)
+    parts, (_, budget) = budget_parts(plan), picture.figure.axes
+    assert parts["experts"] == plan.slots_bytes > GiB and parts["staging"] == plan.staging_bytes > 0
+    assert sum(parts.values()) == plan.vram_budget
+    for name in ("experts", "staging"):
+        assert length(boxes(budget, name)) == pytest.approx(parts[name] / GiB)
+        assert any(text.startswith(f"{name} ") for text in texts(picture.figure)) and f"{name} " in picture.alt
+    assert_nothing_overlaps(picture)
+    used = memory_parts(MemorySample(0, 5 * GiB, 6 * GiB), plan.as_dict())
+    assert (used["experts"], used["staging"]) == (parts["experts"], parts["staging"])
+    assert "experts" not in budget_parts(residency())
 
 
 def test_a_plan_of_many_units() -> None:

@@ -24,6 +24,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 import airllm_nb.engine.facade
+from airllm_nb.bench import synthetic_model
 from airllm_nb.errors import PromptError, SourceError
 from airllm_nb.flags import in_flags
 from airllm_nb.notebook.cards import Card, bench_card, count
@@ -489,6 +490,20 @@ def test_plan_and_trace(loaded: Notebook, tmp_path: Path, endless: Callable[...,
     assert "4 tokens, predicted" in loaded.good("%airllm_status")
     assert "ui.perfetto.dev" in loaded.good(f'%airllm_trace "{tmp_path}/a b.json"')
     assert json.loads((tmp_path / "a b.json").read_text("utf-8"))["traceEvents"]
+
+
+def test_a_mixtures_experts_are_seen(notebook: Notebook, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRLLM_NB_CACHE", str(tmp_path))
+    folder = synthetic_model("small-moe", 2)
+    plan = notebook.good(f'%airllm_load "{folder}" --device cpu --vram 6MiB --max-seq-len 64')
+    assert "of 32 cached" in plan and "VRAM" in plan
+    assert "expert hits" in notebook.good("%%airllm_generate -n 4\nhello")
+    assert "expert hits" in notebook.good("%airllm_status")
+    shown = notebook.good("%airllm_trace")
+    assert "2 layers of experts, up to 16 each" in shown and "expert hits" in shown
+    notebook.good(f'%airllm_trace "{tmp_path}/run.json"')
+    events = json.loads((tmp_path / "run.json").read_text("utf-8"))["traceEvents"]
+    assert any(event["name"] == "experts" and event["args"]["moved"] for event in events)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
