@@ -6,9 +6,8 @@ neighbouring tokens share experts.
 
 from __future__ import annotations
 
-import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -88,8 +87,7 @@ class Routing:
     def __enter__(self) -> Routing:
         for ids, module in zip(self._ids, self._modules, strict=True):
             # Before all others: they may bring the experts that are chosen.
-            hook = module.register_forward_pre_hook(functools.partial(_replaced, ids), prepend=True)
-            self._hooks.append(hook)
+            self._hooks.append(module.register_forward_pre_hook(_chosen(ids), prepend=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -107,7 +105,11 @@ class Routing:
         self._next += 1
 
 
-def _replaced(ids: torch.Tensor, _: nn.Module, args: Sequence[Any]) -> tuple[Any, ...] | None:
-    """The experts' arguments with other numbers, ``ids`` of ``[tokens, each]``; of a prompt, nothing."""
-    hidden, index, *weights = args
-    return (hidden, ids.to(index.dtype), *weights) if index.shape == ids.shape else None
+def _chosen(ids: torch.Tensor) -> Callable[..., tuple[Any, ...] | None]:
+    """A hook that gives experts other numbers, ``ids`` of ``[tokens, each]``; those of a prompt are left."""
+
+    def replaced(_: nn.Module, args: Sequence[Any]) -> tuple[Any, ...] | None:
+        hidden, index, *weights = args
+        return (hidden, ids.to(index.dtype), *weights) if index.shape == ids.shape else None
+
+    return replaced

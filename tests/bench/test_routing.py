@@ -10,6 +10,7 @@ import torch
 from airllm_nb.bench import bench_model, bench_open, synthetic_model
 from airllm_nb.bench.routing import ROUTINGS, Routing, routes
 from airllm_nb.config import LoadOptions
+from airllm_nb.decode.made_of import has_foreign_hooks
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.errors import OptionError
 from airllm_nb.stream.lru import LRU
@@ -80,6 +81,7 @@ def test_the_buffer_stays_where_it_is(mixture: Path) -> None:
         seen: list[int] = []
         experts = next(module for module in model.modules() if hasattr(module, "is_transposed"))
         with Routing(model, "uniform", 1, 4) as routing:
+            assert not has_foreign_hooks(model), "steps may be recorded"
             experts.register_forward_pre_hook(lambda _, args: seen.append(args[1].data_ptr()))
             for _ in range(4):
                 routing.step()
