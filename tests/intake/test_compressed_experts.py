@@ -43,7 +43,7 @@ from airllm_nb.tensors.index import Extent, TensorInfo, read_header, read_index
 
 # Of transformers' interface for experts, transposed ones with biases, and classes whose own code reads the stacks.
 INDEXED = ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe", "nemotron_h", "granitemoe", "kimi_k25"]
-OTHERS = ["gpt_oss", "aria_text", "llama4_text", "jetmoe", "longcat_flash", "inkling_text"]
+OTHERS = ["gpt_oss", "llama4_text", "jetmoe", "longcat_flash", "inkling_text"]
 
 
 @pytest.fixture(scope="module")
