@@ -45,8 +45,10 @@ class Case(NamedTuple):
         How many times as fast as the other checkout to be.
     ram
         Of the experts' bytes, the share that RAM has room for.
-    beside
-        ``native``: how many times as fast to be as transformers' resident model on the same files, by ``share``.
+    share
+        How many times as fast to be as transformers' resident model on the same files.
+    layers
+        Not more than so many.
     """
 
     shape: str
@@ -148,7 +150,7 @@ class Row:
         self.name, self.case, self.every = name, case, SHAPES[case.shape]["num_hidden_layers"]
         is_mixture = "num_experts_per_tok" in SHAPES[case.shape]
         self.layers = min(layers or self.every, case.layers or self.every) if is_mixture else self.every
-        self.scale = self.layers / self.every if case.layers is None else 1.0
+        self.scale = 1.0 if case.vram is None else self.layers / self.every
         start = time.perf_counter()
         if case.form in GGUF_TYPES:
             self.model = make(folder, case.shape, self.layers, case.form)

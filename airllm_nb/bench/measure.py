@@ -93,6 +93,8 @@ def bench_synthetic(
     options = options or LoadOptions()
     if "num_experts_per_tok" in synthetic.shape_config(shape, layers):
         routing = routing or "uniform"
+    elif routing:
+        raise OptionError(f"routing={routing!r} is of mixtures, and {shape} has no experts; leave it out")
     _positive(**measured)
     check_cap(options, cap)
     folder = _synthetic_folder(shape, layers, options.compression)

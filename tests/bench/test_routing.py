@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from airllm_nb.bench import bench_model, bench_open, synthetic_model
+from airllm_nb.bench import bench_model, bench_open, bench_synthetic, synthetic_model
 from airllm_nb.bench.routing import ROUTINGS, Routing, routes
 from airllm_nb.config import LoadOptions
 from airllm_nb.decode.made_of import has_foreign_hooks
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.errors import OptionError
+from airllm_nb.flags import MEASURING
 from airllm_nb.stream.lru import LRU
 
 LAYERS, EXPERTS, EACH = 2, 16, 4
@@ -94,6 +95,18 @@ def test_what_has_no_experts_is_refused(mixture: Path, tmp_path: Path) -> None:
         bench_model(synthetic_model("small-qwen", 1), routing="local")
     with pytest.raises(OptionError, match="use uniform or local"):
         bench_model(mixture, routing="even")
+
+
+def test_a_dense_shape_is_refused_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRLLM_NB_CACHE", str(tmp_path))
+    with pytest.raises(OptionError, match="small-qwen has no experts"):
+        bench_synthetic("small-qwen", 1, routing="local")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_flag_has_all_names() -> None:
+    (flag,) = [flag for flag in MEASURING if flag.dest == "routing"]
+    assert flag.how["choices"] == list(ROUTINGS)
 
 
 def test_what_moves_is_what_was_missed(mixture: Path) -> None:
