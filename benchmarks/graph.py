@@ -1,6 +1,6 @@
 """Milliseconds a token with everything on the GPU: eager (`exact`), and with the decode step as one CUDA graph.
 
-    python benchmarks/graph.py FOLDER [--tokens 96] [--batch 1] [--native] [--profile]
+    python benchmarks/graph.py FOLDER [--tokens 96] [--batch 1] [--only graph] [--native] [--profile]
 
 One JSON line: what `generate` takes a token by the clock, what a sweep takes on the device, how many tokens differ,
 and with `--native` the same for the resident model of transformers.
@@ -26,6 +26,7 @@ parser.add_argument("folder")
 parser.add_argument("--tokens", type=int, default=96)
 parser.add_argument("--batch", type=int, default=1)
 parser.add_argument("--prompt", type=int, default=64)
+parser.add_argument("--only", choices=("eager", "graph"), help="one of the two")
 parser.add_argument("--native", action="store_true", help="the resident model of transformers too")
 parser.add_argument("--profile", action="store_true", help="where the host's time goes, by function, to stderr")
 parser.add_argument("--kernels", action="store_true", help="which kernels a replay runs, to stderr")
@@ -65,6 +66,8 @@ if given.native:
     del native
     torch.cuda.empty_cache()
 for name, exact in (("eager", True), ("graph", False)):
+    if given.only not in (None, name):
+        continue
     torch.cuda.reset_peak_memory_stats()
     options = LoadOptions.create(exact=exact, max_seq_len=1024, batch_size=given.batch, vram_budget="40GiB")
     with open_model(given.folder, options) as model:
@@ -93,6 +96,6 @@ for name, exact in (("eager", True), ("graph", False)):
                 pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(28)
     torch.cuda.empty_cache()
 for name, each in answers.items():
-    if name != "graph":
+    if name != "graph" and "graph" in answers:
         found[f"differ_from_{name}"] = int((each != answers["graph"]).sum())
 print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}))

@@ -54,7 +54,7 @@ class Step:
 
 
 class Ran(NamedTuple):
-    """A step that ran as ever: a copy of it, what it gave, and what it made windows forget."""
+    """A step that ran as ever: a copy of it, what it gave, and what it made the cache forget."""
 
     step: Step
     logits: torch.Tensor
@@ -99,9 +99,9 @@ class Graph:
     model
         Whose forward.
     cache
-        What it computes with; it has the tokens of the last of ``steps``.
-    steps
-        The last two that have run.
+        What it computes with; it has the tokens of ``ran``.
+    first, ran
+        Where it is recorded, and the step after, which has run: where it is checked.
     output
         Of which class outputs are.
 
@@ -117,9 +117,9 @@ class Graph:
     """
 
     def __init__(
-        self, model: Any, forward: Forward, cache: FixedCache, steps: tuple[Ran, Ran], output: type, record: Record
+        self, model: Any, forward: Forward, cache: FixedCache, first: Step, ran: Ran, output: type, record: Record
     ):
-        first, last = steps[0].step, steps[1].step
+        last = ran.step
         self.cache, self.key, self._output = cache, last.key, output
         self.made_of, self._at = MadeOf(model), -1
         with torch.inference_mode(False), torch.no_grad():
@@ -135,21 +135,22 @@ class Graph:
                 cache.counter.add_(1)
                 return output
 
-            cache.put_edge(steps[0].edge)
-            rows = cache.rows(first.length, last.length + 1)
+            now = cache.rows(first.length, last.length + 1)
             try:
+                # What it computes at this position is dropped: a number that it reads here is another one there.
                 self._put(first, anew=True)
                 with NoHostWaits():
                     run()
                 self._put(first, anew=True)
                 recorded = record(run)
                 self._replay, self._logits = recorded.replay, recorded.output.logits
-                for ran in steps:
-                    self._put(ran.step, anew=True)
-                    self._replay()
-                    _compare(self._logits, ran.logits)
+                cache.put_rows(now)
+                cache.put_rows(ran.edge)
+                self._put(last, anew=True)
+                self._replay()
+                _compare(self._logits, ran.logits)
             finally:
-                cache.put_rows(first.length, rows)
+                cache.put_rows(now)
         self._at = last.length + 1
         cache.counter.fill_(self._at)
         self.nbytes = cache.nbytes + max(recorded.nbytes, 0)

@@ -1,11 +1,11 @@
 """The decode steps of one model: as ever, or replayed where that gives the same.
 
 The first two steps of a generation run as ever. Then the cache is lent to a fixed one (:mod:`~airllm_nb.decode.fixed`),
-the native forward is recorded with it (:mod:`~airllm_nb.decode.graph`), and the record is replayed at the positions of
-both: if it gives their logits, steps are replayed from then on, in this generation and the next ones, until one
-outgrows the fixed cache, which then is made twice as large, or the model is no longer what was recorded
-(:mod:`~airllm_nb.decode.made_of`). What cannot be recorded, or gives something else, runs as ever:
-only the log says so.
+the native forward is recorded with it (:mod:`~airllm_nb.decode.graph`) at the position of the first, and replayed at
+that of the second: if it gives the same logits, steps are replayed from then on, in this generation and the next ones,
+until one outgrows the fixed cache, which then is made twice as large, or the model is no longer what was recorded
+(:mod:`~airllm_nb.decode.made_of`). What cannot be recorded, or gives something else, runs as ever: only the log
+says so.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Steps:
     def __init__(self, model: Any, record: Record):
         self._model, self._record = model, record
         self._graph: Graph | None = None
-        self._before: Ran | None = None
+        self._before: Step | None = None
         self._room, self._length, self._is_same, self._failed = 0, 0, False, set[Any]()
 
     @classmethod
@@ -95,7 +95,8 @@ class Steps:
                 return output
             log.debug("the model is no longer what was recorded")
             self.close()
-        if step.key in self._failed or self._length - step.length < FEWEST or not _fixed().fits(step.cache):
+        is_worth_it = step.key not in self._failed and self._length - step.length >= FEWEST and self._room >= POOL
+        if not is_worth_it or not _fixed().fits(step.cache):
             self._before = None
             return as_ever()
         return self._look(step, as_ever, forward)
@@ -103,21 +104,18 @@ class Steps:
     def _look(self, step: Step, as_ever: Callable[[], Any], forward: Forward) -> Any:
         """A step as ever; record, if it is the second of two."""
         before, self._before = self._before, None
-        if before is not None and not step.follows(before.step):
-            before = None
-        edge = _fixed().edge(step.cache) if before is None else []
-        output = as_ever()
-        if (logits := getattr(output, "logits", None)) is None:
-            return output
-        # Copies: what a caller gave may change.
+        # A copy: what a caller gave may change.
         kept = replace(step, tensors={name: each.clone() for name, each in step.tensors.items()})
-        ran = Ran(kept, logits.detach().clone(), edge)
-        if before is None:
-            self._before = ran
+        if before is None or not step.follows(before):
+            self._before = kept
+            return as_ever()
+        edge, output = _fixed().edge(step.cache), as_ever()
+        if (logits := getattr(output, "logits", None)) is None:
             return output
         try:
             self._drop()
-            self._graph, self._is_same = self._recorded((before, ran), output, forward), True
+            ran = Ran(kept, logits.detach().clone(), edge)
+            self._graph, self._is_same = self._recorded(before, ran, output, forward), True
         except GenerationStopped:
             raise
         except Exception as error:  # whatever a forward runs into that was not made for this
@@ -125,23 +123,23 @@ class Steps:
             self._failed.add(step.key)
         return output
 
-    def _recorded(self, steps: tuple[Ran, Ran], output: Any, forward: Forward) -> Graph | None:
-        fixed, last = _fixed(), steps[1].step
-        cache, length = last.cache, last.length + 1
+    def _recorded(self, first: Step, ran: Ran, output: Any, forward: Forward) -> Graph | None:
+        fixed, cache, length = _fixed(), ran.step.cache, ran.step.length + 1
         beside = [name for name, value in output.items() if value is not None]
         if beside != ["logits", "past_key_values"] or output["past_key_values"] is not cache or not fixed.fits(cache):
             raise ValueError(f"it gives {beside}, or the cache is of another kind")
         if self._model.training or has_foreign_hooks(self._model) or is_watched():
             return None  # not now
-        each = fixed.bytes_a_token(cache)
+        # States are kept twice until the check is over.
+        each, beside_rows = fixed.bytes_a_token(cache), 3 * fixed.bytes_of_states(cache) + POOL
         sizes = (max(SMALLEST, 1 << length.bit_length()), -(-self._length // 8) * 8)
-        capacity = next((size for size in sizes if size > length and size * each + POOL <= self._room), None)
+        capacity = next((size for size in sizes if size > length and size * each + beside_rows <= self._room), None)
         if capacity is None:
             log.debug("no room for a record")
             return None
         lent = fixed.FixedCache(cache, capacity)
         try:
-            graph = Graph(self._model, forward, lent, steps, type(output), self._record)
+            graph = Graph(self._model, forward, lent, first, ran, type(output), self._record)
             if graph.nbytes > self._room:
                 raise MemoryError(f"{graph.nbytes:,} bytes, and {self._room:,} are free")
         except BaseException:

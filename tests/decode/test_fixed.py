@@ -89,7 +89,7 @@ def test_it_is_what_an_ordinary_one_is(tokens: int, todo: list[tuple[str, int]])
             if what == "add":
                 add(one, number, count)
             elif what == "reorder":
-                one.reorder_cache(torch.tensor([1, 0])[: batch_of(one)])
+                one.reorder_cache(torch.arange(batch_of(one)).flip(0))
             elif what == "select":
                 one.batch_select_indices(torch.tensor([0]))
             elif what == "crop" and 1 < one.get_seq_length() < CONFIG.sliding_window:
@@ -164,8 +164,7 @@ def test_the_edge_is_what_windows_forget() -> None:
     cache = filled(7)
     edge = fixed.edge(cache)
     add(cache, 50, 1)
-    add(cache, 60, 1)
     lent = fixed.FixedCache(cache, CAPACITY)
-    lent.put_edge(edge)
+    lent.put_rows(edge)
     for number in (1, 2):
         assert torch.equal(lent.layers[number].keys[:, :, 3:7], rows(number, 7)[0][:, :, 3:])

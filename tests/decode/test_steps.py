@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
-from transformers.cache_utils import DynamicLayer
 
 from airllm_nb.config import LoadOptions
-from airllm_nb.decode import fixed, graph, recording, steps
+from airllm_nb.decode import fixed, fixed_layers, graph, recording, steps
 from airllm_nb.engine.facade import StreamedModel
 from airllm_nb.errors import GenerationStopped
 from airllm_nb.intake import prepare
@@ -28,9 +27,10 @@ IDS = tiny_models.IDS
 PADDED = torch.ones(2, 12, dtype=torch.long)
 PADDED[0, :5] = 0
 PAIR = torch.cat([IDS, IDS.flip(1)])
-# Windows of 8 positions in some or all layers, sinks, experts, latents, own scales; all with positions up to 128.
+# Windows of 8 positions in some or all layers, sinks, experts, latents, states; all with positions up to 128.
 KINDS = ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "mixtral", "deepseek_v3", "phi3",
-         "cohere2", "llama4_text", "falcon", "bloom", "glm4", "exaone4", "olmo3"]  # fmt: skip
+         "cohere2", "llama4_text", "falcon", "bloom", "glm4", "exaone4", "olmo3", "qwen3_next", "lfm2",
+         "bamba"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +104,17 @@ def test_every_way_of_decoding(llama: tuple[StreamedModel, Any], ids: torch.Tens
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=str)
+def test_beams_over_windows_and_states(kind: str, folders: Callable[[str], Path], options: dict[str, Any]) -> None:
+    with opened(folders(kind)) as model:
+        found = []
+        for one in (model, tiny_models.resident(folders(kind))):
+            torch.manual_seed(0)
+            found.append(tokens(one, PAIR, attention_mask=PADDED, **options))
+        assert torch.equal(*found) and model.trace.replayed > 20
+
+
 def test_what_is_asked_for_beside_tokens(llama: tuple[StreamedModel, Any]) -> None:
     wanted = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     for more in ({}, {"output_attentions": True}, {"output_hidden_states": True}):
@@ -117,16 +128,21 @@ def test_what_is_asked_for_beside_tokens(llama: tuple[StreamedModel, Any]) -> No
             assert llama[0].trace.replayed == 0 or not more
 
 
+def contents(layer: Any) -> list[torch.Tensor]:
+    return [layer.keys, layer.values] if hasattr(layer, "keys") else fixed_layers.states_of(layer)
+
+
 def same_cache(one: Any, other: Any) -> None:
     assert type(one) is type(other) is DynamicCache
     assert one.get_seq_length() == other.get_seq_length()
     for mine, its in zip(one.layers, other.layers, strict=True):
         assert type(mine) is type(its)
-        for name in ("keys", "values"):
-            assert torch.allclose(getattr(mine, name), getattr(its, name), atol=1e-4)
+        assert len(contents(mine)) == len(contents(its)) > 0
+        for one_state, other_state in zip(contents(mine), contents(its), strict=True):
+            assert torch.allclose(one_state, other_state, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next", "lfm2"])
 def test_the_cache_that_comes_back_is_an_ordinary_one(kind: str, folders: Callable[[str], Path]) -> None:
     native = tiny_models.resident(folders(kind))
     with opened(folders(kind)) as model:
@@ -281,7 +297,7 @@ def test_short_answers_are_not_recorded(llama: tuple[StreamedModel, Any]) -> Non
     assert llama[0].trace.replayed == 0
 
 
-@pytest.mark.parametrize("kind", ["longcat_flash", "gpt_neo", "jetmoe", "qwen3_next", "mamba2", "bamba", "rwkv"])
+@pytest.mark.parametrize("kind", ["longcat_flash", "gpt_neo", "jetmoe", "mamba2", "zamba2", "rwkv"])
 def test_what_cannot_be_recorded_runs_as_ever_and_is_asked_once(
     kind: str, folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -293,14 +309,18 @@ def test_what_cannot_be_recorded_runs_as_ever_and_is_asked_once(
     assert sum("not recorded" in record.message for record in caplog.records) <= 1
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next"])
 def test_a_check_that_fails_leaves_the_cache_as_it_was(
-    llama: tuple[StreamedModel, Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "_CLOSE", -1.0)
-    found, expected = (tokens(model, return_dict_in_generate=True) for model in llama)
-    assert llama[0].trace.replayed == 0 and torch.equal(found.sequences, expected.sequences)
+    with opened(folders(kind)) as model:
+        native = tiny_models.resident(folders(kind))
+        found, expected = (tokens(one, return_dict_in_generate=True) for one in (model, native))
+        assert model.trace.replayed == 0 and torch.equal(found.sequences, expected.sequences)
     for mine, its in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
-        assert type(mine) is DynamicLayer and torch.equal(mine.keys, its.keys) and torch.equal(mine.values, its.values)
+        assert type(mine) is type(its)
+        assert all(torch.equal(one, other) for one, other in zip(contents(mine), contents(its), strict=True))
 
 
 def test_an_error_while_recording_leaves_all_as_it_was(

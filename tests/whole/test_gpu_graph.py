@@ -26,7 +26,18 @@ def tokens(model, ids=IDS, length=40, **options):
 
 
 # Windows of 8 positions, in all layers, in some, with sinks; experts; one head of keys; latents.
-KINDS = ["llama", "mistral", "gemma3_text", "gpt_oss", "qwen3_moe", "phi3", "falcon", "deepseek_v3"]
+KINDS = [
+    "llama",
+    "mistral",
+    "gemma3_text",
+    "gpt_oss",
+    "qwen3_moe",
+    "phi3",
+    "falcon",
+    "deepseek_v3",
+    "qwen3_next",
+    "lfm2",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
