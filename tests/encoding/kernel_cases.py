@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_ggml import Kind, random_rows
 
 from airllm_nb.encoding.affine8 import Affine8
 from airllm_nb.encoding.awq import AWQ
 from airllm_nb.encoding.base import Encoding
 from airllm_nb.encoding.bnb import Int8
 from airllm_nb.encoding.fp8 import FP8
+from airllm_nb.encoding.ggml import encoding_of
+from airllm_nb.encoding.ggml_blocks import Blocks
 from airllm_nb.encoding.gptq import GPTQ
 from airllm_nb.encoding.kernels import launch as kernels
 from airllm_nb.encoding.mxfp4 import MXFP4
@@ -30,6 +33,11 @@ WITH_PRODUCT = [found for found in PACKINGS if not isinstance(found, MXFP4) and 
 # not a multiple of it.
 OF_SLOTS: list[tuple[Encoding, int, int]] = [
     (NF4(), 9, 576), (NF4(64, 256, 0.125), 6, 192), (FP4(32), 5, 96), (Affine8(), 9, 416), (Int8(), 6, 300),
+    *((found, 5, 1280) for kind in ("Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q4_0") if (found := encoding_of(Kind[kind]))),
+    (MXFP4(), 3, 1056), (MXFP4(transposed=False), 1, 32),
+    (FP8((2, 128)), 6, 528), (FP8((64, 128)), 5, 528), (FP8((1, None), True), 6, 48), (FP8((2, 24)), 6, 72),
+    (GPTQ(4, 128, 1), 136, 320), (GPTQ(8, 32, 0), 136, 160), (GPTQ(2, 16, 1), 144, 80), (GPTQ(4, 8, 0), 8, 72),
+    (GPTQ(4, 96, 1), 24, 160), (GPTQ(3, 32, 1), 160, 32), (GPTQ(4, 12, 1), 40, 24), (AWQ(8), 264, 40), (AWQ(4), 40, 24),
 ]  # fmt: skip
 
 
@@ -40,6 +48,8 @@ def parts_of(found: Encoding, rows: int = ROWS, columns: int = COLUMNS, seed: in
     def noise(*shape: int) -> torch.Tensor:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, generator=random)
 
+    if isinstance(found, Blocks):
+        return {"weight": random_rows(Kind[found.name], rows, columns, seed)}
     if isinstance(found, NF4):
         return nf4_parts(found, rows, columns, random)
     if isinstance(found, Affine8):
@@ -81,20 +91,24 @@ def nf4_parts(found: NF4, rows: int, columns: int, random: torch.Generator) -> P
 
 
 def stacked(found: Encoding, matrices: int, rows: int, columns: int) -> Parts:
-    """Parts of so many matrices, none like the other."""
-    each = [parts_of(found, rows, columns, seed) for seed in range(matrices)]
+    """Parts of so many matrices ``[rows, columns]``, none like the other."""
+    each = [parts_of(found, *as_it_lies(found, rows, columns), seed) for seed in range(matrices)]
     return {name: torch.stack([parts[name] for parts in each]) for name in each[0]}
 
 
 def in_float64(found: Encoding, parts: Parts, rows: int, columns: int) -> torch.Tensor:
     """``[matrices, rows, columns]``, unpacked in float32 without kernels."""
-    shape, number = (columns, rows) if found.transposed else (rows, columns), len(parts["weight"])
-    device = parts["weight"].device
+    shape, number, device = as_it_lies(found, rows, columns), len(parts["weight"]), parts["weight"].device
     each = [
         by_pytorch(found, {name: part[i] for name, part in parts.items()}, empty(*shape, device=device))
         for i in range(number)
     ]
-    return torch.stack([matrix.t() if found.transposed else matrix for matrix in each]).double()
+    return torch.stack([matrix if shape == (rows, columns) else matrix.t() for matrix in each]).double()
+
+
+def as_it_lies(found: Encoding, rows: int, columns: int) -> tuple[int, int]:
+    """What a matrix ``[rows, columns]`` of a product unpacks to."""
+    return (columns, rows) if found.kernel in kernels.BY_COLUMNS else (rows, columns)
 
 
 def by_slots(found: Encoding, x: torch.Tensor, parts: Parts, slots: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

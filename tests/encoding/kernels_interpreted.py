@@ -31,7 +31,7 @@ from airllm_nb.encoding.bnb import Int8
 from airllm_nb.encoding.fp8 import FP8
 from airllm_nb.encoding.ggml import encoding_of
 from airllm_nb.encoding.gptq import GPTQ
-from airllm_nb.encoding.kernels import launch
+from airllm_nb.encoding.kernels import arguments, launch, products
 from airllm_nb.encoding.mxfp4 import MXFP4
 from airllm_nb.encoding.nf4 import NF4
 
@@ -39,6 +39,7 @@ from airllm_nb.encoding.nf4 import NF4
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(products, "_ROWS", 4)
 
 
 @every_type
@@ -70,12 +71,12 @@ ENDS = [
 
 @pytest.mark.parametrize(("found", "rows", "columns"), ENDS, ids=str)
 def test_ends(found: Encoding, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_TILE", 64)
-    monkeypatch.setattr(launch, "_PROGRAMS", 6)
+    monkeypatch.setattr(arguments, "TILE", 64)
+    monkeypatch.setattr(products, "_PROGRAMS", 6)
     parts = parts_of(found, rows, columns)
     wanted = by_pytorch(found, parts, empty(rows, columns))
     assert torch.equal(by_kernel(found, parts, empty(rows, columns)), wanted)
-    if found.kernel in launch.MULTIPLY:
+    if not isinstance(found, MXFP4):
         assert_product(found, parts, wanted.t() if found.transposed else wanted)
 
 
@@ -125,8 +126,13 @@ def test_products_out_of_slots(found: Encoding, rows: int, columns: int) -> None
 @pytest.mark.parametrize(("found", "rows", "columns"), OF_SLOTS, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_products_of_one_matrix(found: Encoding, rows: int, columns: int, has_bias: bool) -> None:
-    parts = parts_of(found, rows, columns)
-    assert_product(found, parts, by_pytorch(found, parts, empty(rows, columns)), has_bias)
+    parts = stacked(found, 1, rows, columns)
+    weight = in_float64(found, parts, rows, columns)[0].float()
+    parts = {name: part[0] for name, part in parts.items()}
+    if found == MXFP4():  # its product is that of an expert, with what lies there
+        assert launch.multiply(found, torch.ones(1, columns), parts, rows, None) is None
+    else:
+        assert_product(found, parts, weight, has_bias)
 
 
 @pytest.mark.parametrize("found", [NF4(), NF4(transposed=True), Affine8(), Int8(transposed=True)], ids=str)
@@ -143,3 +149,27 @@ def test_what_they_do_not_serve(found: Encoding) -> None:
         )
         assert launch.multiply(found, torch.ones(1, columns), parts, ROWS, None) is None
     assert not launch._failed
+
+
+@pytest.mark.parametrize(("found", "part", "value"), [(FP8((None, None)), "weight", 0xFF), (MXFP4(), "scale", 0xFF)])
+def test_what_is_no_number_stays_in_its_row(found: Encoding, part: str, value: int) -> None:
+    parts = stacked(found, 1, 3, 64)
+    parts[part].view(torch.uint8)[0, 1, 1] = value
+    out = by_slots(found, torch.randn(1, 64), parts, torch.zeros(1, dtype=torch.int32), torch.ones(1, 3))
+    assert out.isnan().tolist() == [[False, True, False]]
+
+
+def test_where_bytes_are_not_aligned() -> None:
+    """Values are read one at a time there, or by PyTorch."""
+    for found in (encoding_of(12), FP8((1, None)), MXFP4(transposed=False)):
+        assert found is not None
+        parts = parts_of(found, 3, 256)
+        moved = torch.zeros(parts["weight"].numel() + 1, dtype=torch.uint8)[1:].view(parts["weight"].shape)
+        packed = parts["weight"].view(torch.uint8)
+        parts = parts | {"weight": moved.copy_(packed).view(parts["weight"].dtype)}
+        if isinstance(found, MXFP4):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(launch, "usable", lambda device: True)
+                assert launch.multiply(found, torch.ones(1, 256), parts, 3, None) is None
+        else:
+            assert_product(found, parts, by_pytorch(found, parts, empty(3, 256)))

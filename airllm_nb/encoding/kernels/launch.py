@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .slots import SLOTS
+from . import arguments
+from .products import PRODUCTS
+from .slots import SLOTS, Product
 from .slots import run as _run
 
 if TYPE_CHECKING:
@@ -23,11 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Those whose packing runs along the columns of what they unpack to.
+BY_COLUMNS = ("words",)
 OLDEST_GPU = (7, 0)  # compute capability; for older ones a compiler may end the process instead of raising an error
-_TILE = 1024  # values
-_ROWS, _COLUMNS = 16, 128  # of a tile of values that are packed in words
-# Of a product with words, which are summed in shares: enough of them to keep a large GPU busy.
-_PROGRAMS = 1024
 _Key = tuple[str, str, torch.device]
 _usable: set[torch.device] = set()
 _failed: collections.Counter[_Key] = collections.Counter()
@@ -54,16 +54,15 @@ def multiply(
     """
     has_gradient = torch.is_grad_enabled() and x.requires_grad  # which no kernel here passes on
     # With inputs in an order, unpacking is not slower.
-    if not _multiplies(encoding) or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
+    if encoding.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
+        return None
+    if encoding.transposed and encoding.kernel not in BY_COLUMNS:
         return None
     if not usable(x.device) or _failed[key := _key("multiply", encoding, x.device)] > 1:
         return None
     out = torch.empty(*x.shape[:-1], rows, dtype=x.dtype, device=x.device)
-    vector = x.contiguous().view(-1)
-    if (alone := MULTIPLY.get(encoding.kernel)) is not None:
-        return out if _launch(key, lambda: alone(encoding, vector, parts, bias, out)) else None
-    product, below = SLOTS[encoding.kernel], out.view(1, -1)
-    return out if _launch(key, lambda: product(encoding, vector[None], parts, None, bias, below)) else None
+    vector, product, below = x.contiguous().view(1, -1), MULTIPLY[encoding.kernel], out.view(1, -1)
+    return out if _launch(key, lambda: product(encoding, vector, parts, None, bias, below)) else None
 
 
 def multiply_slots(encoding: Encoding, x: torch.Tensor, parts: Parts, slots: torch.Tensor, out: torch.Tensor) -> bool:
@@ -77,7 +76,8 @@ def multiply_slots(encoding: Encoding, x: torch.Tensor, parts: Parts, slots: tor
     x
         ``[n, columns]``, or ``[1, columns]`` for all alike; of a floating dtype.
     parts
-        Attribute → ``[matrices, *shape of one]``, contiguous; a matrix is what :meth:`.Encoding.unpack` makes of one.
+        Attribute → ``[matrices, *shape of one]``, contiguous; a matrix is what :meth:`.Encoding.unpack` makes of one,
+        for encodings :data:`BY_COLUMNS` its transpose.
     slots
         ``[n]`` on the device, of an integer dtype; -1 gives zeros.
     out
@@ -88,14 +88,12 @@ def multiply_slots(encoding: Encoding, x: torch.Tensor, parts: Parts, slots: tor
     bool
         Whether there was.
     """
-    if encoding.kernel not in SLOTS or not usable(x.device) or _failed[key := _key("slots", encoding, x.device)] > 1:
+    if encoding.kernel not in MULTIPLY or "group_index" in parts or not usable(x.device):
+        return False
+    if _failed[key := _key("slots", encoding, x.device)] > 1:
         return False
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return not out.numel() or _launch(key, lambda: SLOTS[encoding.kernel](encoding, x, parts, slots, None, out))
-
-
-def _multiplies(encoding: Encoding) -> bool:
-    return encoding.kernel in MULTIPLY or encoding.kernel in SLOTS
+    return not out.numel() or _launch(key, lambda: MULTIPLY[encoding.kernel](encoding, x, parts, slots, None, out))
 
 
 def usable(device: torch.device) -> bool:
@@ -145,85 +143,27 @@ def _unpack_blocks(blocks: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_blocks
 
     packed, (rows, columns) = parts["weight"], out.shape
-    table, constants = _of_blocks(blocks, packed, columns)
-    _run(triton_blocks.unpack_blocks, (rows, _tiles(columns)), out, packed, table, out, columns, packed.stride(0),
-         *out.stride(), **constants)  # fmt: skip
-
-
-def _multiply_blocks(blocks: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    from . import triton_blocks
-
-    packed = parts["weight"]
-    table, constants = _of_blocks(blocks, packed, len(x))
-    _run(triton_blocks.multiply_blocks, (out.shape[-1],), out, x, packed, table, x if bias is None else bias, out,
-         len(x), packed.stride(0), HAS_BIAS=bias is not None, **constants)  # fmt: skip
-
-
-def _of_blocks(blocks: Any, packed: torch.Tensor, columns: int) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The table of the type, or anything, and constants."""
-    table = blocks.table(packed.device)
-    constants = {"KIND": blocks.name, "VALUES": blocks.values, "NBYTES": blocks.nbytes, "GROUP": blocks.group}
-    return packed if table is None else table, {**constants, "GROUPS": _tile(columns) // blocks.group}
+    table, constants = arguments.of_blocks(blocks, packed, columns)
+    _run(triton_blocks.unpack_blocks, (rows, arguments.tiles(columns)), out, packed, table, out, columns,
+         packed.stride(0), *out.stride(), **constants)  # fmt: skip
 
 
 def _unpack_fp8(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_fp8
 
-    rows, columns = out.shape
-    weight, arguments, constants = _of_fp8(encoding, parts, rows, columns)
-    _run(triton_fp8.unpack_fp8, (rows, _tiles(columns)), out, weight, parts["scale"], out, *arguments, *out.stride(),
-         **constants)  # fmt: skip
-
-
-def _multiply_fp8(encoding: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    from . import triton_fp8
-
-    rows = out.shape[-1]
-    weight, arguments, constants = _of_fp8(encoding, parts, rows, len(x))
-    _run(triton_fp8.multiply_fp8, (rows,), out, x, weight, parts["scale"], x if bias is None else bias, out,
-         *arguments, HAS_BIAS=bias is not None, **constants)  # fmt: skip
-
-
-def _of_fp8(
-    encoding: Any, parts: Parts, rows: int, columns: int
-) -> tuple[torch.Tensor, tuple[int, ...], dict[str, Any]]:
-    """The bytes; columns, strides and the block; constants."""
-    weight, (height, width) = parts["weight"].view(rows, columns), encoding.block
-    height, width = height or rows, width or columns
-    arguments = columns, weight.stride(0), -(-columns // width), height, width
-    constants = {"IS_E5M2": weight.dtype == torch.float8_e5m2, "IS_EXPONENT": encoding.is_exponent}
-    return weight.view(torch.uint8), arguments, {**constants, "BLOCK": _tile(columns)}
+    (rows, columns), weight = out.shape, parts["weight"].view(torch.uint8)
+    (height, width), constants = arguments.of_fp8(encoding, parts, rows, columns)
+    _run(triton_fp8.unpack_fp8, (rows, arguments.tiles(columns)), out, weight, parts["scale"], out, columns, columns,
+         -(-columns // width), height, width, *out.stride(), **constants, BLOCK=arguments.tile(columns))  # fmt: skip
 
 
 def _unpack_words(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
     from . import triton_words
 
-    (rows, columns), (tensors, strides, constants) = out.shape, _of_words(encoding, parts)
-    grid = -(-rows // _ROWS), -(-columns // _COLUMNS)
+    (rows, columns), (tensors, strides, constants) = out.shape, arguments.of_words(encoding, parts)
+    grid = -(-rows // arguments.ROWS), -(-columns // arguments.COLUMNS)
     _run(triton_words.unpack_words, grid, out, *tensors, out, rows, columns, *strides, *out.stride(), encoding.group,
          **constants)  # fmt: skip
-
-
-def _multiply_words(encoding: Any, x: torch.Tensor, parts: Parts, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    from . import triton_words
-
-    columns, (tensors, strides, constants) = out.shape[-1], _of_words(encoding, parts)
-    wide, tiles = -(-columns // _COLUMNS), -(-len(x) // _ROWS)
-    share = -(-tiles // max(_PROGRAMS // wide, 1)) * _ROWS
-    sums = torch.empty(-(-len(x) // share), columns, dtype=torch.float32, device=x.device)
-    _run(triton_words.multiply_words, (len(sums), wide), out, x, *tensors, sums, len(x), columns, *strides,
-         encoding.group, share, **constants)  # fmt: skip
-    product = sums.sum(0)
-    out.view(-1).copy_(product if bias is None else product.add_(bias))
-
-
-def _of_words(encoding: Any, parts: Parts) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...], dict[str, Any]]:
-    words, zeros, scale, groups = parts["weight"], parts["zeros"], parts["scale"], parts.get("group_index")
-    order = "listed" if groups is not None else "tiles" if encoding.group % _ROWS == 0 else "runs"
-    constants = {"BITS": encoding.bits, "OFFSET": encoding.offset, "IS_AWQ": encoding.is_interleaved, "ORDER": order}
-    strides = words.stride(0), zeros.stride(0), scale.stride(0)
-    tensors = words, zeros, scale, words if groups is None else groups
-    return tensors, strides, {**constants, "ROWS": _ROWS, "COLUMNS": _COLUMNS}
 
 
 def _unpack_mxfp4(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
@@ -235,23 +175,12 @@ def _run_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor,
     from . import triton_words
 
     rows, columns = out.shape
-    _run(triton_words.unpack_mxfp4, (rows, _tiles(columns)), out, blocks, scales, powers, out, columns, *out.stride(),
-         BLOCK=_tile(columns))  # fmt: skip
-
-
-def _tile(columns: int) -> int:
-    """Columns that are computed at once: a power of two."""
-    return min(_TILE, max(1 << (columns - 1).bit_length(), 32))
-
-
-def _tiles(columns: int) -> int:
-    return -(-columns // _tile(columns))
+    _run(triton_words.unpack_mxfp4, (rows, arguments.tiles(columns)), out, blocks, scales, powers, out, columns,
+         *out.stride(), BLOCK=arguments.tile(columns))  # fmt: skip
 
 
 _UNPACK: dict[str, Callable[..., None]] = {
     "blocks": _unpack_blocks, "fp8": _unpack_fp8, "words": _unpack_words, "mxfp4": _unpack_mxfp4,
 }  # fmt: skip
 # By :attr:`.Encoding.kernel`.
-MULTIPLY: dict[str, Callable[..., None]] = {
-    "blocks": _multiply_blocks, "fp8": _multiply_fp8, "words": _multiply_words,
-}  # fmt: skip
+MULTIPLY: dict[str, Product] = SLOTS | PRODUCTS

@@ -26,19 +26,24 @@ def unpack_blocks(
 
 @triton.jit
 def multiply_blocks(
-    x, packed, table, bias, out, columns, packed_stride, HAS_BIAS: tl.constexpr,
+    x, packed, table, slots, bias, out, rows, columns, packed_stride, x_stride, out_stride,
+    HAS_SLOTS: tl.constexpr, HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr, VALUES: tl.constexpr, NBYTES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """``out[row] = weight[row] @ x + bias[row]`` for one row; ``x`` is one vector, and sums are in float32."""
-    row = tl.program_id(0).to(tl.int64)
+    """``out[n, row] = weight[slots[n], row] @ x[n] + bias[row]`` for one row, in float32. Slot -1 gives zeros."""
+    row, n = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + n).to(tl.int64) if HAS_SLOTS else 0
     total = tl.zeros((GROUPS, GROUP), tl.float32)
-    for first in range(0, columns, GROUPS * GROUP):
-        weight, column = _tile(packed + row * packed_stride, table, first, columns, KIND, VALUES, NBYTES, GROUP, GROUPS)
-        total += weight * tl.load(x + column, mask=column < columns, other=0).to(tl.float32)
+    if slot >= 0:
+        packed += (slot * rows + row.to(tl.int64)) * packed_stride
+        for first in range(0, columns, GROUPS * GROUP):
+            weight, column = _tile(packed, table, first, columns, KIND, VALUES, NBYTES, GROUP, GROUPS)
+            vector = tl.load(x + n * x_stride + column, mask=column < columns, other=0)
+            total += weight * vector.to(tl.float32)
     product = tl.sum(tl.sum(total, 1), 0)
-    if HAS_BIAS:
+    if HAS_BIAS and slot >= 0:
         product += tl.load(bias + row).to(tl.float32)
-    tl.store(out + row, product.to(out.dtype.element_ty))
+    tl.store(out + n * out_stride + row, product.to(out.dtype.element_ty))
 
 
 @triton.jit

@@ -30,20 +30,28 @@ def unpack_words(
 
 @triton.jit
 def multiply_words(
-    x, words, zeros, scale, groups, out, rows, columns, words_stride, zeros_stride, scale_stride, group, share,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, IS_AWQ: tl.constexpr, ORDER: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, words, zeros, scale, groups, slots, out, rows, columns, x_stride, words_stride, zeros_stride, scale_stride,
+    group, share, HAS_SLOTS: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, IS_AWQ: tl.constexpr,
+    ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``out[n, columns]``: ``x @ weight`` over the ``n``-th ``share`` of the inputs, a multiple of ``ROWS``."""
+    """``out[n, s, columns]``: ``x[n] @ weight[slots[n]]`` over the ``s``-th ``share`` of the inputs.
+
+    A share is a multiple of ``ROWS``. Slot -1 gives zeros.
+    """
+    s, n = tl.program_id(0), tl.program_id(2)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    begin = tl.program_id(0) * share
+    slot = tl.load(slots + n).to(tl.int64) if HAS_SLOTS else 0
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for first in range(begin, tl.minimum(begin + share, rows), ROWS):
-        weight = _tile(words, zeros, scale, groups, first, column, rows, columns, words_stride, zeros_stride,
-                       scale_stride, group, BITS, OFFSET, IS_AWQ, ORDER, ROWS)  # fmt: skip
-        row = first + tl.arange(0, ROWS)[:, None]
-        total += weight * tl.load(x + row, mask=row < rows, other=0).to(tl.float32)
-    at = out + tl.program_id(0) * columns + column
+    if slot >= 0:
+        words += slot * (rows if IS_AWQ else rows * BITS // 32) * words_stride
+        of_matrix = slot * ((rows + group - 1) // group)
+        zeros, scale = zeros + of_matrix * zeros_stride, scale + of_matrix * scale_stride
+        for first in range(s * share, tl.minimum(s * share + share, rows), ROWS):
+            weight = _tile(words, zeros, scale, groups, first, column, rows, columns, words_stride, zeros_stride,
+                           scale_stride, group, BITS, OFFSET, IS_AWQ, ORDER, ROWS)  # fmt: skip
+            row = first + tl.arange(0, ROWS)[:, None]
+            total += weight * tl.load(x + n * x_stride + row, mask=row < rows, other=0).to(tl.float32)
+    at = out + (n * tl.num_programs(0) + s) * columns + column
     tl.store(at, tl.sum(total, 0)[None, :], mask=column < columns)
 
 
