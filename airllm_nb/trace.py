@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -98,18 +98,15 @@ class Trace:
         self.experts: dict[str, Routed] = {}
         self.spans: deque[Span] = deque(maxlen=CAPACITY)
         self.memory: list[MemorySample] = []
-        # With each sample: seconds, and how often experts were asked for and there.
-        self._routed: list[tuple[float, int, int]] = []
+        self._routed: list[tuple[float, int, int]] = []  # seconds, and how often experts were asked for and there
         self._memory_every, self._memory_next = MEMORY_EVERY, 0.0
         self.totals: dict[str, StageTotal] = {stage: StageTotal() for stage in STAGES}
         self.by_unit: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(STAGES, 0.0))
         self.sweeps = self.replayed = self.tokens = self.peak_bytes = 0
         # Sweeps begun; and of the first one, which says little of the others, experts asked for and there, and bytes.
-        self._begun, self._second, self._prompt = 0, math.inf, (0, 0)
-        self._prompt_bytes = dict.fromkeys(STAGES, 0)
+        self._begun, self._second, self._prompt, self._prompt_bytes = 0, math.inf, (0, 0), dict.fromkeys(STAGES, 0)
         self.predicted_sweep_seconds: float | None = None
-        # The resource that the prediction rests on: "disk", "link" or "compute".
-        self.bound_by: str | None = None
+        self.bound_by: str | None = None  # the resource that the prediction rests on: "disk", "link" or "compute"
 
     def now(self) -> float:
         """Seconds since the trace began."""
@@ -128,10 +125,17 @@ class Trace:
 
     def add_routed(self, unit: str, experts: int, asked: Iterable[int], hits: int) -> None:
         """A forward asked a layer of so many ``experts`` for some, of which ``hits`` were there."""
-        routed = self.experts.get(unit) or self.experts.setdefault(unit, Routed([0] * experts))
-        for expert in asked:
-            routed.asked[expert] += 1
-        routed.hits += hits
+        named = set(asked)
+        self.add_counted(unit, [int(expert in named) for expert in range(experts)], hits, 0)
+
+    def add_counted(self, unit: str, asked: Sequence[int], hits: int, nbytes: int) -> None:
+        """What kernels have counted: how often each expert was asked for, ``hits`` that were there, bytes moved."""
+        if any(asked):
+            routed = self.experts.setdefault(unit, Routed([0] * len(asked)))
+            routed.asked = [old + new for old, new in zip(routed.asked, asked, strict=True)]
+            routed.hits += hits
+        self.totals["copy"].nbytes += nbytes
+        self.totals["copy"].count += nbytes > 0
 
     @property
     def hit_rate(self) -> float | None:

@@ -17,42 +17,11 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..tensors.dtypes import TORCH_DTYPES
-from .base import Encoded
+from .base import Encoded, Encoding
+from .kernels.slots import SLOTS
+from .scratch import Scratch
 
 Timer = Callable[[], AbstractContextManager[Any]]
-
-
-class Scratch:
-    """One buffer that matrices are dequantised into, one after the other; it grows to the largest and stays.
-
-    One compute stream may use it: the next matrix overwrites the last.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self._buffer is None else self._buffer.numel()
-
-    def reserve(self, nbytes: int, device: torch.device) -> None:
-        """Have room for ``nbytes``; the former content is lost."""
-        if self._buffer is None or self._buffer.numel() < nbytes or self._buffer.device != device:
-            self._buffer = None  # give back before taking more
-            # A tensor born in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-    def view(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The beginning of the buffer as a tensor of undefined content."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        self.reserve(nbytes, device)
-        assert self._buffer is not None
-        return self._buffer[:nbytes].view(dtype).view(shape)
-
-    def close(self) -> None:
-        """Free the buffer; a later :meth:`view` makes a new one."""
-        self._buffer = None
 
 
 class EncodedLinear(nn.Module):
@@ -161,6 +130,25 @@ class EncodedWeight:
         self.requires_grad, self.keeps = False, False
         self._kept: torch.Tensor | None = None
         self._order: torch.Tensor | None = None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Part → the module's name of it."""
+        return self._names
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        """Of the pieces that one matrix consists of, if all matrices lie alike."""
+        return tuple(map(self._encoded.encoding, range(self._encoded.pieces or 1)))
+
+    def multiplies(self, transposed: bool) -> bool:
+        """Whether a kernel may multiply vectors with single matrices of it, ``x @ matrix`` if ``transposed``."""
+        encodings, pieces = self._encoded.encodings, self._encoded.pieces or 1
+        is_periodic = len(encodings) == 1 or encodings[pieces:] == encodings[:-pieces]
+        return (
+            is_periodic and self._encoded.order is None and self.ndim == 3
+            and all(each.transposed == transposed and each.kernel in SLOTS for each in self.encodings)
+        )  # fmt: skip
 
     @property
     def parts(self) -> dict[str, torch.Tensor]:

@@ -17,9 +17,10 @@ from ..decode.steps import Steps
 from ..errors import BudgetError, GenerationStopped
 from ..intake import planning
 from ..model.device import Budgets, available_vram
-from ..model.executor import Executor, Stage
+from ..model.executor import Executor
 from ..model.hooks import Turn
 from ..model.placing import drop_unpacked
+from ..model.stage import Stage
 from ..plan.residency import Machine, ResidencyPlan
 from ..plan.work import Work
 from ..tensors import libc
@@ -202,8 +203,8 @@ class Residence:
         self._refuse_to_lose()
         self.close()
         prepared = self._prepared
-        stage = Stage(prepared.device, prepared.units, prepared.small, self.plan)
         options = prepared.options
+        stage = Stage(prepared.device, prepared.units, prepared.small, self.plan, options.exact)
         self.executor = Executor(prepared.skeleton, stage, options.depth, self._turn, profile=options.profiling_mode)
         if self.executor.can_be_recorded and not (options.exact or options.profiling_mode):
             self.steps = Steps.on(prepared.device, prepared.skeleton)

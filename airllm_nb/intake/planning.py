@@ -26,6 +26,8 @@ from .prepared import Prepared
 
 __all__ = ["Prepared", "check_ram", "cut", "generation_config", "needs", "plan", "tokens_at_once"]
 
+# What a recorded decode step takes beside its own cache, see :mod:`~airllm_nb.decode.steps`.
+RECORD = 128 << 20
 # What CUDA's matrix libraries take for themselves.
 _WORKSPACE = {"cpu": 0, "cuda": 64 << 20}
 
@@ -141,7 +143,9 @@ def plan(
     )  # fmt: skip
     try:
         fits = both.total + arenas[0] <= budgets.vram
-        return make_plan(prepared.sizes, both if fits else least, machine, *budgets), tokens
+        is_recorded = prepared.device.type == "cuda" and not prepared.options.exact
+        spare = both.kv_cache + RECORD if is_recorded else 0
+        return make_plan(prepared.sizes, both if fits else least, machine, *budgets, spare), tokens
     except BudgetError as error:
         if not work.remedy:
             raise

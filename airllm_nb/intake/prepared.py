@@ -13,7 +13,7 @@ from ..checkpoint.lora.adapter import Adapter
 from ..checkpoint.source import Source, store_folder
 from ..config import LoadOptions
 from ..encoding.base import Encoding
-from ..encoding.linear import Scratch
+from ..encoding.scratch import Scratch
 from ..model.skeleton import ModelUnit, Weight
 from ..plan.needs import DEFAULT_LENGTH, context_length
 from ..plan.residency import Needs, UnitSize

@@ -8,42 +8,25 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..encoding.kernels import launch
 from ..errors import BusyError, GenerationStopped
-from ..plan.residency import ResidencyPlan
 from ..stream.copier import Copier, CudaCopier, MemoryCopier
 from ..stream.mapped import MappedFiles
 from ..tensors.files import Unchanged
 from ..trace import Trace
 from .banked import Banked
 from .feeds import Feed, Gathered, InPlace, Streamed, unbind
+from .grouped import ResidentExperts
 from .hooks import Guard, PartGuard, Turn, UnitHooks
 from .placing import computes_packed, reserve_scratch
 from .recorder import Recorder
 from .resident import Resident
-from .units import ModelUnit, Weight, is_tied
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What computes on one device.
-
-    Attributes
-    ----------
-    units, small
-        Its units in the order of use, and the weights that are always resident.
-    plan
-        The tier of each unit; ``plan.machine.has_device`` says whether weights are copied to compute memory.
-    """
-
-    device: torch.device
-    units: list[ModelUnit]
-    small: list[Weight]
-    plan: ResidencyPlan
+from .stage import Stage
+from .units import ModelUnit, is_tied
 
 
 class Executor:
@@ -86,6 +69,7 @@ class Executor:
         self._hooks: list[Any] = []
         self._resident, self._streamed = Resident(self._files, stage.device), None  # type: Resident, Streamed | None
         self._banked: Banked | None = None
+        self._experts: list[ResidentExperts] = []
         self.feeds: list[tuple[ModelUnit, Feed]] = []
         self._timed = [module for module in model.modules() if hasattr(module, "timer")] if profile else []
         try:
@@ -117,6 +101,8 @@ class Executor:
 
     def finish(self) -> None:
         """Complete the trace: resolve what the device has finished since."""
+        if self._banked is not None:
+            self._banked.finish()
         self.recorder.finish()
 
     @contextlib.contextmanager
@@ -194,6 +180,8 @@ class Executor:
             module.timer = None
         for feed in {id(feed): feed for _, feed in self.feeds}.values():
             feed.close()
+        while self._experts:
+            self._experts.pop().close()
         for made in (self._streamed, self._banked):  # also where building was interrupted before units were followed
             if made is not None:
                 made.close()
@@ -234,6 +222,9 @@ class Executor:
             elif tier == "gpu":
                 self._resident.add(unit)
                 self.feeds.append((unit, self._resident))
+                if unit.kind == "experts" and not self._stage.exact and launch.usable(self._device):
+                    with contextlib.suppress(ValueError):  # no kernel multiplies them
+                        self._experts.append(ResidentExperts(unit.module))
             elif tier == "ram" and not self.plan.machine.has_device:
                 if unit.cast_bytes:
                     in_place.add(unit, [self._resident.stored(binding.weight) for binding in unit.bindings])
@@ -245,7 +236,13 @@ class Executor:
         self._feed_tables(tables)
         if banks:
             self._banked = Banked(
-                banks, self.plan, self._device, self._depth, self.recorder, lambda: self._cancel.is_set()
+                banks,
+                self.plan,
+                self._device,
+                self._depth,
+                self._stage.exact,
+                self.recorder,
+                lambda: self._cancel.is_set(),
             )
             self.feeds += [(unit, self._banked) for unit in banks]
         if streamed:

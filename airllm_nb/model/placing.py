@@ -11,7 +11,8 @@ from torch import nn
 
 from ..config import format_bytes
 from ..encoding.base import PART, Encoded, Encoding, encoded
-from ..encoding.linear import EncodedLinear, EncodedWeight, Scratch, meta_parts
+from ..encoding.linear import EncodedLinear, EncodedWeight, meta_parts
+from ..encoding.scratch import Scratch
 from ..errors import CheckpointError, UnsupportedModelError
 from ..tensors.index import TensorInfo
 from .calls import is_gatherable

@@ -65,6 +65,10 @@ class Recorder:
         """A layer of so many ``experts`` was asked for some, of which ``hits`` were there."""
         self._trace.add_routed(unit, experts, asked, hits)
 
+    def counted(self, unit: str, asked: Sequence[int], hits: int, nbytes: int) -> None:
+        """Kernels have served a layer's experts: how often each was ``asked`` for, and what was moved for that."""
+        self._trace.add_counted(unit, asked, hits, nbytes)
+
     def begin_sweep(self) -> None:
         self._sweep = self._copier.mark()
         self._trace.begin_sweep()

@@ -54,7 +54,8 @@ def staging(banks: Sequence[Experts], room: int) -> tuple[int, int]:
 
 
 def _round(bank: Experts) -> int:
-    return min(max(ROUND_BYTES // bank.nbytes, 1), bank.count)
+    # Of two halves, which together hold what a token is routed to.
+    return min(max(ROUND_BYTES // bank.nbytes, -(-bank.routed // 2)), bank.count)
 
 
 def share(room: int, banks: Sequence[Experts]) -> list[int]:

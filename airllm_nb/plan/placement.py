@@ -23,7 +23,7 @@ IN_FLIGHT = 3
 
 
 def make_plan(
-    units: Sequence[UnitSize], needs: Needs, machine: Machine, vram_budget: int, ram_budget: int
+    units: Sequence[UnitSize], needs: Needs, machine: Machine, vram_budget: int, ram_budget: int, spare: int = 0
 ) -> ResidencyPlan:
     """Place every unit once, within both budgets.
 
@@ -37,6 +37,8 @@ def make_plan(
         Bandwidths, and whether there is a device memory at all.
     vram_budget, ram_budget
         Bytes. Where ``machine.has_device`` is false only ``ram_budget`` counts.
+    spare
+        Bytes of the device that slots for experts leave free.
 
     Raises
     ------
@@ -46,7 +48,7 @@ def make_plan(
     tiers, arena = [""] * len(units), 0
     slots, staging = [0] * len(units), 0
     if machine.has_device:
-        tiers, arena, slots, staging = _place_on_device(units, needs, vram_budget)
+        tiers, arena, slots, staging = _place_on_device(units, needs, vram_budget, spare)
     host = _place_in_host(units, tiers, ram_budget, machine)
     kept = host.slots
     if not machine.has_device:  # what is kept is computed with where it is
@@ -55,7 +57,9 @@ def make_plan(
                          tuple(slots), tuple(kept), staging)  # fmt: skip
 
 
-def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tuple[list[str], int, list[int], int]:
+def _place_on_device(
+    units: Sequence[UnitSize], needs: Needs, budget: int, spare: int
+) -> tuple[list[str], int, list[int], int]:
     """The tiers, bytes of the arena, slots, and bytes of staging."""
     left, sizes = budget - needs.total, [align(unit.nbytes) for unit in units]
     if sum(sizes) <= left:
@@ -74,7 +78,8 @@ def _place_on_device(units: Sequence[UnitSize], needs: Needs, budget: int) -> tu
         room = left - sum(sizes[index] for index in stay)
         if least <= room:
             staging, _ = caching.staging(list(banks.values()), room // 4)
-            return _with_slots(units, stay, 0, staging, room - staging)
+            room -= staging
+            return _with_slots(units, stay, 0, staging, room - spare if room >= spare else room)
     left -= least
     # The head is the largest unit of many models: once it is resident, it needs no room in the arena.
     heads = [index for index in order if units[index].kind == "head"]

@@ -125,6 +125,12 @@ class Slots:
         """Where in the memory the bytes of ``run`` belong for an expert in ``slot``."""
         return self._starts[run.part] + slot * self.bank.parts[run.part].nbytes + run.offset
 
+    def targets(self, run: Run) -> torch.Tensor:
+        """Where the bytes of ``run`` belong, of every slot: ``[slots, nbytes]``."""
+        start, size = self._starts[run.part], self.bank.parts[run.part].nbytes
+        every = self.memory[start : start + self.count * size].view(self.count, size)
+        return every[:, run.offset : run.offset + run.extent.nbytes]
+
     def target(self, run: Run, slot: int) -> torch.Tensor:
         start = self.at(run, slot)
         return self.memory[start : start + run.extent.nbytes]

@@ -66,27 +66,36 @@ class DevicePool:
     slots
         How many experts have room.
     stacks
-        Those of another pool of as many slots, where layers share them: then nothing is kept from one call to the next.
+        Memory for the slots, where there is some already: of each part ``[slots, *shape]``, perhaps with gaps between
+        slots.
+    keeps
+        Whether an expert stays for the next call; not where layers share the memory.
 
     Attributes
     ----------
     stacks
         Attribute → ``[slots, *shape]`` on the device.
+    table_of_counts
+        What :meth:`counts` reads, on the device.
     """
 
     def __init__(
         self, parts: Mapping[str, BankPart], experts: int, slots: int, device: torch.device,
-        stacks: Mapping[str, torch.Tensor] | None = None,
+        stacks: Mapping[str, torch.Tensor] | None = None, keeps: bool = True,
     ):  # fmt: skip
         if any(len(part.addresses) != experts for part in parts.values()):
             raise ValueError(f"each part needs the addresses of {experts} experts")
-        self.experts, self.slots, self._keeps = experts, slots, stacks is None
+        self.experts, self.slots, self._keeps = experts, slots, keeps
         self.stacks = stacks if stacks is not None else {
             name: torch.empty(slots, *part.shape, dtype=part.dtype, device=device) for name, part in parts.items()
         }  # fmt: skip
         if any(self.stacks[name].shape != (slots, *part.shape) for name, part in parts.items()):
             raise ValueError("the stacks have another shape")
-        self._widths = tuple(part.width for part in parts.values())
+        strides = {name: stack.stride(0) * stack.itemsize for name, stack in self.stacks.items()}
+        self._widths = tuple(
+            math.gcd(part.width, strides[name], self.stacks[name].data_ptr()) for name, part in parts.items()
+        )
+        self._strides = torch.tensor([strides[name] for name in parts], dtype=torch.int64, device=device)
         rows = [list(part.addresses) for part in parts.values()]
         self._addresses = torch.tensor(rows, dtype=torch.int64, device=device)
         self._to = torch.tensor([self.stacks[name].data_ptr() for name in parts], dtype=torch.int64, device=device)
@@ -96,7 +105,7 @@ class DevicePool:
         self._tables = self._empty.clone()
         self._slot_of, self._expert_of, self._order = self._tables.split([experts, slots, slots])
         self._moves = torch.zeros(1 + 2 * MOST_IDS, dtype=torch.int32, device=device)
-        self._counts = torch.zeros(2 + experts, dtype=torch.int64, device=device)
+        self.table_of_counts = torch.zeros(2 + experts, dtype=torch.int64, device=device)
 
     def ensure_and_gather(self, ids: torch.Tensor) -> torch.Tensor:
         """Bring the experts that are missing into slots.
@@ -130,7 +139,7 @@ class DevicePool:
         from ..encoding.kernels import triton_slots
 
         run(triton_slots.ensure, (1,), slots, ids, self._slot_of, self._expert_of, self._order, slots, self._moves,
-            self._counts, self._counts[2:], ids.numel(), self.experts, self.slots,
+            self.table_of_counts, self.table_of_counts[2:], ids.numel(), self.experts, self.slots,
             IDS=_power(ids.numel()), SLOTS=_power(self.slots), KEEPS=self._keeps,
             num_warps=4 if ids.numel() <= 16 else 8)  # fmt: skip
 
@@ -139,11 +148,11 @@ class DevicePool:
         from ..encoding.kernels import triton_slots
 
         run(triton_slots.gather, (_PROGRAMS,), self._moves, self._moves, self._addresses, self._to, self._sizes,
-            self.experts, IDS=_power(number), WIDTHS=self._widths, BLOCK=_BLOCK)  # fmt: skip
+            self._strides, self.experts, IDS=_power(number), WIDTHS=self._widths, BLOCK=_BLOCK)  # fmt: skip
 
     def counts(self) -> Counts:
         """Since the beginning, or :meth:`reset`; waits for the device."""
-        hits, misses, *routed = self._counts.tolist()
+        hits, misses, *routed = self.table_of_counts.tolist()
         return Counts(hits, misses, routed)
 
     def cached(self) -> dict[int, int]:
@@ -154,7 +163,7 @@ class DevicePool:
     def reset(self) -> None:
         """Forget what is in the slots, and the counts; memory stays where it is, as graphs know it."""
         self._tables.copy_(self._empty)
-        self._counts.zero_()
+        self.table_of_counts.zero_()
 
 
 def _power(count: int) -> int:

@@ -39,6 +39,12 @@ class Source(Protocol):
             If it is cancelled meanwhile.
         """
 
+    def addresses(self) -> list[list[int]] | None:
+        """Of each expert those of its runs, where a device can read all of them itself; ``None`` where it cannot.
+
+        Raises as :meth:`load` does.
+        """
+
     def close(self) -> None: ...
 
 
@@ -58,6 +64,9 @@ class FromFiles:
         pieces = [Piece(run.extent, into.at(run, slot)) for expert, slot in wanted for run in self._bank.runs[expert]]
         self._reading.read(self._bank.name, pieces, into.memory)
 
+    def addresses(self) -> None:
+        """There is no other device."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -68,11 +77,16 @@ class FromHost:
     Parameters
     ----------
     slots, memory
-        How many it keeps, and where: pages that are locked, where the system allows it. With 0 slots an expert at a
-        time passes through the memory, which other banks use too.
+        How many it keeps, and where. With 0 slots an expert at a time passes through the memory, which other banks use
+        too.
+    is_locked
+        Whether the memory is.
     """
 
-    def __init__(self, bank: Bank, reading: Reading, copier: Copier, slots: int, memory: torch.Tensor):
+    def __init__(
+        self, bank: Bank, reading: Reading, copier: Copier, slots: int, memory: torch.Tensor, is_locked: bool = False
+    ):
+        self._is_locked = is_locked
         self._bank, self._reading, self._copier = bank, reading, copier
         self._kept, self._memory = LRU(bank.experts, max(slots, 1)), memory
         self._room, self._count, self._keeps = align(bank.expert_bytes), max(slots, 1), slots > 0
@@ -115,6 +129,12 @@ class FromHost:
                 raise
         return places
 
+    def addresses(self) -> list[list[int]] | None:
+        if not self._is_locked or self._count < self._bank.experts:
+            return None
+        places, base = self._places(range(self._bank.experts)), self._memory.data_ptr()
+        return [[base + start for _, start in self._starts(expert, place)] for expert, place in enumerate(places)]
+
     def _starts(self, expert: int, place: int) -> Iterable[tuple[Run, int]]:
         at = place * self._room
         for run in self._bank.runs[expert]:
@@ -132,7 +152,7 @@ class FromPageCache:
         self._bank, self._reading, self._copier, self._device = bank, reading, copier, device
         spans = _spans(run.extent for runs in bank.runs for run in runs)
         self._pages, self._spans, self._is_there = CachedPieces([Piece(span, 0) for span in spans]), spans, False
-        self._order = [_where(span) for span in spans]
+        self._order, self._is_locked = [_where(span) for span in spans], False
 
     def load(self, wanted: Wanted, into: Slots, after: Mark) -> Copied:
         self.fetch()
@@ -145,9 +165,14 @@ class FromPageCache:
         """Have all pages in memory, and locked: once."""
         if not self._is_there:
             self._reading.run(self._bank.name, self._pages, sum(span.nbytes for span in self._spans))
-            if self._device.type == "cuda":
-                self._pages.lock(self._device)
+            self._is_locked = self._device.type == "cuda" and self._pages.lock(self._device)
             self._is_there = True
+
+    def addresses(self) -> list[list[int]] | None:
+        self.fetch()
+        if not self._is_locked:
+            return None
+        return [[self.view(run.extent).data_ptr() for run in runs] for runs in self._bank.runs]
 
     def view(self, extent: Extent) -> torch.Tensor:
         """Its bytes in the page cache."""
@@ -226,13 +251,13 @@ class Reading:
 
 
 class HostSlots:
-    """Host memory of which sources take their slots; given back on :meth:`close`."""
+    """Host memory of which sources take their slots; given back on :meth:`close`. ``is_locked``: for a device."""
 
     def __init__(self, nbytes: int, device: torch.device, locked: bool):
-        self._memory, self._cursor = HostMemory(nbytes), 0
+        self._memory, self._cursor, self.is_locked = HostMemory(nbytes), 0, False
         if device.type == "cuda" and locked:
             self._memory.view(0, nbytes).zero_()  # pages that are there already are locked faster
-            self._memory.lock(device)
+            self.is_locked = self._memory.lock(device)
 
     def take(self, nbytes: int) -> torch.Tensor:
         """The next ``nbytes``, from a page on."""

@@ -176,7 +176,7 @@ class _Host(NamedTuple):
     memory: torch.Tensor | None
     place: Place | None
     pages: CachedPieces | None
-    lock: Callable[[], None] | None
+    lock: Callable[[], object] | None
 
 
 class PageableUnits:

@@ -50,11 +50,12 @@ class CachedPieces:
             for at in range(0, mapping.pages.numel(), chunk)
         ]
 
-    def lock(self, device: torch.device) -> None:
-        """Keep the pages in memory and let ``device`` copy from them directly, where the system allows it."""
+    def lock(self, device: torch.device) -> bool:
+        """Keep the pages in memory and let ``device`` read them directly; whether the system allows it."""
         refused = [mapping.pages.numel() for mapping in self._mappings if not mapping.lock(device)]
         if refused:
             log.warning("%d bytes of the page cache could not be locked; they are copied slowly", sum(refused))
+        return not refused
 
     def close(self) -> None:
         """Unlock; the mappings go with the last view."""

@@ -45,7 +45,7 @@ class Stop:
     keep: bool
     loaded: bool = False
     pages: CachedPieces | None = None
-    lock: Callable[[], None] | None = None
+    lock: Callable[[], object] | None = None
 
     def __post_init__(self) -> None:
         self.into: Any = self.pages if self.host is None else memoryview(self.host.numpy())

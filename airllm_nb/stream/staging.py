@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from .bank import Bank, Slots
-from .copier import Copied, Mark
+from .copier import Copied, Copier, Mark
 from .experts import Source
+from .unit import ALIGNMENT
 
 
 @dataclass
@@ -30,10 +31,17 @@ class Round:
 
 
 class Staging:
-    """Two halves of device memory that experts without a slot pass through in turn, those of all layers."""
+    """Two halves of device memory that experts without a slot pass through in turn, those of all layers.
 
-    def __init__(self, halves: Sequence[torch.Tensor]):
-        self._halves = halves
+    Parameters
+    ----------
+    memory
+        Where compute runs, uint8.
+    """
+
+    def __init__(self, memory: torch.Tensor):
+        half = len(memory) // 2 // ALIGNMENT * ALIGNMENT
+        self._whole, self._halves = memory, (memory[:half], memory[half : 2 * half])
         self._used: list[Mark | None] = [None, None]
         self._next = 0
         # Copied ahead of its layer: the bank, and the round.
@@ -42,6 +50,16 @@ class Staging:
     def room(self, bank: Bank) -> int:
         """Experts of a round."""
         return max(min(bank.fitting(len(half)) for half in self._halves), 1)
+
+    def as_slots(self, bank: Bank) -> Slots:
+        """All of it as slots, for what a layer needs at once and nobody needs afterwards."""
+        return Slots(bank, self._whole, min(bank.fitting(len(self._whole)), bank.experts))
+
+    def lend(self, copier: Copier) -> None:
+        """Nothing is on its way here any more, where :meth:`as_slots` is written to next."""
+        if self._ahead is not None and (copied := self._ahead[1].copied) is not None:
+            copier.wait(copied.end)
+        self._ahead = None
 
     def issue(self, bank: Bank, experts: Sequence[int], source: Source) -> Round:
         """Copy experts into the half whose turn it is."""

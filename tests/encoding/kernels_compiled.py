@@ -144,5 +144,5 @@ def test_slots(gpu: tuple[int, str], ids: str) -> None:
     tables = dict.fromkeys(("slot_of", "expert_of", "order", "slots", "moves"), "*i32")
     compile_for(gpu, triton_slots.ensure, constants, ids=ids, **tables, counts="*i64", routed="*i64")
     constants = {"IDS": 64, "WIDTHS": (16, 8, 4, 2, 1), "BLOCK": 512}
-    tables = {"moves": "*i32", "addresses": "*i64", "stacks": "*i64", "sizes": "*i64"}
+    tables = {"moves": "*i32", "addresses": "*i64", "stacks": "*i64", "sizes": "*i64", "strides": "*i64"}
     compile_for(gpu, triton_slots.gather, constants, **tables)

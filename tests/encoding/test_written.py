@@ -12,7 +12,8 @@ from torch import nn
 from airllm_nb.encoding import nf4
 from airllm_nb.encoding.base import Encoding, encoded
 from airllm_nb.encoding.formats import get_encoding
-from airllm_nb.encoding.linear import EncodedLinear, Scratch
+from airllm_nb.encoding.linear import EncodedLinear
+from airllm_nb.encoding.scratch import Scratch
 from airllm_nb.errors import OptionError
 from airllm_nb.model.placing import compressible
 from airllm_nb.tensors.dtypes import TORCH_DTYPES

@@ -24,7 +24,8 @@ from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 from airllm_nb import AutoModel
 from airllm_nb.config import LoadOptions
 from airllm_nb.encoding.formats import get_encoding
-from airllm_nb.encoding.linear import EncodedLinear, Scratch
+from airllm_nb.encoding.linear import EncodedLinear
+from airllm_nb.encoding.scratch import Scratch
 from airllm_nb.engine.preview import Preview
 from airllm_nb.errors import CheckpointError, StoreError
 from airllm_nb.intake import prepare, written

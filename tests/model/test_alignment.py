@@ -64,8 +64,7 @@ def places(model: StreamedModel) -> dict[str, int]:
     hooks = [module.register_forward_pre_hook(note(name)) for name, module in model.native.named_modules()
              if not experts_of(module)]  # fmt: skip
     for name, layer in model._executor._banked.layers.items() if model._executor._banked else ():
-        native = functools.partial(noted, layer._native, note(name))
-        layer._native = native
+        layer.rounds.native = functools.partial(noted, layer.rounds.native, note(name))
     with torch.inference_mode():
         model(IDS)
     for hook in hooks:

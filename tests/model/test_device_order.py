@@ -12,7 +12,8 @@ from torch import nn
 from airllm_nb.encoding import base
 from airllm_nb.encoding.base import Encoded
 from airllm_nb.encoding.ggml import encoding_of
-from airllm_nb.encoding.linear import EncodedLinear, Scratch
+from airllm_nb.encoding.linear import EncodedLinear
+from airllm_nb.encoding.scratch import Scratch
 from airllm_nb.model.placing import drop_unpacked, reserve_scratch, temporary_bytes
 from airllm_nb.stream.copier import CudaCopier
 from airllm_nb.tensors.index import TensorInfo

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from airllm_nb.config import LoadOptions
 from airllm_nb.encoding.base import encoded
 from airllm_nb.encoding.formats import get_encoding
-from airllm_nb.encoding.linear import EncodedLinear, Scratch
+from airllm_nb.encoding.linear import EncodedLinear
+from airllm_nb.encoding.scratch import Scratch
 from airllm_nb.engine.facade import StreamedModel, open_model
 from airllm_nb.errors import BudgetError, CheckpointError
 from airllm_nb.intake import planning, prepare

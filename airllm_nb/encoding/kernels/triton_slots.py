@@ -34,7 +34,7 @@ def ensure(
     is_hit, is_missing = is_first & (slot >= 0), is_first & (slot < 0)
     missing_before = tl.cumsum(is_missing.to(tl.int32), 0) - 1
     missing = tl.sum(is_missing.to(tl.int32), 0)
-    times = tl.load(routed + expert, mask=is_first, other=0) + tl.sum(same.to(tl.int64), 1)
+    times = tl.load(routed + expert, mask=is_first, other=0) + 1
     hits = tl.load(counts) + tl.sum(is_hit.to(tl.int64), 0)
     misses = tl.load(counts + 1) + missing
     of_place = tl.load(order + place, mask=place < slot_count, other=0)
@@ -68,14 +68,14 @@ def ensure(
 
 @triton.jit
 def gather(
-    moves, addresses, stacks, sizes, experts,
+    moves, addresses, stacks, sizes, strides, experts,
     IDS: tl.constexpr, WIDTHS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Copy what :func:`ensure` found missing, all parts of it, from where they lie into the stacks of the slots.
 
     ``addresses`` is ``[parts, experts]``; of each part, ``stacks`` has the address, ``sizes`` the bytes of an expert,
-    and ``WIDTHS`` how many bytes all these are a multiple of, 16 at most. Programs take turns at blocks of
-    16 · ``BLOCK`` bytes.
+    ``strides`` those from one slot to the next, and ``WIDTHS`` how many bytes all these are a multiple of, 16 at most.
+    Programs take turns at blocks of 16 · ``BLOCK`` bytes.
     """
     programs = tl.num_programs(0)
     turn = tl.program_id(0)
@@ -84,7 +84,8 @@ def gather(
         slot = tl.load(moves + 1 + IDS + move).to(tl.int64)
         for part in tl.static_range(len(WIDTHS)):
             size = tl.load(sizes + part)
-            source, to = tl.load(addresses + part * experts + expert), tl.load(stacks + part) + slot * size
+            source = tl.load(addresses + part * experts + expert)
+            to = tl.load(stacks + part) + slot * tl.load(strides + part)
             blocks = _copy(source, to, size, turn, programs, WIDTHS[part], BLOCK)
             turn = (turn + programs - blocks % programs) % programs
 
