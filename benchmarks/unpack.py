@@ -1,8 +1,11 @@
 """How fast packed matrices are unpacked and multiplied: packed bytes a second, to hold against the link's.
 
     python benchmarks/unpack.py [--device cuda] [--dtypes bfloat16 float16] [--no-kernels]
+    python benchmarks/unpack.py --rows 1536 --columns 2048 --slots 8   # an expert of Qwen3-30B-A3B, eight of them
 
 A Markdown table on standard output; random bytes, the best of several runs. The matrix is the largest of a 70B model.
+Products are taken from a graph of launches over several matrices, as a token is: Python's time is not in them, and what
+the last one left in the GPU's cache is of no use to the next.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from results import machine_line
 
 from airllm_nb.encoding import nf4
+from airllm_nb.encoding.affine8 import Affine8
 from airllm_nb.encoding.awq import AWQ
 from airllm_nb.encoding.base import Encoding
 from airllm_nb.encoding.bnb import Int8
@@ -34,6 +38,7 @@ Parts = dict[str, torch.Tensor]
 Case = tuple[str, Encoding, Callable[[], Parts]]
 GROUP = 128
 WITH_KERNEL = "nf4, by bitsandbytes"
+CACHE_BYTES = 256 << 20  # more than a GPU's cache holds
 
 
 def cases(rows: int, columns: int) -> Iterator[Case]:
@@ -50,6 +55,13 @@ def cases(rows: int, columns: int) -> Iterator[Case]:
         yield name, NF4(64, 256, 0.01), lambda: {
             "weight": noise(rows, columns // 2), "absmax": noise(rows, columns // 64), **nested,
         }  # fmt: skip
+    yield "4bit", NF4(), lambda: {
+        "weight": noise(rows, columns // 2), "absmax": torch.rand(rows, columns // 64),
+    }  # fmt: skip
+    yield "8bit", Affine8(), lambda: {
+        "weight": noise(rows, columns), "spread": torch.rand(rows, columns // 32).half(),
+        "minimum": torch.rand(rows, columns // 32).half(),
+    }  # fmt: skip
     yield "int8", Int8(), lambda: {"weight": noise(rows, columns).view(torch.int8), "scale": torch.rand(rows)}
     try:
         import gguf
@@ -110,13 +122,29 @@ def measured(encoding: Encoding, parts: Parts, shape: tuple[int, int], dtype: st
         return best(lambda: encoding.unpack(parts, out), device)
 
 
-def product_rate(encoding: Encoding, parts: Parts, shape: tuple[int, int], nbytes: int, device: torch.device) -> str:
-    """Encoded GB/s of a product with one vector, where a kernel computes on packed bytes."""
+def product_rate(encoding: Encoding, parts: Parts, shape: tuple[int, int], nbytes: int, slots: int) -> str:
+    """Encoded GB/s of a product with a vector, or out of ``slots``; empty where no kernel computes on packed bytes."""
+    device = parts["weight"].device
+    number = -(-CACHE_BYTES // nbytes) + 1 + slots
+    matrices = {name: part.expand(number, *part.shape).contiguous() for name, part in parts.items()}
     x = torch.rand(1, shape[1], dtype=torch.float16, device=device)
+    out = torch.empty(slots, shape[0], dtype=x.dtype, device=device)
+    places = [torch.randperm(number, device=device)[:slots] for _ in range(number)]
+
+    def product(i: int) -> bool:
+        if slots:
+            return launch.multiply_slots(encoding, x, matrices, places[i], out)
+        return encoding.multiply(x, {name: part[i] for name, part in matrices.items()}, shape, None) is not None
+
     with torch.inference_mode():
-        if encoding.multiply(x, parts, shape, None) is None:
+        if device.type != "cuda" or not product(0):
             return ""
-        return f"{nbytes / best(lambda: encoding.multiply(x, parts, shape, None), device) / 1e9:.2f}"
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(number):
+                product(i)
+        return f"{number * max(slots, 1) * nbytes / best(graph.replay, device) / 1e9:.2f}"
 
 
 def main() -> None:
@@ -125,6 +153,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16"])
     parser.add_argument("--rows", type=int, default=28672, help="a multiple of 128")
     parser.add_argument("--columns", type=int, default=8192, help="a multiple of 256")
+    parser.add_argument("--slots", type=int, default=0, help="products out of so many slots at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-kernels", action="store_true", help="by PyTorch alone, as on an old GPU")
     parser.add_argument("--only", nargs="+", default=[""], help="formats whose name has one of these words in it")
@@ -137,7 +166,8 @@ def main() -> None:
     kinds = " | ".join(given.dtypes)
     how = f"{given.device}, {given.threads} threads{', no kernels' * given.no_kernels}"
     print(f"\n`benchmarks/unpack.py`, [{given.rows}, {given.columns}], {how}; packed GB/s:\n")
-    print(f"| format | bytes a value | {kinds} | product with a vector |")
+    products = f"products out of {given.slots} slots" if given.slots else "product with a vector"
+    print(f"| format | bytes a value | {kinds} | {products} |")
     print("|---|---|---|" + "---|" * len(given.dtypes))
     for name, encoding, make in cases(given.rows, given.columns):
         if not any(word in name for word in given.only) or (name == WITH_KERNEL and not has_kernels(device)):
@@ -148,7 +178,7 @@ def main() -> None:
         shape = (given.rows, given.columns)
         rates = [nbytes / measured(encoding, parts, shape, dtype, device) / 1e9 for dtype in given.dtypes]
         figures = " | ".join(f"{rate:.2f}" for rate in rates)
-        product = product_rate(encoding, parts, shape, nbytes, device)
+        product = product_rate(encoding, parts, shape, nbytes, given.slots)
         print(f"| {name} | {nbytes / given.rows / given.columns:.3f} | {figures} | {product} |", flush=True)
 
 
