@@ -32,7 +32,8 @@ WITH_PRODUCT = [found for found in PACKINGS if not isinstance(found, MXFP4) and 
 # What is multiplied out of slots, and its shape in the tests: more rows and columns than a program takes at once, and
 # not a multiple of it.
 OF_SLOTS: list[tuple[Encoding, int, int]] = [
-    (NF4(), 9, 576), (NF4(64, 256, 0.125), 6, 192), (FP4(32), 5, 96), (Affine8(), 9, 416), (Int8(), 6, 300),
+    (NF4(), 9, 576), (NF4(), 3, 2112), (NF4(64, 256, 0.125), 6, 192), (FP4(32), 5, 512), (Affine8(), 9, 416),
+    (Affine8(), 3, 512), (Int8(), 6, 300), (Int8(), 3, 1068),
     *((found, 5, 1280) for kind in ("Q4_K", "Q5_K", "Q6_K", "Q3_K", "Q4_0") if (found := encoding_of(Kind[kind]))),
     (MXFP4(), 3, 1056), (MXFP4(transposed=False), 1, 32),
     (FP8((2, 128)), 6, 528), (FP8((64, 128)), 5, 528), (FP8((1, None), True), 6, 48), (FP8((2, 24)), 6, 72),

@@ -17,8 +17,7 @@ import torch
 
 from . import arguments
 from .products import PRODUCTS
-from .slots import SLOTS, Product
-from .slots import run as _run
+from .slots import SLOTS, Product, run
 
 if TYPE_CHECKING:
     from ..base import Encoding, Parts
@@ -144,8 +143,8 @@ def _unpack_blocks(blocks: Any, parts: Parts, out: torch.Tensor) -> None:
 
     packed, (rows, columns) = parts["weight"], out.shape
     table, constants = arguments.of_blocks(blocks, packed, columns)
-    _run(triton_blocks.unpack_blocks, (rows, arguments.tiles(columns)), out, packed, table, out, columns,
-         packed.stride(0), *out.stride(), **constants)  # fmt: skip
+    run(triton_blocks.unpack_blocks, (rows, arguments.tiles(columns)), out, packed, table, out, columns,
+        packed.stride(0), *out.stride(), **constants)  # fmt: skip
 
 
 def _unpack_fp8(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
@@ -153,8 +152,8 @@ def _unpack_fp8(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
 
     (rows, columns), weight = out.shape, parts["weight"].view(torch.uint8)
     (height, width), constants = arguments.of_fp8(encoding, parts, rows, columns)
-    _run(triton_fp8.unpack_fp8, (rows, arguments.tiles(columns)), out, weight, parts["scale"], out, columns, columns,
-         -(-columns // width), height, width, *out.stride(), **constants, BLOCK=arguments.tile(columns))  # fmt: skip
+    run(triton_fp8.unpack_fp8, (rows, arguments.tiles(columns)), out, weight, parts["scale"], out, columns, columns,
+        -(-columns // width), height, width, *out.stride(), **constants, BLOCK=arguments.tile(columns))  # fmt: skip
 
 
 def _unpack_words(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
@@ -162,8 +161,8 @@ def _unpack_words(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
 
     (rows, columns), (tensors, strides, constants) = out.shape, arguments.of_words(encoding, parts)
     grid = -(-rows // arguments.ROWS), -(-columns // arguments.COLUMNS)
-    _run(triton_words.unpack_words, grid, out, *tensors, out, rows, columns, *strides, *out.stride(), encoding.group,
-         **constants)  # fmt: skip
+    run(triton_words.unpack_words, grid, out, *tensors, out, rows, columns, *strides, *out.stride(), encoding.group,
+        **constants)  # fmt: skip
 
 
 def _unpack_mxfp4(encoding: Any, parts: Parts, out: torch.Tensor) -> None:
@@ -175,8 +174,8 @@ def _run_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor,
     from . import triton_words
 
     rows, columns = out.shape
-    _run(triton_words.unpack_mxfp4, (rows, arguments.tiles(columns)), out, blocks, scales, powers, out, columns,
-         *out.stride(), BLOCK=arguments.tile(columns))  # fmt: skip
+    run(triton_words.unpack_mxfp4, (rows, arguments.tiles(columns)), out, blocks, scales, powers, out, columns,
+        *out.stride(), BLOCK=arguments.tile(columns))  # fmt: skip
 
 
 _UNPACK: dict[str, Callable[..., None]] = {
