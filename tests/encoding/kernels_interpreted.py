@@ -39,7 +39,6 @@ from airllm_nb.encoding.nf4 import NF4
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(products, "_ROWS", 4)
 
 
 @every_type

@@ -16,9 +16,7 @@ from .slots import Product, given, is_aligned, options, run, strides
 if TYPE_CHECKING:
     from ..base import Parts
 
-# Rows of a program, its warps, and units at once for each warp; by what an H200 does best.
-_ROWS, _WARPS = 1, 1
-_UNITS = 32
+_ROWS = 4  # of a program with units; more of them or fewer were slower on an H200
 _RUNS = 4  # of a program, with words
 _PROGRAMS = 1024  # where a value is read at a time: enough of them to keep a large GPU busy
 _IN_UNITS = ("Q4_K", "Q5_K", "Q6_K")
@@ -36,7 +34,7 @@ def multiply_blocks(
 
         run(triton_units.multiply_units, (-(-rows // _ROWS), number), out, x, packed, *given(slots, bias, x), out, rows,
             columns // blocks.values, *strides(x, out), _POWER, KIND=blocks.name, **options(slots, bias),
-            **_at_once())  # fmt: skip
+            **_at_once(columns // 32))  # fmt: skip
         return True
     from . import triton_blocks
 
@@ -59,7 +57,8 @@ def multiply_fp8(
     grid = -(-rows // height), -(-columns // width)  # of the scales
     if columns % 16 == 0 == width % 16 and is_aligned(weight):
         run(triton_fp8.multiply_fp8_units, (-(-rows // _ROWS), number), out, *tensors, rows, columns // 16,
-            *strides(x, out), *grid, height, width, **constants, **options(slots, bias), **_at_once())  # fmt: skip
+            *strides(x, out), *grid, height, width, **constants, **options(slots, bias),
+            **_at_once(columns // 16))  # fmt: skip
     else:
         run(triton_fp8.multiply_fp8, (rows, number), out, *tensors, rows, columns, *strides(x, out), *grid, height,
             width, **constants, **options(slots, bias), BLOCK=arguments.tile(columns))  # fmt: skip
@@ -71,19 +70,21 @@ def multiply_mxfp4(
     out: torch.Tensor,
 ) -> bool:  # fmt: skip
     """See :class:`.mxfp4.MXFP4`."""
-    (number, rows), weight = out.shape, parts["weight"]
+    (number, rows), weight, blocks = out.shape, parts["weight"], x.shape[-1] // 32
     if not is_aligned(weight):
         return False
     from . import triton_mxfp4
 
     run(triton_mxfp4.multiply_mxfp4, (-(-rows // _ROWS), number), out, x, weight, parts["scale"],
-        *given(slots, bias, x), out, rows, x.shape[-1] // 32, *strides(x, out), **options(slots, bias),
-        **_at_once())  # fmt: skip
+        *given(slots, bias, x), out, rows, blocks, *strides(x, out), **options(slots, bias),
+        **_at_once(blocks))  # fmt: skip
     return True
 
 
-def _at_once() -> dict[str, int]:
-    return {"ROWS": _ROWS, "UNITS": _UNITS * _WARPS, "num_warps": _WARPS}
+def _at_once(units: int) -> dict[str, int]:
+    """Rows of a program and units of each: a thread has one, two warps share a row that is long enough."""
+    warps = 1 if units <= 32 else 2
+    return {"ROWS": _ROWS, "UNITS": 32 * warps, "num_warps": warps}
 
 
 def multiply_words(
