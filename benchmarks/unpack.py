@@ -125,6 +125,8 @@ def measured(encoding: Encoding, parts: Parts, shape: tuple[int, int], dtype: st
 def product_rate(encoding: Encoding, parts: Parts, shape: tuple[int, int], nbytes: int, slots: int) -> str:
     """Encoded GB/s of a product with a vector, or out of ``slots``; empty where no kernel computes on packed bytes."""
     device = parts["weight"].device
+    if encoding == MXFP4():
+        encoding = MXFP4(transposed=False)  # an expert's product is with what lies there
     number = -(-CACHE_BYTES // nbytes) + 1 + slots
     matrices = {name: part.expand(number, *part.shape).contiguous() for name, part in parts.items()}
     x = torch.rand(1, shape[1], dtype=torch.float16, device=device)
