@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..tensors.dtypes import TORCH_DTYPES
 from .base import Encoded, Encoding
-from .kernels.slots import SLOTS
+from .kernels import launch
 from .scratch import Scratch
 
 Timer = Callable[[], AbstractContextManager[Any]]
@@ -147,7 +147,8 @@ class EncodedWeight:
         is_periodic = len(encodings) == 1 or encodings[pieces:] == encodings[:-pieces]
         return (
             is_periodic and self._encoded.order is None and self.ndim == 3
-            and all(each.transposed == transposed and each.kernel in SLOTS for each in self.encodings)
+            and "group_index" not in self._encoded.parts
+            and all(launch.multiplies(each, transposed) for each in self.encodings)
         )  # fmt: skip
 
     @property

@@ -14,9 +14,10 @@ import torch
 from kernel_cases import COLUMNS, PACKINGS, ROWS, WITH_PRODUCT, by_kernel, by_product, by_pytorch, empty, parts_of
 from test_ggml import Kind, every_type, random_rows, reference
 
-from airllm_nb.encoding.base import Encoding
+from airllm_nb.encoding.base import Encoding, Plain
 from airllm_nb.encoding.ggml import encoding_of
 from airllm_nb.encoding.kernels import launch
+from airllm_nb.encoding.mxfp4 import MXFP4
 
 HERE = Path(__file__).parent
 META = torch.device("meta")
@@ -113,6 +114,15 @@ def test_a_kernel_takes_no_memory_beside_the_matrix(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(launch, "usable", lambda device: device.type == "meta")
     assert not q4_k.temporary_bytes(1 << 24, META) and not GPTQ_4.temporary_bytes(1 << 24, META)
     assert q4_k.temporary_bytes(1 << 24, torch.device("cpu"))
+
+
+def test_which_way_round_a_matrix_is_multiplied() -> None:
+    """A kernel has one way; experts of gpt-oss want the other than a linear layer."""
+    q4_k = encoding_of(12)
+    assert q4_k is not None
+    for found, transposed in ((q4_k, False), (GPTQ_4, False), (MXFP4(), True), (MXFP4(transposed=False), False)):
+        assert launch.multiplies(found, transposed) and not launch.multiplies(found, not transposed)
+    assert not launch.multiplies(Plain(), False)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

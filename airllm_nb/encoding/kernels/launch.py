@@ -53,9 +53,7 @@ def multiply(
     """
     has_gradient = torch.is_grad_enabled() and x.requires_grad  # which no kernel here passes on
     # With inputs in an order, unpacking is not slower.
-    if encoding.kernel not in MULTIPLY or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
-        return None
-    if encoding.transposed and encoding.kernel not in BY_COLUMNS:
+    if not multiplies(encoding, False) or x.numel() != x.shape[-1] or has_gradient or "group_index" in parts:
         return None
     if not usable(x.device) or _failed[key := _key("multiply", encoding, x.device)] > 1:
         return None
@@ -93,6 +91,11 @@ def multiply_slots(encoding: Encoding, x: torch.Tensor, parts: Parts, slots: tor
         return False
     x = x if x.stride(-1) == 1 else x.contiguous()
     return not out.numel() or _launch(key, lambda: MULTIPLY[encoding.kernel](encoding, x, parts, slots, None, out))
+
+
+def multiplies(encoding: Encoding, transposed: bool) -> bool:
+    """Whether there is a kernel for ``x @ weight.T``, or for ``x @ weight`` if ``transposed``."""
+    return encoding.kernel in MULTIPLY and (encoding.transposed != (encoding.kernel in BY_COLUMNS)) == transposed
 
 
 def usable(device: torch.device) -> bool:
