@@ -96,12 +96,15 @@ def _on_cuda(run: Callable[[], Any]) -> Recorded:
     torch.cuda.empty_cache()
     before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode=_MODE):
+        # A stream of this device: by default all records of a process have one, of the first device.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode=_MODE):
             output = run()
     except BaseException:
         # One that broke leaves the random numbers of the device as those of a recording; one that ends well clears it.
-        with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode=_MODE):
-            torch.zeros(1, device="cuda")
+        with contextlib.suppress(Exception):
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode=_MODE):
+                torch.zeros(1, device="cuda")
         raise
     finally:
         _forget_workspaces()
