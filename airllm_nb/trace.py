@@ -60,20 +60,16 @@ class StageTotal:
     seconds: float = 0.0
     nbytes: int = 0
     count: int = 0
+    untimed: int = 0  # of the bytes, those that kernels moved, nobody knows in what time
 
     @property
     def gb_per_second(self) -> float:
         """Bytes over busy seconds, in 10⁹ bytes a second; 0 when nothing was moved."""
-        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+        return (self.nbytes - self.untimed) / self.seconds / 1e9 if self.seconds else 0.0
 
 
 class Trace:
-    """The record of one generation. One thread writes it; others may read it meanwhile.
-
-    Parameters
-    ----------
-    clock
-        Monotonic seconds; a test gives its own.
+    """The record of one generation, in seconds of ``clock``. One thread writes it; others may read it meanwhile.
 
     Attributes
     ----------
@@ -134,8 +130,9 @@ class Trace:
             routed = self.experts.setdefault(unit, Routed([0] * len(asked)))
             routed.asked = [old + new for old, new in zip(routed.asked, asked, strict=True)]
             routed.hits += hits
-        self.totals["copy"].nbytes += nbytes
-        self.totals["copy"].count += nbytes > 0
+        if nbytes:
+            self.add("copy", unit, self.now(), self.now(), nbytes)
+            self.totals["copy"].untimed += nbytes
 
     @property
     def hit_rate(self) -> float | None:
@@ -294,7 +291,8 @@ def stage_rows(stages: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]
     """``("read", "1.204 s in 80 reads, 3.22 GB at 2.7 GB/s")`` for each stage of a summary that had anything to do."""
     rows = []
     for stage, total in stages.items():
-        moved = f", {total['bytes'] / 1e9:.3g} GB at {total['gb_per_second']:.1f} GB/s" if total["bytes"] else ""
+        speed = f" at {total['gb_per_second']:.1f} GB/s" if total["gb_per_second"] else ""
+        moved = f", {total['bytes'] / 1e9:.3g} GB{speed}" if total["bytes"] else ""
         if total["count"]:
             rows.append((stage, f"{total['seconds']:.3f} s in {total['count']:,} {COUNTED[stage]}{moved}"))
     return rows

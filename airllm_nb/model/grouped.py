@@ -49,7 +49,7 @@ class PackedExperts:
         return len(index) <= MOST_TOKENS and 0 < index.numel() <= MOST_PAIRS and not torch.is_grad_enabled()
 
     def __call__(
-        self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, stacks: Stacks
+        self, hidden: torch.Tensor, index: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, stacks: Stacks
     ) -> torch.Tensor | None:
         """``[tokens, hidden]``; ``None`` where a kernel fails.
 
@@ -57,8 +57,8 @@ class PackedExperts:
         ----------
         hidden
             ``[tokens, hidden]``.
-        slots, weights
-            ``[tokens, k]``: where in the stacks the matrices of each expert are, and what each counts.
+        index, slots, weights
+            ``[tokens, k]``: which experts, where in the stacks their matrices are, and what each counts.
         stacks
             By the module's names, the parts of the matrices, and biases.
         """
@@ -74,8 +74,7 @@ class PackedExperts:
             return None
         if getattr(module, "has_post_expert_norm", False):
             states = module.post_expert_norm(states)
-        weighted = states.view(tokens, each, -1) * weights.reshape(tokens, each, 1)
-        return weighted.sum(1).to(hidden.dtype)
+        return added_up(states, index, weights, hidden.dtype, is_eager=True)
 
     def _multiply(self, name: str, x: torch.Tensor, slots: torch.Tensor, stacks: Stacks) -> torch.Tensor | None:
         view = self._views[name]
@@ -91,6 +90,32 @@ class PackedExperts:
         return out if bias is None else out + bias[slots.clamp_min(0).long()]
 
 
+def added_up(
+    states: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype, is_eager: bool
+) -> torch.Tensor:
+    """What experts have given each token, weighted and added up as native code does: ``[tokens, hidden]`` of ``dtype``.
+
+    Parameters
+    ----------
+    states
+        ``[tokens · k, hidden]``.
+    index, weights
+        ``[tokens, k]``.
+    is_eager
+        As its loop does, which rounds what each expert gives, in the order of the experts; grouped products add up
+        first.
+    """
+    tokens, each = index.shape
+    weighted = states.view(tokens, each, -1) * weights.reshape(tokens, each, 1)
+    if not is_eager:
+        return weighted.sum(1).to(dtype)
+    order = index.argsort(1)[:, :, None].expand_as(weighted)
+    first, *others = weighted.to(dtype).gather(1, order).unbind(1)
+    for other in others:
+        first = first + other
+    return first
+
+
 class ResidentExperts:
     """The experts of a module of which all are bound: a few tokens by kernels, more as ever."""
 
@@ -101,7 +126,7 @@ class ResidentExperts:
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As the module's own."""
         if self._few.takes(index):
-            result = self._few(hidden, index, weights, self._module._parameters)
+            result = self._few(hidden, index, index, weights, self._module._parameters)
             if result is not None:
                 return result
         result = self._native(self._module, hidden, index, weights)

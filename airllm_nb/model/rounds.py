@@ -25,7 +25,7 @@ from ..stream.schedule import Moved
 from ..stream.staging import Round, Staging
 from .absent import edited
 from .feeds import parameter, unbind
-from .grouped import MOST_TOKENS
+from .grouped import MOST_TOKENS, added_up
 from .units import ModelUnit
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class Rounds:
                 out[rows] = self._compute(hidden[rows // each], bound)
             self._staging.done(made, recorder.end_compute(self.unit.name))
         recorder.look()
-        return (out.view(tokens, each, -1) * weights.reshape(tokens, each, 1)).sum(1).to(hidden.dtype)
+        is_eager = self.unit.module.config._experts_implementation == "eager"
+        return added_up(out, index, weights, hidden.dtype, is_eager)
 
     def _compute(self, hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Of each pair what its expert gives, ``[pairs, hidden]``; one more is computed where ``slots`` are."""

@@ -98,7 +98,7 @@ class Layer:
             where, slots = pool.ensure_and_gather(index), self._slots or self._staging.as_slots(self.unit.bank)
             stacks = dict(zip((part.name for part in self.unit.bank.parts), slots.stacks, strict=True))
             if self._few is not None:
-                result = self._few(hidden, where, weights, stacks)
+                result = self._few(hidden, index, where, weights, stacks)
                 if result is None:
                     raise ValueError("none takes matrices of this shape")
                 return result
