@@ -44,7 +44,9 @@ def measure(prepared: Prepared) -> Machine:
     if not is_cpu:
         torch.cuda.empty_cache()
     layers = getattr(prepared.config.get_text_config(), "num_hidden_layers", 0) or 0
-    return Machine(has_device, disk, link, compute, ram, direct, overhead=layers * _layer_seconds(device))
+    overhead = layers * _layer_seconds(device)
+    replays = device.type == "cuda" and not (prepared.options.exact or prepared.options.profiling_mode)
+    return Machine(has_device, disk, link, compute, ram, direct, overhead, replays)
 
 
 def _reads_directly(prepared: Prepared, file: Path) -> bool:

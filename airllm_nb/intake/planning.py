@@ -143,8 +143,7 @@ def plan(
     )  # fmt: skip
     try:
         fits = both.total + arenas[0] <= budgets.vram
-        is_recorded = prepared.device.type == "cuda" and not prepared.options.exact
-        spare = both.kv_cache + RECORD if is_recorded else 0
+        spare = both.kv_cache + RECORD if machine.replays else 0
         return make_plan(prepared.sizes, both if fits else least, machine, *budgets, spare), tokens
     except BudgetError as error:
         if not work.remedy:
