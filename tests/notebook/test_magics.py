@@ -500,7 +500,7 @@ def test_a_mixtures_experts_are_seen(notebook: Notebook, tmp_path: Path, monkeyp
     assert "expert hits" in notebook.good("%%airllm_generate -n 4\nhello")
     assert "expert hits" in notebook.good("%airllm_status")
     shown = notebook.good("%airllm_trace")
-    assert "2 layers of experts, up to 16 each" in shown and "expert hits" in shown
+    assert "2 layers of experts, up to 16 each" in shown and "are cached now" in shown and "expert hits" in shown
     notebook.good(f'%airllm_trace "{tmp_path}/run.json"')
     events = json.loads((tmp_path / "run.json").read_text("utf-8"))["traceEvents"]
     assert any(event["name"] == "experts" and event["args"]["moved"] for event in events)
