@@ -13,7 +13,7 @@ from ..errors import BudgetError
 from ..model import adapter as lora
 from ..model.attention import ALIBI, NTK
 from ..model.device import Budgets, has_memory, total_ram
-from ..model.placing import keep_unpacked, temporary_bytes
+from ..model.placing import computes_packed, keep_unpacked, temporary_bytes
 from ..model.skeleton import collect_weights, cut_units, is_tied
 from ..model.slices import slice_limit, slice_linears
 from ..plan.experts import Experts, staging
@@ -58,6 +58,10 @@ def cut(prepared: Prepared, budgets: Budgets) -> None:
     temporary = temporary_bytes(skeleton, prepared.device) if prepared.packed_as else 0
     casts = max((unit.cast_bytes for unit in prepared.units), default=0)
     dequantised = max((getattr(module, "scratch_bytes", 0) for module in skeleton.modules()), default=0)
+    if prepared.device.type == "cuda":  # of plain experts, those of one token are copied
+        copied = [unit.nbytes // unit.experts * routed_experts(skeleton.config, unit.experts)
+                  for unit in prepared.units if unit.experts and not computes_packed(unit.module)]  # fmt: skip
+        casts += max(copied, default=0)
     prepared.fixed_needs = Needs(
         small=sum(weight.elements * weight.dtype.itemsize for weight in prepared.small),
         scratch=casts + dequantised + temporary + _WORKSPACE[prepared.device.type],

@@ -10,12 +10,13 @@ import torch
 from ..encoding.kernels import launch
 from ..plan.residency import ResidencyPlan
 from ..stream.bank import Bank, Slots
-from ..stream.copier import Copier, CudaCopier, MemoryCopier
+from ..stream.copier import Copier, CudaCopier, Mark, MemoryCopier
 from ..stream.experts import FromFiles, FromHost, FromPageCache, HostSlots, Reading, Source
 from ..stream.reader import Reader
 from ..stream.ring import LOCKED, PAGE_CACHE, align
 from ..stream.schedule import Moved
 from ..stream.staging import Staging
+from ..tensors.files import Unchanged
 from .feeds import Feed
 from .recorder import Recorder
 from .routed import Layer
@@ -37,15 +38,18 @@ class Banked(Feed):
         All is computed by the module's own code.
     cancelled
         Whether the work is to end.
+    sources
+        The files: asked, once experts have run, whether these are what the files had.
     """
 
     is_followed = False  # forwards of its units note themselves what they do
 
     def __init__(
         self, units: Sequence[ModelUnit], plan: ResidencyPlan, device: torch.device, depth: int | None, exact: bool,
-        recorder: Recorder, cancelled: Callable[[], bool],
+        recorder: Recorder, cancelled: Callable[[], bool], sources: Unchanged,
     ):  # fmt: skip
         self.recorder, self.looks_ahead, self._device, self.cancelled = recorder, depth != 0, device, cancelled
+        self._checked = sources
         self.has_kernels = not exact and launch.usable(device)
         # A stream of its own: what dense units are copied ahead must not be in the way of what is waited for.
         self.copier: Copier = CudaCopier(device) if device.type == "cuda" else MemoryCopier()
@@ -93,6 +97,9 @@ class Banked(Feed):
 
     def _was_read(self, name: str, nbytes: int, start: float) -> None:
         self.recorder.moved(Moved("read", self.layers[name].unit.stream, start, self.recorder.clock(), nbytes))
+
+    def leave(self, unit: ModelUnit, mark: Mark) -> None:
+        self._checked.check_pages()
 
     def drop(self, unit: ModelUnit) -> None:
         """What was on its way when the error came is there before anybody looks for it."""

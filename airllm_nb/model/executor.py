@@ -236,14 +236,9 @@ class Executor:
         self._feed_tables(tables)
         if banks:
             self._banked = Banked(
-                banks,
-                self.plan,
-                self._device,
-                self._depth,
-                self._stage.exact,
-                self.recorder,
-                lambda: self._cancel.is_set(),
-            )
+                banks, self.plan, self._device, self._depth, self._stage.exact, self.recorder,
+                lambda: self._cancel.is_set(), self.sources,
+            )  # fmt: skip
             self.feeds += [(unit, self._banked) for unit in banks]
         if streamed:
             self._streamed = Streamed(

@@ -69,7 +69,7 @@ class Rounds:
         tokens, each = index.shape
         asked = index.reshape(-1).cpu().numpy()
         out = hidden.new_zeros(asked.size, hidden.shape[-1])
-        copier, recorder = self._feed.copier, self._feed.recorder
+        copier, recorder, on_cpu = self._feed.copier, self._feed.recorder, hidden.device.type == "cpu"
         if self._feed.cancelled():
             raise GenerationStopped(f"stopped before {self.unit.name}")
         for made, pairs, slots in self._served(asked, tokens):
@@ -77,21 +77,36 @@ class Rounds:
                 copier.wait(made.copied.end)
             rows, local = (torch.from_numpy(array).to(hidden.device) for array in (pairs, slots))
             # Functions of a CPU round otherwise where an odd row is left, or one alone.
-            is_odd = len(rows) % 2 == 1 and len(rows) < asked.size and hidden.device.type == "cpu"
+            is_odd = len(rows) % 2 == 1 and len(rows) < asked.size and self._way == "grouped_mm" and on_cpu
             recorder.begin_compute()
             with self._bound_round(made, local, is_odd) as bound:
-                out[rows] = self._compute(hidden[rows // each], bound)
+                out[rows] = self._compute(hidden[rows // each], bound, each)
             self._staging.done(made, recorder.end_compute(self.unit.name))
         recorder.look()
-        is_eager = self.unit.module.config._experts_implementation == "eager"
-        return added_up(out, index, weights, hidden.dtype, is_eager)
+        return added_up(out, index, weights, hidden.dtype, is_eager=self._way == "eager")
 
-    def _compute(self, hidden: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor, each: int) -> torch.Tensor:
+        """The module's own code on the stacks that are bound; ``each``: experts of one token."""
+        # While it generates, transformers has matrices copied for each token: those of several would have no room.
+        if self._way == "batched_mm" and slots.numel() > each:
+            from transformers.integrations.moe import grouped_mm_experts_forward
+
+            result = grouped_mm_experts_forward(self.unit.module, hidden, slots, weights)
+        else:
+            result = self.native(self.unit.module, hidden, slots, weights)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    @property
+    def _way(self) -> str:
+        """In which way the module computes, as transformers calls it."""
+        return str(self.unit.module.config._experts_implementation)
+
+    def _compute(self, hidden: torch.Tensor, slots: torch.Tensor, each: int) -> torch.Tensor:
         """Of each pair what its expert gives, ``[pairs, hidden]``; one more is computed where ``slots`` are."""
         pairs = len(hidden)
         hidden = hidden if pairs == len(slots) else torch.cat([hidden, hidden[:1]])
-        result: torch.Tensor = self.native(self.unit.module, hidden, slots[:, None], hidden.new_ones(len(hidden), 1))
-        return result[:pairs]
+        return self.run(hidden, slots[:, None], hidden.new_ones(len(hidden), 1), each)[:pairs]
 
     # --- which experts are where
 
@@ -215,7 +230,7 @@ class Rounds:
             used, local = torch.unique(local, return_inverse=True)
             stacks = {name: stack.unflatten(0, (count, -1))[used].flatten(0, 1) for name, stack in stacks.items()}
             count, places = len(used), {place: places[slot] for place, slot in enumerate(used.tolist())}
-        if is_odd and not self.views:  # which compute an expert at a time
+        if is_odd:
             local = torch.cat([local, local.new_tensor([count])])
             if count == 1:  # counting is something else with one bin
                 stacks, count = {name: stack.expand(2, *stack.shape[1:]) for name, stack in stacks.items()}, 2

@@ -103,7 +103,7 @@ class Layer:
                     raise ValueError("none takes matrices of this shape")
                 return result
             with self.rounds.bound(stacks, slots.count):
-                return self.rounds.native(self.unit.module, hidden, where.long(), weights)
+                return self.rounds.run(hidden, where.long(), weights, index.shape[1])
         except (torch.OutOfMemoryError, OptionError):
             raise
         except Exception as error:  # no compiler, no headers: Triton has a class of error for each

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +29,10 @@ __all__ = [
     "UNIT_BYTES", "Binding", "ModelUnit", "Weight", "build", "collect_weights", "cut_units", "is_tied",
     "kept_in_float32", "lacking", "other_shape",
 ]  # fmt: skip
+
+
+# While transformers makes a model, torch's default dtype is another, for all threads; two would restore each other's.
+_ONE = threading.Lock()
 
 
 class _ParametersOnMeta(TorchFunctionMode):
@@ -61,7 +66,7 @@ def build(
     kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForMultimodalLM
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with limited(f"model of type {config.model_type}", holds):
-        with torch.device(device), _ParametersOnMeta(), told_of_attention(config, attn_implementation):
+        with _ONE, torch.device(device), _ParametersOnMeta(), told_of_attention(config, attn_implementation):
             model = kind.from_config(config, dtype=dtype, **extra)
         _compute_buffers(model)
     moved: dict[int, nn.Parameter] = {}

@@ -34,6 +34,7 @@ from airllm_nb.notebook.options import one_line
 from airllm_nb.notebook.progress_line import ProgressLine, clock_time, progress_text
 from airllm_nb.notebook.prompt_variables import expand
 from airllm_nb.progress import Meter, Progress
+from airllm_nb.trace import Trace
 
 MAGICS = ("load", "plan", "bench", "status", "trace", "unload")
 LONG = 60_000
@@ -702,7 +703,7 @@ def test_the_line_is_drawn_four_times_a_second_and_taken_away() -> None:
 
 def test_what_is_said_while_nothing_comes() -> None:
     now = [0.0]
-    model = SimpleNamespace(position=(1, 8), plan=SimpleNamespace(sweep_seconds=0.5))
+    model = SimpleNamespace(position=(1, 8), plan=SimpleNamespace(sweep_seconds=0.5), trace=Trace())
     waiting = Waiting(model, lambda: now[0])
     assert waiting.text(in_place=True) == ""
     now[0] = 3.0
@@ -714,7 +715,7 @@ def test_what_is_said_while_nothing_comes() -> None:
     now[0] = 6.0
     assert waiting.text(in_place=True).startswith("token 2 · unit 5 of 8 · 3 s")
     assert waiting.text(in_place=False) == ""
-    slow = SimpleNamespace(position=(1, 8), plan=SimpleNamespace(sweep_seconds=30.0))
+    slow = SimpleNamespace(position=(1, 8), plan=SimpleNamespace(sweep_seconds=30.0), trace=Trace())
     assert Waiting(slow, lambda: now[0]).text(in_place=True) != ""
 
 

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
 import torch
 
 from airllm_nb import AutoModel
 from airllm_nb.decode.recording import HostWaitError, recorder
-from tests import tiny_models
 
 pytestmark = pytest.mark.gpu
 IDS = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(1))
