@@ -41,6 +41,7 @@ class Layer:
         self.rounds = Rounds(unit, slots, source, staging, feed)
         self._few: PackedExperts | None = None
         self._counted, self._looked = Counts(0, 0, [0] * unit.experts), False
+        self._works = False  # kernels have served a token
         unit.module.forward = self.forward
         feed.recorder.cached[unit.name] = lambda: self.rounds.cached
 
@@ -55,8 +56,8 @@ class Layer:
         if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
             raise OptionError(NO_TRAINING)
         if not self._looked:
-            self._looked = True
             self._look()
+            self._looked = True  # not before: it may be stopped while it reads
         pool = self.rounds.pool
         if pool is not None and _takes(pool, index):
             result = self._on_device(pool, hidden, index, weights)
@@ -97,16 +98,18 @@ class Layer:
                 self._staging.lend(self._feed.copier)
             where, slots = pool.ensure_and_gather(index), self._slots or self._staging.as_slots(self.unit.bank)
             stacks = dict(zip((part.name for part in self.unit.bank.parts), slots.stacks, strict=True))
-            if self._few is not None:
-                result = self._few(hidden, index, where, weights, stacks)
-                if result is None:
-                    raise ValueError("none takes matrices of this shape")
-                return result
-            with self.rounds.bound(stacks, slots.count):
-                return self.rounds.run(hidden, where.long(), weights, index.shape[1])
-        except (torch.OutOfMemoryError, OptionError):
-            raise
+            if self._few is None:
+                with self.rounds.bound(stacks, slots.count):
+                    result = self.rounds.run(hidden, where.long(), weights, index.shape[1])
+            elif (result := self._few(hidden, index, where, weights, stacks)) is None:
+                log.info("%s: the host serves each token: no kernel takes its matrices", self.unit.name)
+                self.rounds.forget()
+                return None
+            self._works = True
+            return result
         except Exception as error:  # no compiler, no headers: Triton has a class of error for each
+            if self._works or isinstance(error, (torch.OutOfMemoryError, OptionError)):
+                raise
             log.info("%s: the host serves each token, as a kernel failed: %s", self.unit.name, error)
             self.rounds.forget()
             return None
