@@ -96,7 +96,7 @@ def test_layers_share_stacks_and_keep_nothing() -> None:
     """What another layer has put there meanwhile is not taken for this one's."""
     banks = [bank_of(6), {name: part.flip(0).clone() for name, part in bank_of(6).items()}]
     first = DevicePool(parts_of(banks[0]), 6, 3, CPU)
-    pools = [DevicePool(parts_of(bank), 6, 3, CPU, first.stacks) for bank in banks]
+    pools = [DevicePool(parts_of(bank), 6, 3, CPU, first.stacks, keeps=False) for bank in banks]
     for ids in ([4, 1, 4], [1, 5], [0, 4, 2], [4, 9, 0]):
         for pool, bank in zip(pools, banks, strict=True):
             for expert, slot in zip(ids, pool.ensure_and_gather(torch.tensor(ids)).tolist(), strict=True):

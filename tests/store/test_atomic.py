@@ -65,7 +65,7 @@ def test_what_somebody_writes_stays(store: Store) -> None:
     """A shard and the journal of who has the store; a small file of who has that."""
     leave(store.folder, *OURS)
     writer = "import sys, time; from pathlib import Path; from airllm_nb.store.locks import locked\n"
-    writer += "from airllm_nb.store.atomic import begin; from airllm_nb.trace import silent\n"
+    writer += "from airllm_nb.store.atomic import begin; from airllm_nb.progress import silent\n"
     writer += "folder = Path(sys.argv[1])\nwith locked(folder, silent):\n    begin(folder / 'config.json', 0o600)"
     writer = writer.replace("    begin", "    kept = begin") + "\n    print('ready', flush=True)\n    sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", writer, str(store.folder)], stdin=-1, stdout=-1) as process:
