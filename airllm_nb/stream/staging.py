@@ -44,6 +44,7 @@ class Staging:
         self._whole, self._halves = memory, (memory[:half], memory[half : 2 * half])
         self._used: list[Mark | None] = [None, None]
         self._next = 0
+        self._lent_by: Copier | None = None
         # Copied ahead of its layer: the bank, and the round.
         self._ahead: tuple[Bank, Round] | None = None
 
@@ -59,7 +60,7 @@ class Staging:
         """Nothing is on its way here any more, where :meth:`as_slots` is written to next."""
         if self._ahead is not None and (copied := self._ahead[1].copied) is not None:
             copier.wait(copied.end)
-        self._ahead = None
+        self._ahead, self._lent_by = None, copier
 
     def issue(self, bank: Bank, experts: Sequence[int], source: Source) -> Round:
         """Copy experts into the half whose turn it is."""
@@ -67,6 +68,8 @@ class Staging:
         slots = Slots(bank, self._halves[number], len(experts))
         self._ahead = None  # it may be what is overwritten
         wanted = [(expert, slot) for slot, expert in enumerate(experts)]
+        if self._lent_by is not None:  # kernels that are queued may still read both halves
+            self._used, self._lent_by = [self._lent_by.mark()] * 2, None
         return Round(slots, dict(wanted), source.load(wanted, slots, self._used[number]))
 
     def issue_ahead(self, bank: Bank, experts: Sequence[int], source: Source) -> Round:
