@@ -122,6 +122,8 @@ class Banked(Feed):
 
     def close(self) -> None:
         self.copier.synchronize()
+        if self._device.type == "cuda":  # kernels read host memory too
+            torch.cuda.synchronize(self._device)
         self._reader.close()
         for layer in self.layers.values():
             layer.close()

@@ -95,6 +95,8 @@ class Executor:
         self._cancel, self._reached, self._is_sweeping = cancel, -1, False
         if self._streamed is not None:
             self._streamed.begin()
+        if self._banked is not None:
+            self._banked.begin()
         trace.predicted_sweep_seconds, trace.bound_by = self.plan.sweep_seconds, self.plan.bound_by
         trace.plan, trace.tiers = self.plan.as_dict(), self._tiers
         self.recorder.begin(trace)

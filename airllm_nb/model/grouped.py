@@ -106,7 +106,7 @@ def added_up(
         first.
     """
     tokens, each = index.shape
-    weighted = states.view(tokens, each, -1) * weights.reshape(tokens, each, 1)
+    weighted = states.view(tokens, each, states.shape[-1]) * weights.reshape(tokens, each, 1)
     if not is_eager:
         return weighted.sum(1).to(dtype)
     order = index.argsort(1)[:, :, None].expand_as(weighted)

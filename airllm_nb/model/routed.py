@@ -47,6 +47,7 @@ class Layer:
 
     def close(self) -> None:
         self.unit.module.__dict__.pop("forward", None)
+        self._feed.recorder.cached.pop(self.unit.name, None)  # a cycle would keep the memory until it is collected
         self.rounds.pool = None
         self._source.close()
 

@@ -131,8 +131,12 @@ class DevicePool:
         slots = torch.empty(ids.shape, dtype=torch.int32, device=ids.device)
         if not number:
             return slots
-        self._ensure(ids.contiguous(), slots)
-        self._gather(number)
+        try:
+            self._ensure(ids.contiguous(), slots)
+            self._gather(number)
+        except BaseException:  # Ctrl-C too: the tables would say what was never copied
+            self._tables.copy_(self._empty)
+            raise
         return slots
 
     def _ensure(self, ids: torch.Tensor, slots: torch.Tensor) -> None:
