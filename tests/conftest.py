@@ -123,6 +123,22 @@ def smollm2_folder() -> Path:
     return Path(smollm2.smollm2_folder())
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random model of a type, saved once for a test file."""
+    import tiny_models
+
+    made: dict[str, Path] = {}
+
+    def factory(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            tiny_models.save_tiny(kind, made[kind])
+        return made[kind]
+
+    return factory
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """``tiny_llama(tied=…, dtype=…, shards=…, seed=…, **config)``: a folder with a random Llama and its tokenizer.

@@ -40,19 +40,6 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "SMALLEST", 16)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny_models.save_tiny(kind, made[kind])
-        return made[kind]
-
-    return folder
-
-
 @contextlib.contextmanager
 def opened(folder: Path, **options: Any) -> Iterator[StreamedModel]:
     """Everything on a device, which this CPU stands for."""
@@ -68,9 +55,9 @@ def tokens(model: Any, ids: torch.Tensor = IDS, length: int = 40, **options: Any
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_are_the_same_across_windows_and_growth(kind: str, folders: Callable[[str], Path]) -> None:
-    native = tiny_models.resident(folders(kind))
-    with opened(folders(kind)) as model:
+def test_tokens_are_the_same_across_windows_and_growth(kind: str, tiny: Callable[[str], Path]) -> None:
+    native = tiny_models.resident(tiny(kind))
+    with opened(tiny(kind)) as model:
         assert torch.equal(tokens(model), tokens(native))
         # Three records, of 16, 32 and 64 rows, each after two eager steps.
         assert model.trace.replayed == 40 - 1 - 3 * 2
@@ -83,9 +70,9 @@ def test_tokens_are_the_same_across_windows_and_growth(kind: str, folders: Calla
 
 
 @pytest.fixture
-def llama(folders: Callable[[str], Path]) -> Iterator[tuple[StreamedModel, Any]]:
-    with opened(folders("llama")) as model:
-        yield model, tiny_models.resident(folders("llama"))
+def llama(tiny: Callable[[str], Path]) -> Iterator[tuple[StreamedModel, Any]]:
+    with opened(tiny("llama")) as model:
+        yield model, tiny_models.resident(tiny("llama"))
 
 
 @pytest.mark.parametrize("options", [
@@ -106,10 +93,10 @@ def test_every_way_of_decoding(llama: tuple[StreamedModel, Any], ids: torch.Tens
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "qwen3_next"])
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=str)
-def test_beams_over_windows_and_states(kind: str, folders: Callable[[str], Path], options: dict[str, Any]) -> None:
-    with opened(folders(kind)) as model:
+def test_beams_over_windows_and_states(kind: str, tiny: Callable[[str], Path], options: dict[str, Any]) -> None:
+    with opened(tiny(kind)) as model:
         found = []
-        for one in (model, tiny_models.resident(folders(kind))):
+        for one in (model, tiny_models.resident(tiny(kind))):
             torch.manual_seed(0)
             found.append(tokens(one, PAIR, attention_mask=PADDED, **options))
         assert torch.equal(*found) and model.trace.replayed > 20
@@ -143,9 +130,9 @@ def same_cache(one: Any, other: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next", "lfm2"])
-def test_the_cache_that_comes_back_is_an_ordinary_one(kind: str, folders: Callable[[str], Path]) -> None:
-    native = tiny_models.resident(folders(kind))
-    with opened(folders(kind)) as model:
+def test_the_cache_that_comes_back_is_an_ordinary_one(kind: str, tiny: Callable[[str], Path]) -> None:
+    native = tiny_models.resident(tiny(kind))
+    with opened(tiny(kind)) as model:
         caches, answers = [], []
         for one in (model, native):
             first = tokens(one, return_dict_in_generate=True)
@@ -220,12 +207,12 @@ def train(model: Any) -> None:
 @pytest.mark.parametrize("change", [scale, replace, swap_data, put_in, hook, train])
 @pytest.mark.parametrize("at", [1, 2, 9])
 def test_a_model_that_is_changed_between_tokens(
-    folders: Callable[[str], Path], change: Callable[[Any], None], at: int
+    tiny: Callable[[str], Path], change: Callable[[Any], None], at: int
 ) -> None:
     found = []
-    with opened(folders("llama")) as streamed:
+    with opened(tiny("llama")) as streamed:
         unchanged = tokens(streamed)
-        for model in (streamed, tiny_models.resident(folders("llama"))):
+        for model in (streamed, tiny_models.resident(tiny("llama"))):
             between = LogitsProcessorList([Between(at, lambda model=model: change(model))])  # type: ignore[misc]
             found.append(tokens(model, logits_processor=between))
             found.append(tokens(model))
@@ -270,12 +257,12 @@ def test_adapters_of_peft_come_and_go(llama: tuple[StreamedModel, Any]) -> None:
     assert not torch.equal(found[0][0], found[0][1]) and llama[0].trace.replayed > 20
 
 
-def test_exact_profiled_and_streamed_models_run_as_ever(folders: Callable[[str], Path]) -> None:
+def test_exact_profiled_and_streamed_models_run_as_ever(tiny: Callable[[str], Path]) -> None:
     for options in ({"exact": True}, {"profiling_mode": True}):
-        with opened(folders("llama"), **options) as model:
+        with opened(tiny("llama"), **options) as model:
             tokens(model)
             assert model.trace.replayed == 0 and model._residence.steps is None
-    with tiny_models.streamed(folders("llama"), max_seq_len=128) as model:
+    with tiny_models.streamed(tiny("llama"), max_seq_len=128) as model:
         tokens(model)
         assert model.trace.replayed == 0 and model._residence.steps is None
 
@@ -299,11 +286,11 @@ def test_short_answers_are_not_recorded(llama: tuple[StreamedModel, Any]) -> Non
 
 @pytest.mark.parametrize("kind", ["longcat_flash", "gpt_neo", "jetmoe", "mamba2", "zamba2", "rwkv"])
 def test_what_cannot_be_recorded_runs_as_ever_and_is_asked_once(
-    kind: str, folders: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    kind: str, tiny: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "airllm_nb.decode")
-    native = tiny_models.resident(folders(kind))
-    with opened(folders(kind)) as model:
+    native = tiny_models.resident(tiny(kind))
+    with opened(tiny(kind)) as model:
         assert torch.equal(tokens(model), tokens(native)) and torch.equal(tokens(model), tokens(native))
         assert model.trace.replayed == 0
     assert sum("not recorded" in record.message for record in caplog.records) <= 1
@@ -311,11 +298,11 @@ def test_what_cannot_be_recorded_runs_as_ever_and_is_asked_once(
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_next"])
 def test_a_check_that_fails_leaves_the_cache_as_it_was(
-    kind: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    kind: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "_CLOSE", -1.0)
-    with opened(folders(kind)) as model:
-        native = tiny_models.resident(folders(kind))
+    with opened(tiny(kind)) as model:
+        native = tiny_models.resident(tiny(kind))
         found, expected = (tokens(one, return_dict_in_generate=True) for one in (model, native))
         assert model.trace.replayed == 0 and torch.equal(found.sequences, expected.sequences)
     for mine, its in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):

@@ -47,19 +47,6 @@ INDEXED = ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe", "nemotron_h", "granit
 OTHERS = ["gpt_oss", "llama4_text", "jetmoe", "longcat_flash", "inkling_text"]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def save(model_type: str) -> Path:
-        if model_type not in made:
-            made[model_type] = tmp_path_factory.mktemp(model_type)
-            tiny_models.save_tiny(model_type, made[model_type])
-        return made[model_type]
-
-    return save
-
-
 def options(base: Path, compression: str = "4bit", **more: Any) -> LoadOptions:
     how = {"dtype": "float32", "device": "cpu", "layer_shards_saving_path": base}
     return LoadOptions.create(compression=compression, **how, **more)
@@ -88,8 +75,8 @@ def decoded(folder: Path, compression: str, skeleton: Any, experts: bool = True)
 
 @pytest.mark.parametrize("compression", ["4bit", "8bit"])
 @pytest.mark.parametrize("model_type", INDEXED + OTHERS)
-def test_streamed_equals_resident(model_type: str, compression: str, saved: Any, tmp_path: Path) -> None:
-    folder = saved(model_type)
+def test_streamed_equals_resident(model_type: str, compression: str, tiny: Any, tmp_path: Path) -> None:
+    folder = tiny(model_type)
     with tiny_models.streamed(folder, compression=compression, layer_shards_saving_path=tmp_path) as model:
         skeleton = model._prepared.skeleton
         assert merged_experts(tiny_models.resident(folder))
@@ -111,8 +98,8 @@ def test_of_a_gguf_file_they_are_compressed_too(compression: str, tmp_path: Path
         assert torch.equal(tiny_models.generated(model, ids), tiny_models.generated(native, ids))
 
 
-def test_the_original_may_go(saved: Any, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(saved("gpt_oss"), tmp_path / "model"))
+def test_the_original_may_go(tiny: Any, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny("gpt_oss"), tmp_path / "model"))
     how = {"compression": "8bit", "dtype": "float32", "layer_shards_saving_path": tmp_path / "stores"}
     with AutoModel.from_pretrained(folder, **how) as model:
         expected = model(tiny_models.IDS).logits
@@ -122,17 +109,17 @@ def test_the_original_may_go(saved: Any, tmp_path: Path) -> None:
         assert not list(folder.glob("*.safetensors"))
 
 
-def test_routers_and_heads_stay_as_they_are(saved: Any, tmp_path: Path) -> None:
-    prepared = prepare.prepare(saved("qwen3_moe"), options(tmp_path))
+def test_routers_and_heads_stay_as_they_are(tiny: Any, tmp_path: Path) -> None:
+    prepared = prepare.prepare(tiny("qwen3_moe"), options(tmp_path))
     for name in ("lm_head.weight", "model.layers.0.mlp.gate.weight", "model.embed_tokens.weight"):
         assert prepared.tensors[name].dtype == "F32"
 
 
-def test_memory_for_what_takes_all_matrices_at_once(saved: Any, tmp_path: Path) -> None:
+def test_memory_for_what_takes_all_matrices_at_once(tiny: Any, tmp_path: Path) -> None:
     """Llama 4 multiplies a whole stack, which must be unpacked for it; who takes one at a time needs room for one."""
     needed = {}
     for model_type in ("llama4_text", "mixtral"):
-        prepared = prepare.prepare(saved(model_type), options(tmp_path))
+        prepared = prepare.prepare(tiny(model_type), options(tmp_path))
         needed[model_type] = max(getattr(module, "scratch_bytes", 0) for module in prepared.skeleton.modules())
     one = 256 * 64 * 4
     assert needed == {"llama4_text": 5 * one, "mixtral": one}
@@ -163,9 +150,9 @@ def assert_in_one_piece(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["4bit", "8bit"])
-def test_one_expert_lies_in_one_piece(compression: str, saved: Any, tmp_path: Path) -> None:
+def test_one_expert_lies_in_one_piece(compression: str, tiny: Any, tmp_path: Path) -> None:
     """Its biases too; and what is there is what the codec makes of each matrix alone."""
-    folder = saved("gpt_oss")
+    folder = tiny("gpt_oss")
     prepared, codec = prepare.prepare(folder, options(tmp_path, compression)), get_encoding(compression)
     assert_in_one_piece(prepared.folder)
     native = tiny_models.resident(folder)
@@ -192,8 +179,8 @@ def test_other_models_are_written_as_before(tiny_llama: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("lack", ["gate_up_proj.absmax", "down_proj.weight"])
-def test_an_expert_that_is_lacking_is_named(lack: str, saved: Any, tmp_path: Path) -> None:
-    folder = prepare.prepare(saved("mixtral"), options(tmp_path)).folder
+def test_an_expert_that_is_lacking_is_named(lack: str, tiny: Any, tmp_path: Path) -> None:
+    folder = prepare.prepare(tiny("mixtral"), options(tmp_path)).folder
     shard, manifest = folder / "layer-00001.safetensors", json.loads((folder / "manifest.json").read_text())
     data = shard.read_bytes()
     name = f"experts[2].{lack}".encode()
@@ -206,9 +193,9 @@ def test_an_expert_that_is_lacking_is_named(lack: str, saved: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("experts", [3, 5])
 def test_another_number_of_experts_is_refused_before_anything_is_written(
-    experts: int, saved: Any, tmp_path: Path
+    experts: int, tiny: Any, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(saved("gpt_oss"), tmp_path / "model"))
+    folder = Path(shutil.copytree(tiny("gpt_oss"), tmp_path / "model"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": experts}))
     with pytest.raises(CheckpointError, match="do not belong together"):
@@ -216,10 +203,10 @@ def test_another_number_of_experts_is_refused_before_anything_is_written(
     assert not list(tmp_path.glob("stores/*/*.safetensors"))
 
 
-def test_what_two_files_hold_of_an_expert_is_written_together(saved: Any, tmp_path: Path) -> None:
+def test_what_two_files_hold_of_an_expert_is_written_together(tiny: Any, tmp_path: Path) -> None:
     """Of the first file, each gone before the next is here, is copied what the second completes."""
     folder = tmp_path / "model"
-    native = tiny_models.resident(saved("mixtral"))
+    native = tiny_models.resident(tiny("mixtral"))
     state = {name: tensor.clone() for name, tensor in native.state_dict().items()}
     native.config.save_pretrained(folder)
     for number in (0, 1):
@@ -269,8 +256,8 @@ def stopped_at(share: float) -> Callable[[Any], None]:
     return progress
 
 
-def test_stopped_anywhere_it_goes_on(saved: Any, tmp_path: Path) -> None:
-    source, kept = saved("mixtral"), set()
+def test_stopped_anywhere_it_goes_on(tiny: Any, tmp_path: Path) -> None:
+    source, kept = tiny("mixtral"), set()
     whole = shards(prepare.prepare(source, options(tmp_path / "whole")).folder)
     for number in range(12):
         base = tmp_path / str(number)
@@ -292,9 +279,9 @@ def as_earlier(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.mark.parametrize("named", ["model", "store"])
 def test_a_store_of_an_earlier_version_is_what_it_was(
-    named: str, saved: Any, tmp_path: Path, as_earlier: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    named: str, tiny: Any, tmp_path: Path, as_earlier: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = saved("mixtral")
+    source = tiny("mixtral")
     store = prepare.prepare(source, options(tmp_path)).folder
     before = shards(store)
     as_earlier.undo()
@@ -310,9 +297,9 @@ def test_a_store_of_an_earlier_version_is_what_it_was(
 
 @pytest.mark.parametrize("how", ["unfinished", "damaged", "removed"])
 def test_what_of_it_must_be_written_again_is_written_anew(
-    how: str, saved: Any, tmp_path: Path, as_earlier: pytest.MonkeyPatch
+    how: str, tiny: Any, tmp_path: Path, as_earlier: pytest.MonkeyPatch
 ) -> None:
-    source = saved("mixtral")
+    source = tiny("mixtral")
     if how == "unfinished":
         with pytest.raises(Stopped):
             prepare.prepare(source, options(tmp_path), progress=stopped_at(0.8))
@@ -355,8 +342,8 @@ def test_a_30b_mixture_is_planned_at_its_bits(compression: str, bits: float, tmp
     assert store / (2 * values) < bits / 16 + 0.02
 
 
-def test_the_plan_and_the_refusal_know_the_bytes(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = saved("mixtral")
+def test_the_plan_and_the_refusal_know_the_bytes(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny("mixtral")
     planned = Preview(source, options(tmp_path, ram_budget="1GiB")).plan().fit
     whole = prepare.prepare(source, options(tmp_path / "whole"))
     written_bytes = sum(map(len, shards(whole.folder).values()))
@@ -395,7 +382,7 @@ print(peak - rest)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from /proc")
 @pytest.mark.parametrize("codec", ["4bit", "8bit"])
-def test_a_merged_stack_needs_little_memory(codec: str, saved: Any, tmp_path: Path) -> None:
+def test_a_merged_stack_needs_little_memory(codec: str, tiny: Any, tmp_path: Path) -> None:
     """Of 200 MB in one parameter and 100 MB in the other some rows are in memory at a time."""
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 4,
              "num_key_value_heads": 2, "num_local_experts": 24, "vocab_size": 260}  # fmt: skip
@@ -404,7 +391,7 @@ def test_a_merged_stack_needs_little_memory(codec: str, saved: Any, tmp_path: Pa
     stack = native.model.layers[0].mlp.experts.gate_up_proj
     assert stack.nbytes == 24 * 4096 * 1024 * 2
     del native
-    command = [sys.executable, "-c", _MEMORY, str(saved("mixtral")), str(tmp_path / "large"), str(tmp_path), codec]
+    command = [sys.executable, "-c", _MEMORY, str(tiny("mixtral")), str(tmp_path / "large"), str(tmp_path), codec]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
     assert grown < 96 << 20
 

@@ -30,19 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ["llama", "gpt2", "gemma2", "dbrx", "qwen3_moe", "mamba", "deepseek_v3", "qwen3_next"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def factory(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny_models.save_tiny(kind, made[kind])
-        return made[kind]
-
-    return factory
-
-
 def place(tensor: torch.Tensor) -> int:
     return tensor.data_ptr() % CACHE_LINE
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
 from tiny_models import IDS, MACHINE, generated, resident, run, streamed
 
@@ -22,19 +21,6 @@ from airllm_nb.stream.ring import align
 pytestmark = pytest.mark.usefixtures("one_thread")
 # With biases, transposed, with shared experts, hybrids.
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "jamba", "qwen3_next")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def factory(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny_models.save_tiny(kind, made[kind])
-        return made[kind]
-
-    return factory
 
 
 def with_slots(folder: Path, slots: int, **options: Any) -> StreamedModel:
