@@ -84,8 +84,8 @@ class Banked(Feed):
         if machine.ram == PAGE_CACHE and all(tiers[bank.name] == "ram" for bank in banks):
             return [FromPageCache(bank, reading, self.copier, self._device) for bank in banks]
         counts = [bank.experts if tiers[bank.name] == "ram" else plan.host_slots_of(bank.name) for bank in banks]
-        rooms = [align(count * align(bank.expert_bytes)) for count, bank in zip(counts, banks, strict=True)]
-        shared = max(align(align(bank.expert_bytes)) for bank in banks)
+        rooms = [count * align(bank.expert_bytes) for count, bank in zip(counts, banks, strict=True)]
+        shared = max(align(bank.expert_bytes) for bank in banks)
         self._host = HostSlots(sum(rooms) + shared, self._device, machine.ram == LOCKED)
         # What has no slot in host memory passes through one expert's place.
         passing = self._host.take(shared)

@@ -224,7 +224,7 @@ class Rounds:
         Gives the slots in them; with ``is_odd`` those of one more pair, of an expert that there is not.
         """
         slots, places = made.slots, {slot: expert for expert, slot in made.experts.items()}
-        stacks, count = dict(zip((part.name for part in self.bank.parts), slots.stacks, strict=True)), slots.count
+        stacks, count = slots.by_name, slots.count
         if any(binding.weight.needs_cast for binding in self.unit.bindings):
             # Of those that are used only.
             used, local = torch.unique(local, return_inverse=True)

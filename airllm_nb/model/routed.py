@@ -98,7 +98,7 @@ class Layer:
             if self._slots is None:
                 self._staging.lend(self._feed.copier)
             where, slots = pool.ensure_and_gather(index), self._slots or self._staging.as_slots(self.unit.bank)
-            stacks = dict(zip((part.name for part in self.unit.bank.parts), slots.stacks, strict=True))
+            stacks = slots.by_name
             if self._few is None:
                 with self.rounds.bound(stacks, slots.count):
                     result = self.rounds.run(hidden, where.long(), weights, index.shape[1])

@@ -121,6 +121,11 @@ class Slots:
             self._starts.append(start)
             cursor = align(start + nbytes, ALIGNMENT)
 
+    @property
+    def by_name(self) -> dict[str, torch.Tensor]:
+        """The stacks, by the module's names."""
+        return {part.name: stack for part, stack in zip(self.bank.parts, self.stacks, strict=True)}
+
     def at(self, run: Run, slot: int) -> int:
         """Where in the memory the bytes of ``run`` belong for an expert in ``slot``."""
         return self._starts[run.part] + slot * self.bank.parts[run.part].nbytes + run.offset
